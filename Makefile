@@ -1,0 +1,34 @@
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PYTHON ?= python3
+
+.PHONY: demo test lint bench clean
+
+# Reinstalls only when the requirements changed.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,train]'
+	touch $@
+
+demo: $(VENV)/.installed
+	$(PY) -m segmenter_fast.cli demo
+
+# Two passes: the Triton kernels are interpreted on the CPU in the second.
+test: $(VENV)/.installed
+	$(PY) -m pytest -m "not interpret"
+	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret
+
+# mypy needs the installed layout, in which kernels, train and benchmarks lie below segmenter_fast.
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	rm -rf build/types && mkdir -p build/types/segmenter_fast
+	ln -s $(CURDIR)/segmenter_fast/* $(CURDIR)/kernels $(CURDIR)/train $(CURDIR)/benchmarks build/types/segmenter_fast/
+	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p segmenter_fast
+
+bench: $(VENV)/.installed
+	$(PY) -m segmenter_fast.benchmarks.kernels upsample_argmax upsample_cross_entropy attention
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info

@@ -1,0 +1,15 @@
+"""Fused ops for plain-ViT segmentation. ``reference`` holds the same names in plain PyTorch."""
+
+from . import reference
+from .ops.attention import attention
+from .ops.mask_scores import mask_scores
+from .ops.upsample import upsample_argmax, upsample_cross_entropy, upsample_softmax
+
+__all__ = [
+    "attention",
+    "mask_scores",
+    "reference",
+    "upsample_argmax",
+    "upsample_cross_entropy",
+    "upsample_softmax",
+]

@@ -1,0 +1,62 @@
+"""Geometry of a bilinear resize along one axis, in exact integers. No Triton here.
+
+Output index ``y`` lies at input coordinate ``(y * step + offset) / denominator``:
+
+    align_corners False:  (y + 1/2) * h / H - 1/2   =  ((2 y + 1) h - H) / (2 H)
+    align_corners True:   y * (h - 1) / (H - 1)
+
+Cell ``c`` is the stretch between input centres ``c`` and ``c + 1``: all its outputs mix the same two inputs,
+``clamp(c)`` and ``clamp(c + 1)``. Cells run from -1 (before the first centre) to h - 1 (after the last one). The
+same numbers drive the plain formulations (through ``taps``) and the Triton kernels (as integer arguments).
+Source: ``area_pixel_compute_source_index`` in PyTorch's UpSample.h, without its float32 rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a resize from ``size_in`` inputs to ``size_out`` outputs, of which the first ``kept`` matter."""
+
+    size_in: int
+    size_out: int
+    kept: int
+    step: int
+    offset: int
+    denominator: int
+
+    @classmethod
+    def make(cls, size_in: int, size_out: int, kept: int | None = None, align_corners: bool = False) -> Axis:
+        kept = size_out if kept is None else kept
+        if align_corners:
+            return cls(size_in, size_out, kept, size_in - 1 if size_out > 1 else 0, 0, max(size_out - 1, 1))
+        return cls(size_in, size_out, kept, 2 * size_in, size_in - size_out, 2 * size_out)
+
+    @property
+    def cells(self) -> int:
+        """How many cells there are; the first one is cell -1."""
+        return self.size_in + 1
+
+    @property
+    def longest_cell(self) -> int:
+        """An upper bound of the outputs that one cell holds."""
+        return self.size_out if self.step == 0 else -(-self.denominator // self.step)
+
+    def start(self, cell: int) -> int:
+        """The first kept output of ``cell``; ``start(cell + 1)`` is one past its last."""
+        if self.step == 0:
+            return 0 if cell <= 0 else self.kept
+        return min(max(-((self.offset - cell * self.denominator) // self.step), 0), self.kept)
+
+    def taps(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """``(kept,)`` lower index, upper index (int64) and weight of the upper one (float64)."""
+        numerator = torch.arange(self.kept, device=device) * self.step + self.offset
+        cell = numerator.div(self.denominator, rounding_mode="floor")
+        upper_weight = (numerator - cell * self.denominator).double() / self.denominator
+        last = self.size_in - 1
+        return cell.clamp(0, last), (cell + 1).clamp(0, last), upper_weight

@@ -1,0 +1,1 @@
+"""Plain-PyTorch formulations of the ops that are fast on a CPU."""

@@ -1,0 +1,46 @@
+"""Attention through PyTorch's flash kernel for the CPU, forward and backward, on views of the packed projection.
+
+The kernel takes 4-D ``(B, H, N, D)`` tensors of any strides with a last stride of 1, so neither the split into q, k
+and v nor the transposes copy anything. Float64 and every device without that kernel take plain mathematics.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
+    """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` and the log-sum-exp ``(B, H, N)``, empty unless asked for."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each, views
+    if qkv.numel() == 0 or qkv.device.type != "cpu":
+        scores = (q @ k.mT).to(_statistics(qkv)) * scale
+        lse = scores.logsumexp(-1)
+        out = (scores - lse.unsqueeze(-1)).exp().to(qkv.dtype) @ v
+    else:
+        out, lse = _flash(q, k, v, scale=scale)
+    return out.transpose(1, 2).contiguous(), lse.contiguous() if with_lse else lse.new_empty(0)
+
+
+def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """Gradient of ``qkv`` as one packed ``(B, N, 3, H, D)`` buffer."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
+    if qkv.numel() == 0 or qkv.device.type != "cpu":
+        p = ((q @ k.mT).to(lse.dtype) * scale - lse.unsqueeze(-1)).exp()
+        delta = (grad_out * out).to(lse.dtype).sum(-1, keepdim=True)
+        grad_scores = (p * ((grad_out @ v.mT).to(lse.dtype) - delta) * scale).to(qkv.dtype)
+        grads = (grad_scores @ k, grad_scores.mT @ q, p.to(qkv.dtype).mT @ grad_out)
+    else:
+        grads = _flash_backward(grad_out, q, k, v, out, lse, 0.0, False, scale=scale)
+    for index, grad in enumerate(grads):
+        grad_qkv[:, :, index] = grad.transpose(1, 2)
+    return grad_qkv
+
+
+def _statistics(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

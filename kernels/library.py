@@ -1,0 +1,91 @@
+"""The operator library ``segmenter_fast``: definitions, and which backend serves which device.
+
+CUDA and ROCm tensors run Triton kernels, CPU tensors the plain formulations in ``cpu/``, everything else
+``reference``. ``TRITON_INTERPRET=1`` sends CPU tensors through the Triton kernels, interpreted. Where Triton does
+not exist the plain formulations serve every device, said once by a warning.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+library = torch.library.Library("segmenter_fast", "DEF")
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on"}
+
+
+def _lazy(module: str, function: str) -> Callable[..., Any]:
+    """The function, imported at its first call: a CPU process never pays for importing Triton."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module, __package__), function)(*args)
+
+    return call
+
+
+def _without_triton(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        warnings.warn(
+            "Triton is not installed: segmenter_fast.kernels runs its plain PyTorch formulations on this device",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return function(*args)
+
+    return call
+
+
+def define(schema: str, *, triton: str | None, plain: str, fake: Callable[..., Any]) -> None:
+    """Define an operator. ``triton`` and ``plain`` name the backend functions as ``".module:function"``.
+
+    An operator whose ``triton`` is None is plain PyTorch on every device.
+    """
+    name = schema.split("(")[0]
+    library.define(schema)
+    torch.library.register_fake(f"segmenter_fast::{name}", fake, lib=library)
+    plain_function = _lazy(*plain.split(":"))
+    fused = _lazy(*triton.split(":")) if triton and HAS_TRITON else None
+    cpu = fused if fused and INTERPRET else plain_function
+    library.impl(name, cpu, "CPU")
+    if triton and not HAS_TRITON:
+        library.impl(name, _without_triton(plain_function), "CompositeExplicitAutograd")
+    else:
+        library.impl(name, plain_function, "CompositeExplicitAutograd")
+        if fused:
+            library.impl(name, fused, "CUDA")
+
+
+def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Register the first derivative of ``name``."""
+    torch.library.register_autograd(f"segmenter_fast::{name}", backward, setup_context=setup_context, lib=library)
+
+
+def once_differentiable(*names: str) -> None:
+    """Make a derivative of these backward operators a clear error."""
+
+    def save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    for name in names:
+
+        def refuse(ctx: Any, *grads: Any, name: str = name) -> None:
+            raise NotImplementedError(
+                f"segmenter_fast::{name} has no derivative: second derivatives through the fused ops are not "
+                "supported; use segmenter_fast.kernels.reference for them"
+            )
+
+        differentiable(name, refuse, save_nothing)
+
+
+def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
+    """The autocast dtype of the tensor's device, or None outside an autocast region."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

@@ -1,0 +1,1 @@
+"""Argument checks, fake kernels, autograd and autocast of the public ops. Mathematics lives elsewhere."""

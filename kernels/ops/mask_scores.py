@@ -1,0 +1,75 @@
+"""``mask_scores``: checks, registration, first derivative."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..library import autocast_dtype, define, differentiable, once_differentiable
+
+
+def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """Class scores of patches: cosine similarity with the class embeddings, then LayerNorm over the classes.
+
+    Args:
+        patches: ``(B, N, D)`` projected patch embeddings.
+        classes: ``(B, K, D)`` projected class embeddings.
+        weight, bias: ``(K,)`` of the LayerNorm.
+        eps: of the LayerNorm. The L2 norms have none: a zero vector gives NaN, as in the official program.
+
+    Returns:
+        ``(B, N, K)`` in the dtype of ``patches``; float32 under autocast, as PyTorch's LayerNorm.
+
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    b, _, dim = patches.shape if patches.ndim == 3 else (-1, -1, -1)
+    if patches.ndim != 3 or classes.ndim != 3 or classes.shape[0] != b or classes.shape[2] != dim:
+        raise ValueError(
+            f"patches (B, N, D) and classes (B, K, D) must share B and D, got {tuple(patches.shape)} and "
+            f"{tuple(classes.shape)}"
+        )
+    k = classes.shape[1]
+    if weight.shape != (k,) or bias.shape != (k,):
+        raise ValueError(f"weight and bias must be ({k},), got {tuple(weight.shape)} and {tuple(bias.shape)}")
+    if autocast_dtype(patches) is not None:
+        patches, classes = patches.float(), classes.float()
+    return torch.ops.segmenter_fast.mask_scores(patches, classes, weight, bias, eps)
+
+
+def _fake(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return patches.new_empty((*patches.shape[:2], classes.shape[1]))
+
+
+def _fake_backward(
+    grad: Tensor, patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return tuple(t.new_empty(t.shape) for t in (patches, classes, weight, bias))  # type: ignore[return-value]
+
+
+def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    *tensors, ctx.eps = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.segmenter_fast.mask_scores_backward(grad, *ctx.saved_tensors, ctx.eps), None
+
+
+define(
+    "mask_scores(Tensor patches, Tensor classes, Tensor weight, Tensor bias, float eps) -> Tensor",
+    triton=None,
+    plain=".cpu.mask_scores:mask_scores",
+    fake=_fake,
+)
+define(
+    "mask_scores_backward(Tensor grad, Tensor patches, Tensor classes, Tensor weight, Tensor bias, float eps)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    triton=None,
+    plain=".cpu.mask_scores:mask_scores_backward",
+    fake=_fake_backward,
+)
+differentiable("mask_scores", _backward, _setup_context)
+once_differentiable("mask_scores_backward")

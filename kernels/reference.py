@@ -1,0 +1,70 @@
+"""Every op in a few lines of plain PyTorch: the specification, and in float64 the oracle of the tests.
+
+Names, argument order and results are those of the public ops in ``segmenter_fast.kernels``; only the argument
+checks are missing. Nothing here is fast and nothing is fused.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
+    """``(B, N, 3, H, D)`` -> ``(B, N, H, D)``: softmax(q k^T * scale) v for every head."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
+    scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    return ((q @ k.mT * scale).softmax(-1) @ v).transpose(1, 2)
+
+
+def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """``(B, N, D), (B, K, D), (K,), (K,)`` -> ``(B, N, K)``: cosine similarity, then LayerNorm over K."""
+    patches = patches / patches.norm(dim=-1, keepdim=True)
+    classes = classes / classes.norm(dim=-1, keepdim=True)
+    return F.layer_norm(patches @ classes.mT, weight.shape, weight, bias, eps)
+
+
+def upsample(masks: Tensor, size: tuple[int, int], crop: tuple[int, int] | None, align_corners: bool) -> Tensor:
+    """``(B, K, h, w)`` -> ``(B, K, H, W)`` logits at ``size``, of which the top-left ``crop`` is kept."""
+    height, width = size if crop is None else crop
+    logits = F.interpolate(masks, size=size, mode="bilinear", align_corners=align_corners)
+    return logits[..., :height, :width]
+
+
+def upsample_argmax(
+    masks: Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None, align_corners: bool = False
+) -> Tensor:
+    """``(B, K, h, w)`` -> ``(B, H, W)`` labels, uint8 where K <= 256 and int32 otherwise."""
+    labels = upsample(masks, size, crop, align_corners).argmax(1)
+    return labels.to(torch.uint8 if masks.shape[1] <= 256 else torch.int32)
+
+
+def upsample_softmax(
+    masks: Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None, align_corners: bool = False
+) -> Tensor:
+    """``(B, K, h, w)`` -> ``(B, K, H, W)`` probabilities over K."""
+    return upsample(masks, size, crop, align_corners).softmax(1)
+
+
+def upsample_cross_entropy(
+    masks: Tensor,
+    target: Tensor,
+    size: tuple[int, int] | None = None,
+    ignore_index: int = 255,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    align_corners: bool = False,
+) -> Tensor:
+    """Cross-entropy of ``(B, K, h, w)`` masks upsampled to ``size`` against a ``(B, H, W)`` target."""
+    height, width = target.shape[1:]
+    logits = upsample(masks, size or (height, width), (height, width), align_corners)
+    return F.cross_entropy(
+        logits,
+        target.long(),
+        weight=weight,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )

@@ -1,0 +1,1 @@
+"""Segmenter with fused kernels."""
