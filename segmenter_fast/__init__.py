@@ -1,1 +1,8 @@
-"""Segmenter with fused kernels."""
+"""Segmenter (Strudel et al., ICCV 2021) with fused kernels, for inference and training."""
+
+from .config import VARIANTS, SegmenterConfig
+from .segmenter import Segmenter, create_model
+
+__version__ = "0.1.0"
+
+__all__ = ["VARIANTS", "Segmenter", "SegmenterConfig", "create_model"]

@@ -1,0 +1,228 @@
+"""What a Segmenter is made of: one frozen dataclass, and one table of the named variants."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+Pair = tuple[int, int]
+Triple = tuple[float, float, float]
+
+_CHOICES = {
+    "decoder": ("mask", "linear"),
+    "pos_embed_mode": ("bilinear", "bicubic"),
+    "upsample_to": ("padded", "image"),
+}
+_AT_LEAST_ONE = ("num_classes", "patch_size", "embed_dim", "depth", "num_heads", "decoder_num_heads")
+_RATES = ("dropout", "drop_path_rate", "decoder_dropout", "decoder_drop_path_rate")
+_EPSILONS = ("encoder_norm_eps", "decoder_norm_eps")
+
+
+@dataclass(frozen=True)
+class SegmenterConfig:
+    """Everything that the weights alone do not say. Any field may be overridden in ``create_model``.
+
+    Raises:
+        ValueError: a field outside its range, naming the field, what was given and what is allowed.
+    """
+
+    variant: str = "custom"
+    num_classes: int = 150
+    image_size: Pair = (512, 512)
+    """(height, width) in pixels that the position embedding is made for; other sizes resize it."""
+    patch_size: int = 16
+
+    embed_dim: int = 768
+    depth: int = 12
+    num_heads: int = 12
+    mlp_ratio: float = 4.0
+    class_token: bool = True
+    distillation_token: bool = False
+    num_register_tokens: int = 0
+    pos_embed_prefix: bool = True
+    """Whether the position embedding has entries for the prefix tokens (DINOv2 with registers: no)."""
+    pos_embed_mode: str = "bilinear"
+    """How the position embedding is resized: "bilinear" (official) or "bicubic" (mmsegmentation)."""
+    layer_scale: bool = False
+    encoder_norm_eps: float = 1e-5
+    dropout: float = 0.0
+    drop_path_rate: float = 0.1
+    """Stochastic depth of the last encoder layer; it rises linearly from 0 at the first."""
+    head_classes: int = 0
+    """Rows of the unused classification heads that official checkpoints carry; 0 leaves them out."""
+
+    decoder: str = "mask"
+    """"mask" (mask transformer) or "linear"."""
+    decoder_depth: int = 2
+    decoder_num_heads: int = 12
+    decoder_norm_eps: float = 1e-5
+    decoder_dropout: float = 0.0
+    decoder_drop_path_rate: float = 0.0
+
+    upsample_to: str = "padded"
+    """"padded": masks are upsampled to the padded size and cropped (official). "image": straight to the image's
+    size (mmsegmentation)."""
+    mean: Triple = (0.5, 0.5, 0.5)
+    std: Triple = (0.5, 0.5, 0.5)
+    """Per RGB channel, of pixels scaled to [0, 1]."""
+    window_size: int = 512
+    window_stride: int = 512
+    upscale_small_images: bool = True
+    """Whether sliding-window inference enlarges an image whose smaller side is below the window (official: yes)."""
+
+    timm_backbone: str | None = None
+    """Name of the timm weights that the paper starts from."""
+    class_names: tuple[str, ...] = ()
+    palette: tuple[tuple[int, int, int], ...] = ()
+    """RGB per class, 0 to 255; empty where unknown."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        for name in _AT_LEAST_ONE:
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("decoder_depth", "num_register_tokens", "head_classes"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in _RATES:
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        for name in _EPSILONS:
+            _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
+        for name in ("num_heads", "decoder_num_heads"):
+            fits = self.embed_dim % getattr(self, name) == 0
+            _require(fits, name, getattr(self, name), f"a divisor of embed_dim, which is {self.embed_dim}")
+        fits = len(self.image_size) == 2 and min(self.image_size) >= self.patch_size
+        _require(fits, "image_size", self.image_size, f"(height, width), each at least one patch of {self.patch_size}")
+        fits = self.window_size >= self.patch_size and self.window_stride >= 1
+        given = (self.window_size, self.window_stride)
+        _require(fits, "window_size, window_stride", given, f"at least one patch of {self.patch_size}, and at least 1")
+        _require(len(self.mean) == len(self.std) == 3, "mean, std", (self.mean, self.std), "three numbers each")
+        _require(min(self.std) > 0, "std", self.std, "positive")
+        for name in ("class_names", "palette"):
+            fits = len(getattr(self, name)) in (0, self.num_classes)
+            _require(fits, name, f"{len(getattr(self, name))} entries", f"empty or num_classes={self.num_classes} long")
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens that precede the patches: class, distillation, registers."""
+        return self.class_token + self.distillation_token + self.num_register_tokens
+
+    @property
+    def grid(self) -> Pair:
+        """(rows, columns) of patches that the position embedding is made for."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    def replace(self, **fields: Any) -> SegmenterConfig:
+        """A copy with other values for some fields.
+
+        An int ``image_size`` means a square. Class names and palette are dropped where the class count changes,
+        and the decoder keeps heads of 64 where only the width changes.
+
+        Raises:
+            TypeError: an unknown field, naming it and the nearest known ones.
+        """
+        known = {field.name for field in dataclasses.fields(self)}
+        if unknown := sorted(set(fields) - known):
+            raise TypeError(f"unknown configuration field {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        if isinstance(fields.get("image_size"), int):
+            fields["image_size"] = (fields["image_size"],) * 2
+        if fields.get("num_classes", self.num_classes) != self.num_classes:
+            fields = {"class_names": (), "palette": (), **fields}
+        return dataclasses.replace(self, **{name: _frozen(value) for name, value in fields.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> SegmenterConfig:
+        """The inverse of ``to_dict``; absent fields take their defaults.
+
+        Raises:
+            TypeError: an unknown field.
+            ValueError: a field outside its range.
+        """
+        given = dict(fields)
+        return cls(num_classes=given.pop("num_classes", cls.num_classes)).replace(**given)
+
+
+def _require(holds: bool, name: str, given: object, allowed: str) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, got {given}")
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, as JSON has them, become tuples."""
+    return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+
+# size: (name, embed_dim, depth, num_heads)
+_BACKBONES = {
+    "t": ("tiny", 192, 12, 3),
+    "s": ("small", 384, 12, 6),
+    "b": ("base", 768, 12, 12),
+    "l": ("large", 1024, 24, 16),
+}
+# (size, patch, distilled): weights in timm that the paper starts from, or the nearest there are
+_TIMM = {
+    **{(size, 16, False): f"vit_{_BACKBONES[size][0]}_patch16_384.augreg_in21k_ft_in1k" for size in "tsbl"},
+    **{(size, 32, False): f"vit_{_BACKBONES[size][0]}_patch32_384.augreg_in21k_ft_in1k" for size in "sb"},
+    ("l", 32, False): "vit_large_patch32_384.orig_in21k_ft_in1k",
+    ("t", 8, False): None,
+    ("s", 8, False): None,
+    ("b", 8, False): "vit_base_patch8_224.augreg_in21k_ft_in1k",
+    **{(size, 16, True): f"deit_{_BACKBONES[size][0]}_distilled_patch16_224.fb_in1k" for size in "ts"},
+    ("b", 16, True): "deit_base_distilled_patch16_384.fb_in1k",
+}
+
+
+def _variant(size: str, patch_size: int, distilled: bool, decoder: str) -> SegmenterConfig:
+    _, embed_dim, depth, num_heads = _BACKBONES[size]
+    side = 640 if size == "l" else 512
+    return SegmenterConfig(
+        variant=f"seg_{size}{'_deit' if distilled else ''}_{decoder}_{patch_size}",
+        image_size=(side, side),
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=depth,
+        num_heads=num_heads,
+        distillation_token=distilled,
+        decoder=decoder,
+        decoder_num_heads=num_heads,
+        mean=IMAGENET_MEAN if distilled else (0.5, 0.5, 0.5),
+        std=IMAGENET_STD if distilled else (0.5, 0.5, 0.5),
+        window_size=side,
+        window_stride=side,
+        timm_backbone=_TIMM[size, patch_size, distilled],
+    )
+
+
+VARIANTS: dict[str, SegmenterConfig] = {
+    config.variant: config for config in (_variant(*key, decoder) for key in _TIMM for decoder in ("mask", "linear"))
+}
+
+# ADE20K validation mIoU, single and multiple scales, in percent, as the paper's authors report it (tables 1, 3, 6).
+PUBLISHED_MIOU: dict[str, tuple[float, float]] = {
+    "seg_t_mask_16": (38.1, 38.8),
+    "seg_s_mask_16": (45.3, 46.9),
+    "seg_b_mask_16": (48.5, 50.0),
+    "seg_b_linear_8": (49.5, 50.5),
+    "seg_l_mask_16": (51.8, 53.6),
+    "seg_b_deit_linear_16": (47.1, 48.1),
+    "seg_b_deit_mask_16": (48.7, 50.1),
+}
+
+
+def variant_config(name: str) -> SegmenterConfig:
+    """The configuration of a named variant.
+
+    Raises:
+        ValueError: no such variant, listing those there are.
+    """
+    if name not in VARIANTS:
+        raise ValueError(f"unknown variant {name!r}; known are {', '.join(VARIANTS)}")
+    return VARIANTS[name]

@@ -1,0 +1,190 @@
+"""Segmenter in one plain PyTorch file: the oracle that the fast model is held against.
+
+Attention is written out, nothing is fused, every tensor has the dtype of the input (float64 included), and nothing of
+the fast model is used but its configuration. State-dict keys are those of the official program.
+
+Source: Strudel et al., "Segmenter: Transformer for Semantic Segmentation", ICCV 2021, and its official program. Where
+the two differ the program wins: the paper's text applies softmax and LayerNorm over classes after the upsampling, the
+program applies the LayerNorm to the patch-level masks and the softmax last.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import SegmenterConfig
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, dim = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        probabilities = (q @ k.transpose(-2, -1) * (dim // self.heads) ** -0.5).softmax(-1)  # (B, heads, N, N)
+        return self.proj((probabilities @ v).transpose(1, 2).reshape(b, n, dim))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    def __init__(self, config: SegmenterConfig, heads: int, eps: float, layer_scale: bool = False) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.norm1 = nn.LayerNorm(dim, eps)
+        self.attn = Attention(dim, heads)
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.mlp = Mlp(dim, int(config.mlp_ratio * dim))
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: SegmenterConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, stride=config.patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)  # (B, h w, D)
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config: SegmenterConfig) -> None:
+        super().__init__()
+        dim, rows, columns = config.embed_dim, *config.grid
+        self.config = config
+        self.patch_embed = PatchEmbed(config)
+        if config.class_token:
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if config.distillation_token:
+            self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
+        if config.num_register_tokens:
+            self.reg_token = nn.Parameter(torch.zeros(1, config.num_register_tokens, dim))
+        prefix = config.num_prefix_tokens if config.pos_embed_prefix else 0
+        self.pos_embed = nn.Parameter(torch.zeros(1, prefix + rows * columns, dim))
+        self.blocks = nn.ModuleList(
+            Block(config, config.num_heads, config.encoder_norm_eps, config.layer_scale) for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(dim, config.encoder_norm_eps)
+        if config.head_classes:  # unused, but official checkpoints have them
+            self.head = nn.Linear(dim, config.head_classes)
+            if config.distillation_token:
+                self.head_dist = nn.Linear(dim, config.head_classes)
+
+    def positions(self, rows: int, columns: int) -> Tensor:
+        grid = self.config.grid
+        if rows * columns == grid[0] * grid[1]:  # also where only the aspect ratio differs, as the official program
+            return self.pos_embed
+        prefix = self.pos_embed.shape[1] - grid[0] * grid[1]
+        patches = self.pos_embed[:, prefix:].transpose(1, 2).unflatten(2, grid)
+        resized = F.interpolate(patches, size=(rows, columns), mode=self.config.pos_embed_mode, align_corners=False)
+        return torch.cat([self.pos_embed[:, :prefix], resized.flatten(2).transpose(1, 2)], 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patch_embed(images)
+        positions = self.positions(*(side // self.config.patch_size for side in images.shape[2:]))
+        if not self.config.pos_embed_prefix:
+            x = x + positions
+        names = [name for name in ("cls_token", "dist_token", "reg_token") if hasattr(self, name)]
+        x = torch.cat([*(getattr(self, name).expand(len(x), -1, -1) for name in names), x], 1)
+        if self.config.pos_embed_prefix:
+            x = x + positions
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)[:, self.config.num_prefix_tokens :]
+
+
+class LinearDecoder(nn.Module):
+    def __init__(self, config: SegmenterConfig) -> None:
+        super().__init__()
+        self.head = nn.Linear(config.embed_dim, config.num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)
+
+
+class MaskTransformer(nn.Module):
+    def __init__(self, config: SegmenterConfig) -> None:
+        super().__init__()
+        dim, classes = config.embed_dim, config.num_classes
+        self.proj_dec = nn.Linear(dim, dim)
+        self.cls_emb = nn.Parameter(torch.zeros(1, classes, dim))
+        self.blocks = nn.ModuleList(
+            Block(config, config.decoder_num_heads, config.decoder_norm_eps) for _ in range(config.decoder_depth)
+        )
+        self.decoder_norm = nn.LayerNorm(dim, config.decoder_norm_eps)
+        self.proj_patch = nn.Parameter(torch.zeros(dim, dim))
+        self.proj_classes = nn.Parameter(torch.zeros(dim, dim))
+        self.mask_norm = nn.LayerNorm(classes, config.decoder_norm_eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        classes = self.cls_emb.shape[1]
+        x = torch.cat([self.proj_dec(x), self.cls_emb.expand(len(x), -1, -1)], 1)
+        for block in self.blocks:
+            x = block(x)
+        x = self.decoder_norm(x)
+        patches, embeddings = x[:, :-classes] @ self.proj_patch, x[:, -classes:] @ self.proj_classes
+        patches = patches / patches.norm(dim=-1, keepdim=True)
+        embeddings = embeddings / embeddings.norm(dim=-1, keepdim=True)
+        return self.mask_norm(patches @ embeddings.transpose(1, 2))
+
+
+class ReferenceSegmenter(nn.Module):
+    """The oracle: same constructor argument, state dict and ``forward`` as ``segmenter_fast.Segmenter``."""
+
+    def __init__(self, config: SegmenterConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = VisionTransformer(config)
+        self.decoder = (MaskTransformer if config.decoder == "mask" else LinearDecoder)(config)
+
+    def masks(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` -> ``(B, K, h, w)`` scores of the patches of the zero-padded images."""
+        patch = self.config.patch_size
+        height, width = images.shape[2:]
+        images = F.pad(images, (0, -width % patch, 0, -height % patch))
+        grid = images.shape[2] // patch, images.shape[3] // patch
+        return self.decoder(self.encoder(images)).transpose(1, 2).unflatten(2, grid)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` normalised images -> ``(B, K, H, W)`` logits."""
+        height, width = images.shape[2:]
+        masks, patch = self.masks(images).contiguous(), self.config.patch_size
+        padded = (masks.shape[2] * patch, masks.shape[3] * patch)
+        size = padded if self.config.upsample_to == "padded" else (height, width)
+        return F.interpolate(masks, size=size, mode="bilinear", align_corners=False)[..., :height, :width]
+
+    def segment(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` -> ``(B, H, W)`` labels."""
+        return self(images).argmax(1)
+
+    def loss(self, images: Tensor, target: Tensor, ignore_index: int = 255) -> Tensor:
+        """Mean cross-entropy against ``(B, H, W)`` class indices."""
+        return F.cross_entropy(self(images), target, ignore_index=ignore_index)
