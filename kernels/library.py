@@ -88,4 +88,6 @@ def once_differentiable(*names: str) -> None:
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
     """The autocast dtype of the tensor's device, or None outside an autocast region."""
     device = tensor.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)

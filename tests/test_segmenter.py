@@ -1,0 +1,217 @@
+"""The model against the oracle, its contract, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import segmenter_fast as sf
+from segmenter_fast.reference import ReferenceSegmenter
+
+# One small model per family: both decoders, class token alone, distilled, registers with LayerScale, mmsegmentation's
+# numerics, a patch size of its own.
+SMALL = {"image_size": 32, "num_classes": 5, "depth": 3, "embed_dim": 128, "num_heads": 2, "decoder_num_heads": 2}
+FAMILIES = {
+    "mask_16": ("seg_t_mask_16", {}),
+    "linear_16": ("seg_t_linear_16", {}),
+    "mask_32": ("seg_s_mask_32", {}),
+    "linear_32": ("seg_s_linear_32", {}),
+    "mask_8": ("seg_t_mask_8", {}),
+    "linear_8": ("seg_t_linear_8", {}),
+    "deit_mask": ("seg_t_deit_mask_16", {"head_classes": 10}),
+    "deit_linear": ("seg_t_deit_linear_16", {}),
+    "mmseg": (
+        "seg_t_mask_16",
+        {"encoder_norm_eps": 1e-6, "pos_embed_mode": "bicubic", "upsample_to": "image"},
+    ),
+    "registers": (
+        "seg_t_mask_16",
+        {"patch_size": 14, "num_register_tokens": 4, "pos_embed_prefix": False, "layer_scale": True},
+    ),
+}
+
+
+def pair(family: str, dtype: torch.dtype = torch.float64) -> tuple[sf.Segmenter, ReferenceSegmenter]:
+    """Model and oracle with one set of weights, large enough that nothing hides in them."""
+    name, fields = FAMILIES[family]
+    model = sf.create_model(name, **{**SMALL, **fields}).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    reference = ReferenceSegmenter(model.config).to(dtype).eval()
+    reference.load_state_dict(model.state_dict(), strict=True)
+    return model, reference
+
+
+def small(**fields: object) -> sf.Segmenter:
+    return sf.create_model("seg_t_mask_16", **{**SMALL, **fields}).eval()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [(32, 32), (50, 71)])
+def test_forward_loss_and_gradients_equal_the_oracle(family: str, size: tuple[int, int]) -> None:
+    model, reference = pair(family)
+    images = torch.randn(2, 3, *size, dtype=torch.float64)
+    target = torch.randint(0, 5, (2, *size))
+    target[:, :5] = 255
+    torch.testing.assert_close(model.masks(images), reference.masks(images), rtol=0, atol=1e-10)
+    torch.testing.assert_close(model(images), reference(images), rtol=0, atol=1e-10)
+    losses = model.loss(images, target), reference.loss(images, target)
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-10)
+    for loss in losses:
+        loss.backward()
+    expected = dict(reference.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0, atol=1e-10, msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_segment_is_the_argmax_of_the_logits(family: str) -> None:
+    model, _ = pair(family, torch.float32)
+    images = torch.randn(2, 3, 50, 71)
+    with torch.no_grad():
+        labels, logits = model.segment(images), model(images)
+        probabilities = model.probabilities(images)
+    assert labels.shape == (2, 50, 71)
+    assert labels.dtype == torch.uint8
+    best = logits.topk(2, dim=1).values
+    clear = best[:, 0] - best[:, 1] > 1e-4
+    assert clear.float().mean() > 0.9
+    assert torch.equal(labels[clear].long(), logits.argmax(1)[clear])
+    torch.testing.assert_close(probabilities, logits.softmax(1), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (7, 5), (16, 200), (33, 16)])
+def test_any_size_even_below_a_patch(size: tuple[int, int]) -> None:
+    model, reference = pair("mask_16")
+    images = torch.randn(1, 3, *size, dtype=torch.float64)
+    torch.testing.assert_close(model(images), reference(images), rtol=0, atol=1e-10)
+    assert model.segment(images).shape == (1, *size)
+
+
+def test_empty_batch() -> None:
+    model = small()
+    images = torch.randn(0, 3, 32, 32)
+    with torch.no_grad():
+        assert model(images).shape == (0, 5, 32, 32)
+        assert model.segment(images).shape == (0, 32, 32)
+        assert model.masks(images).shape == (0, 5, 2, 2)
+
+
+def test_nan_pixels_make_nan_masks_as_in_the_oracle() -> None:
+    model, reference = pair("mask_16", torch.float32)
+    images = torch.randn(2, 3, 32, 32)
+    images[1, 0, 3, 3] = torch.nan
+    with torch.no_grad():
+        assert torch.equal(model(images).isnan(), reference(images).isnan())
+        assert not model(images)[0].isnan().any()
+
+
+def test_refusals_name_the_argument() -> None:
+    model = small()
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(1, 4, 32, 32\)"):
+        model(torch.randn(1, 4, 32, 32))
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(3, 32, 32\)"):
+        model.segment(torch.randn(3, 32, 32))
+    with pytest.raises(TypeError, match=r"images must be floating point.*torch.uint8"):
+        model.masks(torch.zeros(1, 3, 32, 32, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"target must be \(1, 32, 32\)"):
+        model.loss(torch.randn(1, 3, 32, 32), torch.zeros(1, 2, 2, dtype=torch.long))
+    with pytest.raises(ValueError, match="unknown variant"):
+        sf.create_model("seg_q_mask_16")
+
+
+@pytest.mark.parametrize("family", ["mask_16", "deit_linear"])
+def test_compiles_without_a_graph_break(family: str) -> None:
+    model, _ = pair(family, torch.float32)
+    images, target = torch.randn(2, 3, 32, 40), torch.randint(0, 5, (2, 32, 40))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        segment = torch.compile(model.segment, fullgraph=True, backend="aot_eager")
+        assert torch.equal(segment(images), model.segment(images))
+        forward = torch.compile(model, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(forward(images), model(images))
+    model.train()
+    eager = copy.deepcopy(model)
+    torch.manual_seed(1)
+    torch.compile(model.loss, fullgraph=True, backend="aot_eager")(images, target).backward()
+    torch.manual_seed(1)
+    eager.loss(images, target).backward()
+    expected = dict(eager.named_parameters())
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_stochastic_depth_rises_and_acts_in_training_only() -> None:
+    model = small(drop_path_rate=0.4, depth=5)
+    rates = [block.drop_path.rate for block in model.encoder.blocks]
+    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
+    images = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(model(images), model(images))
+        model.train()
+        assert not torch.equal(model(images), model(images))
+
+
+def test_stochastic_depth_keeps_the_expectation() -> None:
+    from segmenter_fast.vit import DropPath
+
+    dropped = DropPath(0.25)(torch.ones(20000, 1, 1))
+    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.75])
+    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_dropout_acts_in_training_only() -> None:
+    model = small(dropout=0.2, decoder_dropout=0.2, drop_path_rate=0.0)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        evaluated = model(images)
+        assert torch.equal(model(images), evaluated)
+        assert not torch.equal(model.train()(images), evaluated)
+
+
+def test_bfloat16_end_to_end() -> None:
+    model, reference = pair("mask_16", torch.float32)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = reference(images)
+        labels = model.to(torch.bfloat16).segment(images)
+    best = expected.topk(2, dim=1).values
+    clear = best[:, 0] - best[:, 1] > 0.25
+    assert clear.float().mean() > 0.5
+    assert (labels[clear] == expected.argmax(1)[clear]).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_training_keeps_a_float32_loss(dtype: torch.dtype) -> None:
+    model, _ = pair("mask_16", torch.float32)
+    images, target = torch.randn(2, 3, 32, 32), torch.randint(0, 5, (2, 32, 32))
+    with torch.autocast("cpu", dtype=dtype):
+        loss = model.loss(images, target)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    torch.testing.assert_close(loss, model.loss(images, target), rtol=0.03, atol=0)
+
+
+def test_classification_heads_load_and_stay_out_of_the_way() -> None:
+    model = small(head_classes=7)
+    assert {"encoder.head.weight", "encoder.head.bias"} <= set(model.state_dict())
+    assert not model.encoder.head.weight.requires_grad
+    without = sf.create_model(model.config, head_classes=0)
+    assert set(model.state_dict()) - set(without.state_dict()) == {"encoder.head.weight", "encoder.head.bias"}
+
+
+@pytest.mark.parametrize("name", sf.VARIANTS)
+def test_every_variant_builds_with_the_official_keys(name: str) -> None:
+    with torch.device("meta"):
+        model = sf.create_model(name, num_classes=19)
+        reference = ReferenceSegmenter(model.config)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in reference.state_dict().items()
+    }
+    assert model.masks(torch.empty(1, 3, 64, 64, device="meta")).shape[1] == 19
