@@ -7,12 +7,15 @@ Output index ``y`` lies at input coordinate ``(y * step + offset) / denominator`
 
 Cell ``c`` is the stretch between input centres ``c`` and ``c + 1``: all its outputs mix the same two inputs,
 ``clamp(c)`` and ``clamp(c + 1)``. Cells run from -1 (before the first centre) to h - 1 (after the last one). The
-same numbers drive the plain formulations (through ``taps``) and the Triton kernels (as integer arguments).
+same numbers drive the plain formulations (through ``taps``) and the Triton kernels (as integer arguments); they are
+divided by their greatest common divisor, so that whole ratios stay small. An axis whose outputs all lie at input 0
+(one input, or one output with align_corners) has step 0 and a denominator of at least the outputs: cell 0 takes them all.
 Source: ``area_pixel_compute_source_index`` in PyTorch's UpSample.h, without its float32 rounding.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +36,13 @@ class Axis:
     @classmethod
     def make(cls, size_in: int, size_out: int, kept: int | None = None, align_corners: bool = False) -> Axis:
         kept = size_out if kept is None else kept
+        step, offset, denominator = 2 * size_in, size_in - size_out, 2 * size_out
         if align_corners:
-            return cls(size_in, size_out, kept, size_in - 1 if size_out > 1 else 0, 0, max(size_out - 1, 1))
-        return cls(size_in, size_out, kept, 2 * size_in, size_in - size_out, 2 * size_out)
+            step, offset, denominator = (size_in - 1, 0, size_out - 1) if size_out > 1 else (0, 0, 1)
+        if step == 0:
+            return cls(size_in, size_out, kept, 0, 0, size_out)
+        divisor = math.gcd(step, offset, denominator)
+        return cls(size_in, size_out, kept, step // divisor, offset // divisor, denominator // divisor)
 
     @property
     def cells(self) -> int:
@@ -49,9 +56,8 @@ class Axis:
 
     def start(self, cell: int) -> int:
         """The first kept output of ``cell``; ``start(cell + 1)`` is one past its last."""
-        if self.step == 0:
-            return 0 if cell <= 0 else self.kept
-        return min(max(-((self.offset - cell * self.denominator) // self.step), 0), self.kept)
+        step = max(self.step, 1)
+        return min((max(cell * self.denominator - self.offset, 0) + step - 1) // step, self.kept)
 
     def taps(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """``(kept,)`` lower index, upper index (int64) and weight of the upper one (float64)."""

@@ -1,0 +1,39 @@
+"""What the Triton kernels share: constants, the cell geometry of ``bilinear.Axis``, the form of an ahead-of-time build."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+class Specialization(NamedTuple):
+    """One build of a kernel that a real launch would ask for; modules yield them from ``specializations(arch)``.
+
+    ``signature`` maps every run-time argument to its type (``"*bf16"``, ``"i32"``, ``"fp32"``), ``constexprs`` every
+    other one to its value; a stride of 1 belongs there, as a launch folds it. Pointers and arguments named ``stride_*``
+    count as divisible by 16 unless ``odd`` names them. ``options`` are ``num_warps``, ``num_stages`` and the like.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constexprs: dict[str, Any]
+    options: dict[str, int]
+    odd: frozenset[str] = frozenset()
+
+
+@triton.jit
+def cell_start(cell, step, offset, denominator, kept):
+    """``Axis.start``: the first kept output of ``cell`` (int64, so that the products cannot overflow)."""
+    step = tl.maximum(step, 1)
+    return tl.minimum((tl.maximum(cell * denominator - offset, 0) + step - 1) // step, kept)
+
+
+@triton.jit
+def upper_weight(outputs, cell, step, offset, denominator):
+    """Weight of input ``cell + 1`` at ``outputs`` of ``cell``, in float32; exact integers up to the division."""
+    return (outputs * step + offset - cell * denominator).to(tl.float32) / denominator
