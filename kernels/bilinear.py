@@ -9,7 +9,7 @@ Cell ``c`` is the stretch between input centres ``c`` and ``c + 1``: all its out
 ``clamp(c)`` and ``clamp(c + 1)``. Cells run from -1 (before the first centre) to h - 1 (after the last one). The
 same numbers drive the plain formulations (through ``taps``) and the Triton kernels (as integer arguments); they are
 divided by their greatest common divisor, so that whole ratios stay small. An axis whose outputs all lie at input 0
-(one input, or one output with align_corners) has step 0 and a denominator of at least the outputs: cell 0 takes them all.
+(one input, or one output with align_corners) has step 0 and a denominator of at least the outputs, so cell 0 takes all.
 Source: ``area_pixel_compute_source_index`` in PyTorch's UpSample.h, without its float32 rounding.
 """
 

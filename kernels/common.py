@@ -1,4 +1,4 @@
-"""What the Triton kernels share: constants, the cell geometry of ``bilinear.Axis``, the form of an ahead-of-time build."""
+"""What the Triton kernels share: constants, the cell geometry of ``bilinear.Axis``, how a build is described."""
 
 from __future__ import annotations
 
