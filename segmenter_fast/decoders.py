@@ -45,9 +45,13 @@ class MaskTransformer(nn.Module):
         self.proj_classes = nn.Parameter(torch.zeros(dim, dim))
         self.mask_norm = nn.LayerNorm(classes, config.decoder_norm_eps)
 
+    def tokens(self, patches: Tensor) -> Tensor:
+        """``(B, N, D)`` patch features -> ``(B, N + K, D)``: projected patches, then class embeddings."""
+        return torch.cat([self.proj_dec(patches), self.cls_emb.expand(len(patches), -1, -1)], 1)
+
     def forward(self, patches: Tensor) -> Tensor:
         classes = self.cls_emb.shape[1]
-        x = torch.cat([self.proj_dec(patches), self.cls_emb.expand(len(patches), -1, -1)], 1)
+        x = self.tokens(patches)
         for block in self.blocks:
             x = block(x)
         x = self.decoder_norm(x)

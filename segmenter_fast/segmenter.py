@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
+from .attention_maps import attention_maps
 from .config import SegmenterConfig, variant_config
 from .decoders import LinearDecoder, MaskTransformer
 from .vit import VisionTransformer
@@ -34,8 +35,8 @@ class Segmenter(nn.Module):
         self.decoder = (MaskTransformer if config.decoder == "mask" else LinearDecoder)(config)
         self.apply(_initialise)
 
-    def masks(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` -> ``(B, K, h, w)`` scores of the patches of the padded images (channels-last strides)."""
+    def padded(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` images, checked, in the dtype of the weights, zero-padded to whole patches."""
         if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 1:
             raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
         if not images.is_floating_point():
@@ -48,6 +49,11 @@ class Segmenter(nn.Module):
         height, width = images.shape[2:]
         if height % patch or width % patch:
             images = F.pad(images, (0, -width % patch, 0, -height % patch))
+        return images
+
+    def masks(self, images: Tensor) -> Tensor:
+        """``(B, 3, H, W)`` -> ``(B, K, h, w)`` scores of the patches of the padded images (channels-last strides)."""
+        images, patch = self.padded(images), self.config.patch_size
         scores = self.decoder(self.encoder(images))  # (B, h w, K)
         return scores.mT.unflatten(2, (images.shape[2] // patch, images.shape[3] // patch))
 
@@ -89,6 +95,10 @@ class Segmenter(nn.Module):
             weight=weight,
             label_smoothing=label_smoothing,
         )
+
+    def attention_maps(self, images: Tensor, layer: int, part: str = "encoder", queries: slice | None = None) -> Tensor:
+        """Attention probabilities of one layer; see ``segmenter_fast.attention_maps.attention_maps``."""
+        return attention_maps(self, images, layer, part, queries)
 
     def _upsampled_size(self, images: Tensor) -> list[int]:
         """What the masks are upsampled to before the crop to the image."""

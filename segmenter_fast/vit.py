@@ -187,8 +187,12 @@ class VisionTransformer(nn.Module):
             tokens = torch.cat([*prefix, tokens + positions], 1)
         return F.dropout(tokens, self.config.dropout, self.training)
 
+    def patches(self, x: Tensor) -> Tensor:
+        """The last layer's ``(B, prefix + h w, D)`` tokens -> normalised patch features ``(B, h w, D)``."""
+        return self.norm(x)[:, self.config.num_prefix_tokens :]
+
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images)
         for block in self.blocks:
             x = block(x)
-        return self.norm(x)[:, self.config.num_prefix_tokens :]
+        return self.patches(x)
