@@ -60,14 +60,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 define(
     "mask_scores(Tensor patches, Tensor classes, Tensor weight, Tensor bias, float eps) -> Tensor",
-    triton=None,
+    triton=".mask_scores:mask_scores",
     plain=".cpu.mask_scores:mask_scores",
     fake=_fake,
 )
 define(
     "mask_scores_backward(Tensor grad, Tensor patches, Tensor classes, Tensor weight, Tensor bias, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    triton=None,
+    triton=".mask_scores:mask_scores_backward",
     plain=".cpu.mask_scores:mask_scores_backward",
     fake=_fake_backward,
 )

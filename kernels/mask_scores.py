@@ -1,0 +1,331 @@
+"""Class scores of patches in Triton: cosine similarity and LayerNorm over the classes in one pass.
+
+With p (N, D), c (K, D), rows' norms |p|, |c|, and everything below for each image:
+    s = p c^T / (|p| |c|)                  x = (s - mean_K s) / sqrt(var_K s + eps)          out = x * weight + bias
+The norms are taken on the way through D, so the division comes after the matrix product, in float32.
+Backward, from the output's gradient g, with h = g * weight:
+    ds = (h - mean_K h - x mean_K (h x)) / sqrt(var + eps)
+    dp = ds (c / |c|) / |p| - p (sum_K ds s) / |p|^2        dc = ds^T (p / |p|) / |c| - c (sum_N ds s) / |c|^2
+The kernel computes s again and leaves u = ds / (|p| |c|) in the dtype of the patches; dp and dc are then one matrix
+product each, u c and u^T p, less a multiple of p and c. Sums over N are left per tile and added up afterwards, so that
+the same input gives the same bits. Nothing but the inputs is saved.
+
+Not fused: the projections before. They would save 4 N D bytes an image (3 MB at N 1024, D 768: 1 us at 3 TB/s), but
+the norm needs whole projected rows on the chip, D x 64 float32 values a tile, 196 KB at D 768: past every register file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_forward import device_arch, dot_precision
+from .common import Specialization
+
+
+@triton.jit
+def _cosines(
+    patches_ptr, classes_ptr, stride_pn, stride_pd, stride_ck, stride_cd, offs_n, offs_k, num_patches, num_classes, dim,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of s ``(BLOCK_N, BLOCK_K)`` and the inverse norms of its patches and classes; zero norms give NaN."""
+    dots = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    patch_norms = tl.zeros((BLOCK_N,), tl.float32)
+    class_norms = tl.zeros((BLOCK_K,), tl.float32)
+    patches_ptr += offs_n.to(tl.int64)[:, None] * stride_pn
+    classes_ptr += offs_k.to(tl.int64)[:, None] * stride_ck
+    for start in range(0, dim, BLOCK_D):
+        offs_d = start + tl.arange(0, BLOCK_D)
+        mask_d = (offs_d < dim)[None, :]
+        p = tl.load(patches_ptr + offs_d[None, :] * stride_pd, mask=(offs_n < num_patches)[:, None] & mask_d, other=0.0)
+        c = tl.load(classes_ptr + offs_d[None, :] * stride_cd, mask=(offs_k < num_classes)[:, None] & mask_d, other=0.0)
+        dots = tl.dot(p, c.T, dots, input_precision=PRECISION)
+        p, c = p.to(tl.float32), c.to(tl.float32)
+        patch_norms += tl.sum(p * p, 1)
+        class_norms += tl.sum(c * c, 1)
+    inverse_p, inverse_c = 1 / tl.sqrt(patch_norms), 1 / tl.sqrt(class_norms)
+    return dots * inverse_p[:, None] * inverse_c[None, :], inverse_p, inverse_c
+
+
+@triton.jit
+def _merge(count, mean, square, scores, valid, num_valid):
+    """Take a block of scores into the running mean and sum of squared deviations of its rows."""
+    block_mean = tl.sum(tl.where(valid, scores, 0.0), 1) / num_valid
+    centred = tl.where(valid, scores - block_mean[:, None], 0.0)
+    total = count + num_valid
+    delta = block_mean - mean
+    square += tl.sum(centred * centred, 1) + delta * delta * (count * num_valid / total)
+    return total, mean + delta * (num_valid / total), square
+
+
+@triton.jit
+def mask_scores_kernel(
+    patches_ptr,  # (B, N, D)
+    classes_ptr,  # (B, K, D)
+    weight_ptr,  # (K,)
+    bias_ptr,  # (K,)
+    out_ptr,  # (B, N, K), contiguous
+    stride_pb: tl.int64, stride_pn: tl.int64, stride_pd: tl.int64,
+    stride_cb: tl.int64, stride_ck: tl.int64, stride_cd: tl.int64,
+    num_patches, num_classes, dim, eps,
+    ONE_BLOCK: tl.constexpr,  # all classes fit one block, which is then computed once
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(num_patches, BLOCK_N)
+    b = (tl.program_id(0) // tiles).to(tl.int64)
+    offs_n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    patches_ptr += b * stride_pb
+    classes_ptr += b * stride_cb
+    out_ptr += (b * num_patches + offs_n.to(tl.int64))[:, None] * num_classes
+    mask_n = (offs_n < num_patches)[:, None]
+
+    scores = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    count = 0.0
+    mean = tl.zeros((BLOCK_N,), tl.float32)
+    square = tl.zeros((BLOCK_N,), tl.float32)
+    for start in range(0, num_classes, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        scores, _, _ = _cosines(
+            patches_ptr, classes_ptr, stride_pn, stride_pd, stride_ck, stride_cd, offs_n, offs_k,
+            num_patches, num_classes, dim, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
+        )  # fmt: skip
+        valid = (offs_k < num_classes)[None, :]
+        count, mean, square = _merge(
+            count, mean, square, scores, valid, tl.minimum(num_classes - start, BLOCK_K).to(tl.float32)
+        )
+    rstd = 1 / tl.sqrt(square / num_classes + eps)
+    for start in range(0, num_classes, BLOCK_K):
+        offs_k = start + tl.arange(0, BLOCK_K)
+        if not ONE_BLOCK:
+            scores, _, _ = _cosines(
+                patches_ptr, classes_ptr, stride_pn, stride_pd, stride_ck, stride_cd, offs_n, offs_k,
+                num_patches, num_classes, dim, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
+            )  # fmt: skip
+        mask_k = offs_k < num_classes
+        weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
+        out = (scores - mean[:, None]) * rstd[:, None] * weight[None, :] + bias[None, :]
+        tl.store(out_ptr + offs_k[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_n & mask_k[None, :])
+
+
+@triton.jit
+def mask_scores_backward_kernel(
+    grad_ptr,  # (B, N, K)
+    patches_ptr,  # (B, N, D)
+    classes_ptr,  # (B, K, D)
+    weight_ptr,  # (K,)
+    u_ptr,  # (B, N, K), contiguous: ds / (|p| |c|)
+    patch_factor_ptr,  # (B, N): (sum_K ds s) / |p|^2
+    sums_ptr,  # (B * tiles, 3, K): sums over the tile's patches of g x, g and ds s / |c|^2
+    stride_gb: tl.int64, stride_gn: tl.int64, stride_gk: tl.int64,
+    stride_pb: tl.int64, stride_pn: tl.int64, stride_pd: tl.int64,
+    stride_cb: tl.int64, stride_ck: tl.int64, stride_cd: tl.int64,
+    num_patches, num_classes, dim, eps,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(num_patches, BLOCK_N)
+    tile = tl.program_id(0).to(tl.int64)
+    b = tile // tiles
+    offs_n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_patches
+    rows = b * num_patches + offs_n.to(tl.int64)
+    patches_ptr += b * stride_pb
+    classes_ptr += b * stride_cb
+    grad_ptr += b * stride_gb + offs_n.to(tl.int64)[:, None] * stride_gn
+    sums_ptr += tile * 3 * num_classes
+
+    # Sweep 0: the statistics. Sweep 1: the two means of the LayerNorm's gradient. Sweep 2: the results.
+    count = 0.0
+    mean = tl.zeros((BLOCK_N,), tl.float32)
+    square = tl.zeros((BLOCK_N,), tl.float32)
+    rstd = tl.zeros((BLOCK_N,), tl.float32)
+    mean_h = tl.zeros((BLOCK_N,), tl.float32)
+    mean_hx = tl.zeros((BLOCK_N,), tl.float32)
+    patch_factor = tl.zeros((BLOCK_N,), tl.float32)
+    for sweep in tl.static_range(3):
+        for start in range(0, num_classes, BLOCK_K):
+            offs_k = start + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < num_classes
+            mask = mask_n[:, None] & mask_k[None, :]
+            scores, inverse_p, inverse_c = _cosines(
+                patches_ptr, classes_ptr, stride_pn, stride_pd, stride_ck, stride_cd, offs_n, offs_k,
+                num_patches, num_classes, dim, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
+            )  # fmt: skip
+            if sweep == 0:
+                num_valid = tl.minimum(num_classes - start, BLOCK_K).to(tl.float32)
+                count, mean, square = _merge(count, mean, square, scores, mask_k[None, :], num_valid)
+            else:
+                x = (scores - mean[:, None]) * rstd[:, None]
+                g = tl.load(grad_ptr + offs_k.to(tl.int64)[None, :] * stride_gk, mask=mask, other=0.0).to(tl.float32)
+                h = g * tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)[None, :]
+                if sweep == 1:
+                    mean_h += tl.sum(h, 1) / num_classes
+                    mean_hx += tl.sum(tl.where(mask, h * x, 0.0), 1) / num_classes
+                else:
+                    ds = tl.where(mask, (h - mean_h[:, None] - x * mean_hx[:, None]) * rstd[:, None], 0.0)
+                    dss = tl.where(mask, ds * scores, 0.0)
+                    patch_factor += tl.sum(dss, 1) * inverse_p * inverse_p
+                    u = ds * inverse_p[:, None] * inverse_c[None, :]
+                    u_ptrs = u_ptr + rows[:, None] * num_classes + offs_k[None, :]
+                    tl.store(u_ptrs, u.to(u_ptr.dtype.element_ty), mask=mask)
+                    sum_gx = tl.sum(tl.where(mask, g * x, 0.0), 0)
+                    tl.store(sums_ptr + offs_k, sum_gx, mask=mask_k)
+                    tl.store(sums_ptr + num_classes + offs_k, tl.sum(g, 0), mask=mask_k)
+                    class_factor = tl.sum(dss, 0) * inverse_c * inverse_c
+                    tl.store(sums_ptr + 2 * num_classes + offs_k, class_factor, mask=mask_k)
+        if sweep == 0:
+            rstd = 1 / tl.sqrt(square / num_classes + eps)
+    tl.store(patch_factor_ptr + rows, patch_factor, mask=mask_n)
+
+
+class Tiles(NamedTuple):
+    """Patches, classes and channels of a tile, and how a program runs it."""
+
+    block_n: int
+    block_k: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def launch_config(num_classes: int, dtype: torch.dtype, backward: bool, arch: str) -> Tiles:
+    """Tiles that hold up to 256 classes at once; a tile of scores is at most 64 x 256 float32 values."""
+    block_k = min(max(triton.next_power_of_2(num_classes), 16), 256)
+    block_n = 32 if backward or block_k == 256 else 64
+    block_d = 32 if dtype == torch.float32 or backward else 64
+    return Tiles(block_n, block_k, block_d, 8 if block_k == 256 else 4, 2)
+
+
+def _check(patches: Tensor) -> None:
+    if patches.dtype == torch.float64:
+        raise TypeError(
+            "mask_scores on this device takes float32, bfloat16 or float16, got torch.float64; use "
+            "segmenter_fast.kernels.reference.mask_scores for float64"
+        )
+
+
+def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """``(B, N, D), (B, K, D), (K,), (K,)`` -> ``(B, N, K)``, contiguous, in the dtype of the patches."""
+    _check(patches)
+    (b, n, dim), k = patches.shape, classes.shape[1]
+    out = patches.new_empty((b, n, k))
+    if out.numel() == 0:
+        return out
+    arch = device_arch(patches)
+    tiles = launch_config(k, patches.dtype, False, arch)
+    with torch.cuda.device_of(patches):
+        mask_scores_kernel[(triton.cdiv(n, tiles.block_n) * b,)](
+            patches_ptr=patches,
+            classes_ptr=classes,
+            weight_ptr=weight.contiguous(),
+            bias_ptr=bias.contiguous(),
+            out_ptr=out,
+            **_strides("p", patches),
+            **_strides("c", classes, "k"),
+            num_patches=n,
+            num_classes=k,
+            dim=dim,
+            eps=eps,
+            ONE_BLOCK=k <= tiles.block_k,
+            **_tile_arguments(tiles, dot_precision(patches.dtype, arch)),
+        )
+    return out
+
+
+def mask_scores_backward(
+    grad: Tensor, patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of patches, classes, weight and bias, each in its tensor's dtype."""
+    _check(patches)
+    (b, n, dim), k = patches.shape, classes.shape[1]
+    if b * n * k * dim == 0:
+        return tuple(torch.zeros_like(tensor) for tensor in (patches, classes, weight, bias))  # type: ignore[return-value]
+    arch = device_arch(patches)
+    tiles = launch_config(k, patches.dtype, True, arch)
+    blocks = triton.cdiv(n, tiles.block_n)
+    u = patches.new_empty((b, n, k))
+    patch_factor = patches.new_empty((b, n), dtype=torch.float32)
+    sums = patches.new_empty((b, blocks, 3, k), dtype=torch.float32)
+    with torch.cuda.device_of(patches):
+        mask_scores_backward_kernel[(blocks * b,)](
+            grad_ptr=grad,
+            patches_ptr=patches,
+            classes_ptr=classes,
+            weight_ptr=weight.contiguous(),
+            u_ptr=u,
+            patch_factor_ptr=patch_factor,
+            sums_ptr=sums,
+            **_strides("g", grad, last="k"),
+            **_strides("p", patches),
+            **_strides("c", classes, "k"),
+            num_patches=n,
+            num_classes=k,
+            dim=dim,
+            eps=eps,
+            **_tile_arguments(tiles, dot_precision(patches.dtype, arch)),
+        )
+    sums = sums.sum(1)  # (B, 3, K)
+    grad_patches = (u @ classes).sub_(patches * patch_factor.unsqueeze(-1))
+    grad_classes = (u.mT @ patches).sub_(classes * sums[:, 2].unsqueeze(-1))
+    return (
+        grad_patches,
+        grad_classes.to(classes.dtype),
+        sums[:, 0].sum(0).to(weight.dtype),
+        sums[:, 1].sum(0).to(bias.dtype),
+    )
+
+
+def _strides(name: str, tensor: Tensor, rows: str = "n", last: str = "d") -> dict[str, int]:
+    return dict(zip((f"stride_{name}b", f"stride_{name}{rows}", f"stride_{name}{last}"), tensor.stride(), strict=True))
+
+
+def _tile_arguments(tiles: Tiles, precision: str) -> dict[str, int | str]:
+    return {
+        "BLOCK_N": tiles.block_n,
+        "BLOCK_K": tiles.block_k,
+        "BLOCK_D": tiles.block_d,
+        "PRECISION": precision,
+        "num_warps": tiles.num_warps,
+        "num_stages": tiles.num_stages,
+    }
+
+
+def specializations(arch: str) -> Iterator[Specialization]:
+    """The builds that ``aot`` checks: both kernels, 19, 150 and 1000 classes, bfloat16 and float32."""
+    pointers = ("patches_ptr", "classes_ptr", "weight_ptr")
+    sizes = dict.fromkeys(("num_patches", "num_classes", "dim"), "i32")
+    strides = ("stride_pb", "stride_pn", "stride_cb", "stride_ck")
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for classes in (19, 150, 1000):
+            common = {
+                **dict.fromkeys(pointers, f"*{name}"),
+                **dict.fromkeys(strides, "i64"),
+                **sizes,
+                "eps": "fp32",
+            }
+            for backward in (False, True):
+                tiles = launch_config(classes, dtype, backward, arch)
+                constexprs = {**_tile_arguments(tiles, "ieee"), "stride_pd": 1, "stride_cd": 1}
+                options = {key: int(constexprs.pop(key)) for key in ("num_warps", "num_stages")}
+                label = f"{'backward' if backward else 'forward'} K={classes} {name}"
+                if backward:
+                    signature = common | {"grad_ptr": f"*{name}", "u_ptr": f"*{name}"}
+                    signature |= {
+                        "patch_factor_ptr": "*fp32",
+                        "sums_ptr": "*fp32",
+                        "stride_gb": "i64",
+                        "stride_gn": "i64",
+                    }
+                    constexprs["stride_gk"] = 1
+                    kernel = mask_scores_backward_kernel
+                    odd = frozenset({"stride_gb", "stride_gn"})
+                else:
+                    signature = common | {"bias_ptr": f"*{name}", "out_ptr": f"*{name}"}
+                    constexprs["ONE_BLOCK"] = classes <= tiles.block_k
+                    kernel, odd = mask_scores_kernel, frozenset()
+                yield Specialization(f"mask_scores {label}", kernel, signature, constexprs, options, odd)

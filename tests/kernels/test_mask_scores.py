@@ -1,0 +1,114 @@
+"""mask_scores against float64, forward and every gradient, on every backend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from segmenter_fast import kernels
+from segmenter_fast.kernels import reference
+from support.accuracy import assert_as_accurate
+
+NAMES = ("patches", "classes", "weight", "bias")
+
+
+def inputs(b: int, n: int, k: int, dim: int, dtype: torch.dtype, device: str) -> list[Tensor]:
+    tensors = [torch.randn(b, n, dim), torch.randn(b, k, dim), torch.randn(k) + 1, torch.randn(k)]
+    return [tensor.to(device, dtype).requires_grad_() for tensor in tensors]
+
+
+def run(function, tensors: list[Tensor], grad: Tensor) -> tuple[Tensor, ...]:
+    out = function(*tensors, 1e-5)
+    return out.detach(), *torch.autograd.grad(out, tensors, grad.to(out.dtype))
+
+
+def check(tensors: list[Tensor]) -> None:
+    grad = torch.randn(*tensors[0].shape[:2], tensors[1].shape[1]).to(tensors[0].device, tensors[0].dtype)
+    ours = run(kernels.mask_scores, tensors, grad)
+    peer = run(reference.mask_scores, tensors, grad)
+    oracle = run(reference.mask_scores, [t.detach().double().requires_grad_() for t in tensors], grad.double())
+    for name, *results in zip(("out", *NAMES), ours, peer, oracle, strict=True):
+        try:
+            assert_as_accurate(*results)
+        except AssertionError as error:
+            raise AssertionError(f"{name} of {[tuple(t.shape) for t in tensors]} {tensors[0].dtype}: {error}") from None
+
+
+@pytest.mark.parametrize("shape", [(2, 70, 19, 48), (1, 1, 1, 16), (1, 33, 150, 24), (1, 5, 300, 20), (2, 3, 2, 7)])
+def test_as_accurate_as_pytorch(backend, shape) -> None:
+    for dtype in backend.dtypes:
+        check(inputs(*shape, dtype, backend.device))
+
+
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(3, 40), st.integers(8, 40))
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_shape(backend, b: int, n: int, k: int, dim: int) -> None:
+    check(inputs(b, n, k, dim, torch.float32, backend.device))
+
+
+def test_strided_inputs(backend) -> None:
+    tensors = inputs(2, 20, 6, 32, torch.float32, backend.device)
+    whole = torch.randn(2, 26, 64, device=backend.device)
+    tensors[0] = whole[:, :-6, ::2].detach().requires_grad_()
+    tensors[1] = whole[:, -6:, :32].detach().requires_grad_()
+    check(tensors)
+
+
+def test_tiny_spread_keeps_its_variance(backend) -> None:
+    """Nearly equal scores near 1: the variance must not come from a difference of squares."""
+    base = torch.randn(1, 1, 32)
+    tensors = inputs(1, 9, 300, 32, torch.float32, backend.device)
+    tensors[0] = (base + 1e-2 * torch.randn(1, 9, 32)).to(backend.device).requires_grad_()
+    tensors[1] = (base + 1e-2 * torch.randn(1, 300, 32)).to(backend.device).requires_grad_()
+    check(tensors)
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3, 8), (2, 0, 3, 8)])
+def test_empty(backend, shape) -> None:
+    tensors = inputs(*shape, torch.float32, backend.device)
+    out = kernels.mask_scores(*tensors)
+    assert out.shape == (shape[0], shape[1], shape[2])
+    out.sum().backward()
+    assert all(t.grad.shape == t.shape for t in tensors)
+    assert not tensors[2].grad.any()
+
+
+def test_zero_vectors_are_nan_where_the_reference_is(backend) -> None:
+    tensors = [t.detach() for t in inputs(2, 8, 4, 16, torch.float32, backend.device)]
+    tensors[0][0, 3] = 0
+    tensors[1][1, 2] = 0
+    ours, expected = kernels.mask_scores(*tensors), reference.mask_scores(*tensors)
+    assert torch.equal(ours.isnan(), expected.isnan())
+    assert ours[0, 3].isnan().all()
+    assert ours[1].isnan().all()
+
+
+def test_same_input_same_bits(backend) -> None:
+    tensors = inputs(2, 100, 19, 32, torch.float32, backend.device)
+    grad = torch.randn(2, 100, 19, device=backend.device)
+    first, second = (run(kernels.mask_scores, tensors, grad) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_second_derivative_is_refused() -> None:
+    tensors = inputs(1, 4, 3, 8, torch.float32, "cpu")
+    (grad,) = torch.autograd.grad(kernels.mask_scores(*tensors).square().sum(), tensors[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.sum().backward()
+
+
+def test_autocast_gives_float32_as_layer_norm_does() -> None:
+    tensors = inputs(1, 4, 3, 8, torch.bfloat16, "cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert kernels.mask_scores(*tensors).dtype == torch.float32
+
+
+def test_refusals_name_the_arguments() -> None:
+    patches, classes, weight, bias = inputs(2, 4, 3, 8, torch.float32, "cpu")
+    with pytest.raises(ValueError, match=r"must share B and D, got \(2, 4, 8\) and \(1, 3, 8\)"):
+        kernels.mask_scores(patches, classes[:1], weight, bias)
+    with pytest.raises(ValueError, match=r"weight and bias must be \(3,\)"):
+        kernels.mask_scores(patches, classes, weight[:2], bias)
