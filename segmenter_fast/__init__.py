@@ -2,7 +2,8 @@
 
 from .config import VARIANTS, SegmenterConfig
 from .segmenter import Segmenter, create_model
+from .weights.load import load
 
 __version__ = "0.1.0"
 
-__all__ = ["VARIANTS", "Segmenter", "SegmenterConfig", "create_model"]
+__all__ = ["VARIANTS", "Segmenter", "SegmenterConfig", "create_model", "load"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
-from .config import SegmenterConfig
+from .config import Pair, SegmenterConfig
 
 
 class Attention(nn.Module):
@@ -115,6 +115,19 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
     return [last * layer / max(depth - 1, 1) for layer in range(depth)]
 
 
+def resize_positions(positions: Tensor, grid: Pair, size: Pair, mode: str) -> Tensor:
+    """``(1, prefix + rows * columns, D)`` position embedding from one grid of patches to another.
+
+    Entries before the patches stay; ``mode`` is "bilinear" or "bicubic".
+    """
+    prefix = positions.shape[1] - grid[0] * grid[1]
+    patches = positions[:, prefix:].mT.unflatten(2, grid)
+    if patches.dtype != torch.float64:
+        patches = patches.float()
+    resized = F.interpolate(patches, size=size, mode=mode, align_corners=False)
+    return torch.cat([positions[:, :prefix], resized.flatten(2).mT.to(positions.dtype)], 1)
+
+
 class PatchEmbed(nn.Module):
     """Non-overlapping patches, each projected to one token."""
 
@@ -168,12 +181,7 @@ class VisionTransformer(nn.Module):
         grid = self.config.grid
         if rows * columns == grid[0] * grid[1]:
             return self.pos_embed
-        prefix = self.pos_embed.shape[1] - grid[0] * grid[1]
-        patches = self.pos_embed[:, prefix:].mT.unflatten(2, grid)
-        if patches.dtype != torch.float64:
-            patches = patches.float()
-        resized = F.interpolate(patches, size=(rows, columns), mode=self.config.pos_embed_mode, align_corners=False)
-        return torch.cat([self.pos_embed[:, :prefix], resized.flatten(2).mT.to(self.pos_embed.dtype)], 1)
+        return resize_positions(self.pos_embed, grid, (rows, columns), self.config.pos_embed_mode)
 
     def embed(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, prefix + h w, D)`` tokens with their positions."""

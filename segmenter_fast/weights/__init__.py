@@ -1,1 +1,1 @@
-"""Checkpoint loading."""
+"""Checkpoints: pure key maps per origin, safe reading, and one strict way into a model."""

@@ -1,0 +1,96 @@
+"""What the tensors themselves say about a model's configuration."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ..config import VARIANTS, Pair
+from .reading import CheckpointError
+
+_HEAD_DIM = 64
+
+
+def fields_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Configuration fields of a state dict with official names, read off its shapes.
+
+    What shapes cannot say is assumed as the paper has it: attention heads of 64. ``given`` holds the caller's
+    overrides, of which head counts and image size help where the assumption fails.
+
+    Raises:
+        CheckpointError: a tensor that any Segmenter has is missing, or the grid of patches cannot be told.
+    """
+    embed_dim, _, patch_size, _ = _shape(state, "encoder.patch_embed.proj.weight", 4)
+    hidden, _ = _shape(state, "encoder.blocks.0.mlp.fc1.weight", 2)
+    fields: dict[str, Any] = {
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "depth": _layers(state, "encoder.blocks."),
+        "mlp_ratio": hidden / embed_dim,
+        "class_token": "encoder.cls_token" in state,
+        "distillation_token": "encoder.dist_token" in state,
+        "num_register_tokens": state["encoder.reg_token"].shape[1] if "encoder.reg_token" in state else 0,
+        "layer_scale": "encoder.blocks.0.ls1.gamma" in state,
+        "head_classes": head_classes(state),
+        "num_heads": given.get("num_heads") or _heads(embed_dim, "num_heads"),
+    }
+    fields["decoder_num_heads"] = given.get("decoder_num_heads") or fields["num_heads"]
+    if "decoder.cls_emb" in state:
+        fields |= {"decoder": "mask", "num_classes": _shape(state, "decoder.cls_emb", 3)[1]}
+        fields["decoder_depth"] = _layers(state, "decoder.blocks.")
+    else:
+        fields |= {"decoder": "linear", "num_classes": _shape(state, "decoder.head.weight", 2)[0]}
+    prefix = fields["class_token"] + fields["distillation_token"] + fields["num_register_tokens"]
+    positions = _shape(state, "encoder.pos_embed", 3)[1]
+    return fields | _grid(positions, prefix, patch_size, given.get("image_size")) | named_variant(fields)
+
+
+def head_classes(state: Mapping[str, Tensor]) -> int:
+    """Rows of the unused classification head, 0 where there is none."""
+    return len(state["encoder.head.weight"]) if "encoder.head.weight" in state else 0
+
+
+def named_variant(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Name and timm backbone of the variant that a model's dimensions make it, if any."""
+    same = ("patch_size", "embed_dim", "depth", "num_heads", "distillation_token", "decoder")
+    for name, config in VARIANTS.items():
+        if all(getattr(config, field) == fields[field] for field in same):
+            return {"variant": name, "timm_backbone": config.timm_backbone}
+    return {}
+
+
+def _shape(state: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
+    if key not in state:
+        raise CheckpointError(f"{key} is missing")
+    if state[key].ndim != ndim or 0 in state[key].shape:
+        raise CheckpointError(f"{key} must have {ndim} dimensions, none of them empty, got {tuple(state[key].shape)}")
+    return tuple(state[key].shape)
+
+
+def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
+
+
+def _heads(embed_dim: int, field: str) -> int:
+    if embed_dim % _HEAD_DIM:
+        raise CheckpointError(f"embed_dim {embed_dim} is no multiple of {_HEAD_DIM}; pass {field}=")
+    return embed_dim // _HEAD_DIM
+
+
+def _grid(positions: int, prefix: int, patch_size: int, image_size: int | Pair | None) -> dict[str, Any]:
+    """Image size of a position embedding: the caller's where it fits, otherwise a square."""
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or (0, 0)
+    for has_prefix in (True, False):
+        patches = positions - prefix * has_prefix
+        if (height // patch_size) * (width // patch_size) == patches:
+            return {"image_size": (height, width), "pos_embed_prefix": has_prefix}
+    for has_prefix in (True, False):
+        patches = positions - prefix * has_prefix
+        if patches > 0 and math.isqrt(patches) ** 2 == patches:
+            return {"image_size": (math.isqrt(patches) * patch_size,) * 2, "pos_embed_prefix": has_prefix}
+    raise CheckpointError(
+        f"the {positions} entries of the position embedding make no square grid; pass image_size=(height, width)"
+    )
