@@ -1,4 +1,13 @@
-"""Cross-entropy of bilinearly upsampled masks in plain PyTorch."""
+"""Cross-entropy of bilinearly upsampled masks in plain PyTorch, strip by strip.
+
+With logits l, z = l - max_k l, S = sum_k exp z_k, target t, class weights v, smoothing e and V = sum_k v_k, the loss
+of a pixel and its gradient, both zero for an ignored pixel, are
+
+    (1 - e) v_t (log S - z_t) + e / K (V log S - sum_k v_k z_k)
+    ((1 - e) v_t + e V / K) exp(z_k) / S - (1 - e) v_t [k = t] - e v_k / K
+
+The gradient leaves each strip through the transpose of the resize at once, so the forward pass keeps no logits.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reference
+from .strips import Resize, Transpose
 
 
 def upsample_cross_entropy(
@@ -22,14 +31,30 @@ def upsample_cross_entropy(
     with_grad: bool,
 ) -> tuple[Tensor, Tensor]:
     """Loss and, where asked for, the gradient of the masks for a loss gradient of 1; else an empty tensor."""
-    statistics = torch.float64 if masks.dtype == torch.float64 else torch.float32
-    masks = masks.detach().to(statistics).requires_grad_(with_grad)
-    with torch.set_grad_enabled(with_grad):
-        loss = reference.upsample_cross_entropy(
-            masks, target, tuple(size), ignore_index, weight, label_smoothing, reduction, align_corners
-        )
-    grad = torch.autograd.grad(loss, masks)[0].contiguous() if with_grad else masks.new_empty(0)
-    return loss.detach(), grad
+    dtype = _statistics(masks)
+    total = _check_target(target, masks.shape[1], ignore_index, weight)
+    grad = masks.new_zeros(masks.shape if with_grad else (0,), dtype=dtype)
+    per_pixel = masks.new_empty(target.shape if reduction == "none" else (0,), dtype=dtype)
+    scale = (1 / total).to(dtype) if reduction == "mean" else total.new_ones((), dtype=dtype)
+    loss = total.new_zeros(())
+    resize = Resize(masks, size, target.shape[1:], align_corners, dtype)
+    pixel = _Pixels(masks.shape[1], ignore_index, weight, label_smoothing, dtype)
+    for image in range(masks.shape[0]):
+        transpose = Transpose(resize, grad[image]) if with_grad else None
+        for strip, logits in resize.rows(masks[image]):
+            rows = slice(strip.start, strip.stop)
+            strip_loss = pixel.loss(logits, target[image, rows])
+            if reduction == "none":
+                per_pixel[image, rows] = strip_loss
+            else:
+                loss += strip_loss.sum()
+            if transpose:
+                transpose.add(strip, pixel.gradient(logits, scale))
+        if transpose:
+            transpose.finish()
+    if reduction == "none":
+        return per_pixel, grad
+    return (loss / total if reduction == "mean" else loss).to(dtype), grad
 
 
 def scale_gradient(grad_loss: Tensor, grad_masks: Tensor, masks: Tensor) -> Tensor:
@@ -48,10 +73,77 @@ def pixel_backward(
     align_corners: bool,
 ) -> Tensor:
     """Gradient of the masks for a loss gradient per pixel (reduction "none")."""
-    statistics = torch.float64 if masks.dtype == torch.float64 else torch.float32
-    leaf = masks.detach().to(statistics).requires_grad_()
-    with torch.enable_grad():
-        loss = reference.upsample_cross_entropy(
-            leaf, target, tuple(size), ignore_index, weight, label_smoothing, "none", align_corners
-        )
-    return torch.autograd.grad(loss, leaf, grad_loss)[0].to(masks.dtype).contiguous()
+    dtype = _statistics(masks)
+    grad = masks.new_zeros(masks.shape, dtype=dtype)
+    resize = Resize(masks, size, target.shape[1:], align_corners, dtype)
+    pixel = _Pixels(masks.shape[1], ignore_index, weight, label_smoothing, dtype)
+    for image in range(masks.shape[0]):
+        transpose = Transpose(resize, grad[image])
+        for strip, logits in resize.rows(masks[image]):
+            rows = slice(strip.start, strip.stop)
+            pixel.loss(logits, target[image, rows])
+            transpose.add(strip, pixel.gradient(logits, grad_loss[image, rows].to(dtype)))
+        transpose.finish()
+    return grad.to(masks.dtype)
+
+
+class _Pixels:
+    """Loss and gradient of one strip; ``gradient`` continues from what ``loss`` left in the logits' buffer."""
+
+    def __init__(
+        self, classes: int, ignore_index: int, weight: Tensor | None, label_smoothing: float, dtype: torch.dtype
+    ) -> None:
+        self.ignore_index, self.weight = ignore_index, weight
+        self.hard, self.soft = 1 - label_smoothing, label_smoothing / classes
+        self.total = float(classes) if weight is None else float(weight.sum())
+        self.dtype = dtype
+
+    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
+        """``(rows, W')`` losses of ``(rows, K, W')`` logits, which become exp(z)."""
+        target = target.long()
+        self.valid = target != self.ignore_index
+        self.target = target.where(self.valid, 0).unsqueeze(1)  # (rows, 1, W')
+        weight = torch.ones((), dtype=self.dtype) if self.weight is None else self.weight[self.target.squeeze(1)]
+        self.hard_weight = self.hard * weight
+        z = logits.sub_(logits.amax(1, keepdim=True))
+        z_target = z.gather(1, self.target).squeeze(1)
+        weighted = 0.0
+        if self.soft:
+            weighted = z.sum(1) if self.weight is None else (z * self.weight[:, None]).sum(1)
+        self.sum = z.exp_().sum(1)
+        log_sum = self.sum.log()
+        loss = self.hard_weight * (log_sum - z_target)
+        if self.soft:
+            loss += self.soft * (self.total * log_sum - weighted)
+        return loss.where(self.valid, 0)
+
+    def gradient(self, exp: Tensor, grad_loss: Tensor) -> Tensor:
+        """Turn the buffer that ``loss`` left into the gradient of the logits, for a ``(rows, W')`` or scalar one."""
+        grad_loss = torch.where(self.valid, grad_loss, 0)
+        hard = grad_loss * self.hard_weight
+        both = hard + grad_loss * (self.soft * self.total) if self.soft else hard
+        exp.mul_((both / self.sum).unsqueeze(1)).scatter_add_(1, self.target, -hard.unsqueeze(1))
+        if self.soft:
+            weight = exp.new_ones(1) if self.weight is None else self.weight
+            exp.addcmul_(weight[:, None], grad_loss.unsqueeze(1), value=-self.soft)
+        return exp
+
+
+def _check_target(target: Tensor, classes: int, ignore_index: int, weight: Tensor | None) -> Tensor:
+    """The summed class weights of all pixels that count (float64); IndexError for a target that is no class."""
+    total = torch.zeros((), dtype=torch.float64, device=target.device)
+    for image in target:
+        image = image.long()  # a uint8 tensor would wrap what it is compared with
+        counted = image[image != ignore_index]
+        invalid = counted[(counted < 0) | (counted >= classes)]
+        if invalid.numel():
+            raise IndexError(
+                f"target must be in [0, {classes}) or ignore_index {ignore_index}, got {int(invalid[0])}; "
+                "set ignore_index to the value of pixels without a class"
+            )
+        total += counted.numel() if weight is None else weight[counted].sum(dtype=torch.float64)
+    return total
+
+
+def _statistics(masks: Tensor) -> torch.dtype:
+    return torch.float64 if masks.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""Probabilities of bilinearly upsampled masks in plain PyTorch."""
+"""Probabilities of bilinearly upsampled masks in plain PyTorch, strip by strip: only the result is full-size."""
 
 from __future__ import annotations
 
@@ -7,20 +7,41 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import reference
+from .strips import Resize, Transpose
 
 
 def upsample_softmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool) -> Tensor:
-    """``(B, K, h, w)`` -> ``(B, K, H, W)``."""
-    return reference.upsample_softmax(masks, tuple(size), tuple(crop), align_corners).contiguous()
+    """``(B, K, h, w)`` -> ``(B, K, H', W')``."""
+    out = masks.new_empty((*masks.shape[:2], *crop))
+    resize = Resize(masks, size, crop, align_corners, _statistics(masks))
+    for image in range(masks.shape[0]):
+        for strip, logits in resize.rows(masks[image]):
+            exp = logits.sub_(logits.amax(1, keepdim=True)).exp_()
+            rows = out[image, :, strip.start : strip.stop].transpose(0, 1)  # (rows, K, W')
+            torch.div(exp, exp.sum(1, keepdim=True), out=rows)
+    return out
 
 
 def upsample_softmax_backward(
     grad: Tensor, probabilities: Tensor, grid: Sequence[int], size: Sequence[int], align_corners: bool
 ) -> Tensor:
-    """Gradient of the masks ``(B, K, h, w)``."""
-    b, k, height, width = probabilities.shape
-    grad_logits = torch._softmax_backward_data(grad, probabilities, 1, probabilities.dtype)
-    full = grad_logits.new_zeros((b, k, *size))
-    full[..., :height, :width] = grad_logits
-    return torch.ops.aten.upsample_bilinear2d_backward(full, list(size), [b, k, *grid], align_corners, None, None)
+    """Gradient of the masks: p (g - sum_k p g) through the transpose of the resize, ``(B, K, h, w)``."""
+    dtype = _statistics(probabilities)
+    grad_masks = probabilities.new_zeros((*probabilities.shape[:2], *grid), dtype=dtype)
+    resize = Resize(grad_masks, size, probabilities.shape[2:], align_corners, dtype)
+    for image in range(grad_masks.shape[0]):
+        transpose = Transpose(resize, grad_masks[image])
+        for strip in resize.strips:
+            rows = slice(strip.start, strip.stop)
+            p = probabilities[image, :, rows].transpose(0, 1)  # (rows, K, W')
+            grad_logits = torch.mul(
+                p, grad[image, :, rows].transpose(0, 1), out=resize.buffer[: strip.stop - strip.start]
+            )
+            grad_logits.addcmul_(p, grad_logits.sum(1, keepdim=True), value=-1)
+            transpose.add(strip, grad_logits)
+        transpose.finish()
+    return grad_masks.to(probabilities.dtype)
+
+
+def _statistics(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
