@@ -200,7 +200,7 @@ def launch_config(num_classes: int, dtype: torch.dtype, backward: bool, arch: st
         block_k = min(block_k, 64 if arch.startswith("sm_") else 32)
         return Tiles(32, block_k, 32, 4 if block_k <= 32 else 8, 1)
     if num_classes > 256:
-        return Tiles(32, 64, 32, 4, 2) if dtype == torch.float32 else Tiles(64, 128, 32, 8, 2)
+        return Tiles(32, 64, 32, 8, 2) if dtype == torch.float32 else Tiles(64, 128, 32, 8, 2)
     return Tiles(32 if block_k == 256 else 64, block_k, 32, 4 if block_k <= 64 else 8, 2)
 
 
