@@ -1,9 +1,20 @@
 """Segmenter (Strudel et al., ICCV 2021) with fused kernels, for inference and training."""
 
+from . import inference
 from .config import VARIANTS, SegmenterConfig
+from .predict import Prediction, predict
 from .segmenter import Segmenter, create_model
 from .weights.load import load
 
 __version__ = "0.1.0"
 
-__all__ = ["VARIANTS", "Segmenter", "SegmenterConfig", "create_model", "load"]
+__all__ = [
+    "VARIANTS",
+    "Prediction",
+    "Segmenter",
+    "SegmenterConfig",
+    "create_model",
+    "inference",
+    "load",
+    "predict",
+]

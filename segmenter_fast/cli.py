@@ -1,0 +1,191 @@
+"""The command line. Commands parse and print here; what they do stands in modules of their own."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
+from typer.core import TyperGroup
+
+from . import VARIANTS, Segmenter, __version__, create_model, load
+from .describe import info_table, variants_table
+from .devices import choose_device, choose_dtype
+from .predict_folder import Job, make_writable, plan, run
+
+
+class _Group(TyperGroup):
+    """Turns the errors that users can cause into one line and exit code 2, an interrupt into exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _say("interrupted", "yellow")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise  # the reader of our output went away; typer ends quietly
+        except (OSError, ValueError) as error:
+            _say(f"error: {error}", "red")
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="segmenter-fast",
+    help="Semantic segmentation with plain Vision Transformers (Segmenter, ICCV 2021).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", "-m", help="Checkpoint: folder, file or hub id; a variant's name gives random weights."),
+]
+DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU where there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware is fast in it.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"segmenter-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def predict(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Image files and folders of them.")],
+    model: ModelOption,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for labels/*.png and overlays/*.png.")],
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.auto,
+    resume: Annotated[bool, typer.Option("--resume", help="Skip images whose outputs are there.")] = False,
+    scales: Annotated[str, typer.Option(help="Factors to average over, such as 0.75,1,1.5.")] = "1",
+    flip: Annotated[bool, typer.Option("--flip", help="Average over the mirrored image, too.")] = False,
+    overlay: Annotated[bool, typer.Option(help="Whether to write overlays.")] = True,
+) -> None:
+    """Segment images: a PNG of class indices, and an overlay, for each."""
+    factors = _factors(scales)
+    jobs = plan(inputs, out, overlay)
+    make_writable(out, overlay)
+    remaining = [job for job in jobs if not (resume and job.finished)]
+    segmenter = _model(model, device, dtype)
+
+    failures: list[tuple[Job, Exception]] = []
+    done = 0
+    start = time.perf_counter()
+    try:
+        with _progress() as progress:
+            for job in progress.track(remaining, description="segmenting"):
+                try:
+                    run(segmenter, job, factors, flip)
+                except (
+                    OSError,
+                    ValueError,
+                    RuntimeError,
+                    MemoryError,
+                ) as error:  # RuntimeError: PyTorch's out of memory
+                    failures.append((job, error))
+                done += 1
+    except KeyboardInterrupt:
+        _say(f"interrupted: {done} of {len(remaining)} images done; --resume goes on from here", "yellow")
+        raise typer.Exit(130) from None
+    seconds = time.perf_counter() - start
+    written = len(remaining) - len(failures)
+    rate = f" in {seconds:.1f} s ({written / seconds:.2f} images/s)" if written else ""
+    typer.echo(f"{written} written{rate}, {len(jobs) - len(remaining)} skipped, {len(failures)} failed; see {out}")
+    for job, reason in failures:
+        _say(f"failed: {job.source}: {reason}", "red")
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command()
+def info(model: Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or a variant's name.")]) -> None:
+    """Print what a checkpoint is."""
+    segmenter = _model(model, Device.cpu, Dtype.float32)
+    Console().print(info_table(segmenter, segmenter.config, model))
+
+
+@app.command()
+def variants() -> None:
+    """Print the named variants: sizes, costs, published accuracy."""
+    Console().print(variants_table())
+
+
+def _model(name: str, device: Device, dtype: Dtype) -> Segmenter:
+    """A checkpoint, or a variant with random weights and a warning that says so."""
+    place = choose_device(device.value)
+    if name in VARIANTS and not Path(name).exists():
+        _say(f"WARNING: {name} has RANDOM weights. Its labels mean nothing; give a checkpoint for real ones.", "yellow")
+        model = create_model(name)
+    else:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model = load(name)
+        for warning in caught:
+            _say(f"warning: {warning.message}", "yellow")
+    return model.to(place, choose_dtype(dtype.value, place)).eval()
+
+
+def _factors(text: str) -> tuple[float, ...]:
+    """ "0.75,1,1.5" -> the numbers."""
+    try:
+        factors = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        factors = ()
+    if not factors or not all(0 < factor < math.inf for factor in factors):
+        raise typer.BadParameter(f"--scales must be positive numbers with commas between them, got {text!r}")
+    return factors
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed / task.elapsed if task.elapsed else 0:.2f} images/s")
+
+
+def _progress() -> Progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _say(message: str, color: str) -> None:
+    typer.secho(message, fg=color, err=True)
+
+
+def main() -> None:
+    """Entry point of ``segmenter-fast``."""
+    app(prog_name="segmenter-fast")
+
+
+if __name__ == "__main__":
+    main()

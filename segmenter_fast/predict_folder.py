@@ -1,0 +1,125 @@
+"""Many images to files: which input is written where, and one image's outputs, whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from .predict import predict
+from .segmenter import Segmenter
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jp2", ".avif")
+LABELS, OVERLAYS = "labels", "overlays"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One input and the files it becomes."""
+
+    source: Path
+    labels: Path
+    overlay: Path | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every output is there; outputs appear under their names only when complete."""
+        return self.labels.exists() and (self.overlay is None or self.overlay.exists())
+
+
+def plan(inputs: Sequence[Path], out: Path, overlay: bool = True) -> list[Job]:
+    """The images of files and folders, and their outputs ``out/labels/*.png`` and ``out/overlays/*.png``.
+
+    Folders are walked; files in them count by ``IMAGE_SUFFIXES``, hidden ones and what is in the two output folders
+    do not. Outputs keep the tree below the deepest folder that all inputs share, so that inputs of one name from
+    several folders do not meet. In a folder where two names differ only in their suffix, outputs keep the suffix:
+    ``x.jpg.png`` and ``x.tif.png``.
+
+    Raises:
+        FileNotFoundError: an input that does not exist.
+        ValueError: no image in the inputs, inputs without a common folder, or an output that is itself an input.
+    """
+    absolute = [Path(os.path.abspath(path)) for path in inputs]
+    out = Path(os.path.abspath(out))
+    sources = list(dict.fromkeys(source for path in absolute for source in _images(path, out)))
+    if not sources:
+        given = ", ".join(map(str, inputs)) or "no input"
+        raise ValueError(f"no images in {given}; known suffixes are {' '.join(IMAGE_SUFFIXES)}")
+    root = os.path.commonpath([path if path.is_dir() else path.parent for path in absolute])
+
+    by_folder: dict[Path, list[Path]] = defaultdict(list)
+    for source in sources:
+        by_folder[source.parent].append(source)
+    ambiguous = {folder for folder, members in by_folder.items() if len({path.stem for path in members}) < len(members)}
+
+    jobs = []
+    for source in sources:
+        name = (source.name if source.parent in ambiguous else source.stem) + ".png"
+        place = source.parent.relative_to(root) / name
+        jobs.append(Job(source, out / LABELS / place, out / OVERLAYS / place if overlay else None))
+    if overwritten := {path for job in jobs for path in (job.labels, job.overlay)} & set(sources):
+        raise ValueError(f"the output {min(map(str, overwritten))} is itself an input; choose another output folder")
+    return jobs
+
+
+def make_writable(out: Path, overlay: bool = True) -> None:
+    """Makes the output folders, and tries to write into them.
+
+    Raises:
+        OSError: that cannot be done, naming the folder.
+    """
+    for name in (LABELS, OVERLAYS) if overlay else (LABELS,):
+        folder = out / name
+        trial = folder / f".{os.getpid()}.part"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            trial.touch()
+            trial.unlink()
+        except OSError as error:
+            raise OSError(f"output folder {out} cannot be written: {error.strerror or error}") from error
+
+
+def run(model: Segmenter, job: Job, scales: Sequence[float] = (1.0,), flip: bool = False) -> None:
+    """Segments one image and writes its outputs, the labels last.
+
+    Raises:
+        OSError, ValueError: the image cannot be used or an output cannot be written; nothing half-written stays.
+    """
+    prediction = predict(model, job.source, scales=scales, flip=flip)
+    if job.overlay is not None:
+        write_png(prediction.overlay(), job.overlay)
+    write_png(prediction.label_image(), job.labels)
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    """Writes beside ``path`` and renames, so that ``path`` is never half a file; makes the folders above."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        image.save(part, format="PNG")
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _images(path: Path, out: Path) -> Iterator[Path]:
+    if not path.is_dir():
+        if not path.exists():
+            raise FileNotFoundError(f"input {path} does not exist")
+        yield path
+        return
+    for folder, subfolders, names in os.walk(path, onerror=_reraise):
+        here = Path(folder)
+        skipped = {LABELS, OVERLAYS} if here == out else set()
+        subfolders[:] = sorted(name for name in subfolders if name not in skipped)
+        yield from (
+            here / name for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+        )
+
+
+def _reraise(error: OSError) -> None:
+    raise error
