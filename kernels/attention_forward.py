@@ -1,0 +1,276 @@
+"""Attention forward in Triton.
+
+For each head of ``qkv (B, N, 3, H, D)``, with s = q k^T * scale of shape (N, N):
+    lse_i = log sum_j exp(s_ij)        out_i = sum_j exp(s_ij - lse_i) v_j
+One program owns BLOCK_M queries of one head and walks the keys with an online softmax in base 2: the statistics are
+kept in units of log 2, so that ``exp2(q k^T * (scale * log2 e) - max)`` is one fused multiply-add and one exponential.
+Full key blocks run without masks. What is left of a ragged sequence (2^k + 1 tokens: one key) is walked in blocks of
+TAIL_N = 16 keys, the narrowest that a matrix product takes.
+
+Saved for the backward, only where a gradient is needed: ``lse (B, H, N)`` in float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import LOG2_E, Specialization
+
+HEAD_DIMS = (16, 32, 64, 80, 96, 128)
+TAIL_N = 16
+SHORT = 512  # tokens
+
+
+@triton.jit
+def load_rows(
+    ptr, start, stride_n, seq_len, ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr
+):
+    """Rows ``start`` to ``start + ROWS`` of one head, ``(ROWS, PAD)``; zeros past DIM and, at an EDGE, past the end."""
+    rows = tl.arange(0, ROWS)
+    cols = tl.arange(0, PAD)[None, :]
+    ptrs = ptr + start * stride_n + rows.to(tl.int64)[:, None] * stride_n + cols
+    if EDGE:
+        return tl.load(ptrs, mask=(start + rows < seq_len)[:, None] & (cols < DIM), other=0.0)
+    elif DIM == PAD:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=cols < DIM, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, tile, start, stride_n, seq_len, ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr):
+    """The inverse of ``load_rows`` at an edge, in the dtype of ``ptr``."""
+    rows = tl.arange(0, ROWS)
+    cols = tl.arange(0, PAD)[None, :]
+    ptrs = ptr + start * stride_n + rows.to(tl.int64)[:, None] * stride_n + cols
+    tl.store(ptrs, tile.to(ptr.dtype.element_ty), mask=(start + rows < seq_len)[:, None] & (cols < DIM))
+
+
+@triton.jit
+def _attend(
+    q, acc, row_max, row_sum, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
+    ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take ROWS keys into the online softmax. ``row_max`` is scaled; every exponent sees the same rounding of it."""
+    k = load_rows(k_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
+    scores = tl.dot(q, k.T, input_precision=PRECISION)  # (BLOCK_M, ROWS)
+    if EDGE:
+        scores = tl.where(start + tl.arange(0, ROWS)[None, :] < seq_len, scores * scale_log2, -float("inf"))
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        p = tl.exp2(scores - new_max[:, None])
+    else:
+        new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
+        p = tl.exp2(scores * scale_log2 - new_max[:, None])
+    shrink = tl.exp2(row_max - new_max)
+    v = load_rows(v_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return acc, new_max, row_sum * shrink + tl.sum(p, 1)
+
+
+@triton.jit(do_not_specialize=["seq_len", "heads"])
+def attention_forward_kernel(
+    qkv_ptr,  # (B, N, 3, H, D)
+    out_ptr,  # (B, N, H, D), contiguous
+    lse_ptr,  # (B, H, N), contiguous
+    stride_b: tl.int64,
+    stride_n: tl.int64,
+    stride_s: tl.int64,
+    stride_h: tl.int64,
+    seq_len,
+    heads,
+    scale_log2,  # |scale| * log2(e)
+    NEGATIVE: tl.constexpr,  # the sign of the scale: the maximum of the scaled scores needs a positive factor
+    WITH_LSE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(seq_len, BLOCK_M)
+    head_index = (tl.program_id(0) // blocks).to(tl.int64)  # of all B * H heads; neighbours share keys in the cache
+    start_m = (tl.program_id(0) % blocks) * BLOCK_M
+    b, h = head_index // heads, head_index % heads
+    stride_n = stride_n.to(tl.int64)
+    q_ptr = qkv_ptr + b * stride_b + h * stride_h
+    k_ptr = q_ptr + stride_s
+    v_ptr = k_ptr + stride_s
+
+    q = load_rows(q_ptr, start_m, stride_n, seq_len, BLOCK_M, HEAD_DIM, PAD_DIM, True)
+    if NEGATIVE:
+        q = -q
+    acc = tl.zeros((BLOCK_M, PAD_DIM), tl.float32)
+    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    full = seq_len // BLOCK_N * BLOCK_N
+    for start in tl.range(0, full, BLOCK_N):
+        acc, row_max, row_sum = _attend(
+            q, acc, row_max, row_sum, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
+            BLOCK_N, HEAD_DIM, PAD_DIM, False, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(full, seq_len, TAIL_N, num_stages=1):
+        acc, row_max, row_sum = _attend(
+            q, acc, row_max, row_sum, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
+            TAIL_N, HEAD_DIM, PAD_DIM, True, PRECISION,
+        )  # fmt: skip
+
+    stride_out = heads.to(tl.int64) * HEAD_DIM
+    out_ptr += b * seq_len * stride_out + h * HEAD_DIM
+    store_rows(out_ptr, acc / row_sum[:, None], start_m, stride_out, seq_len, BLOCK_M, HEAD_DIM, PAD_DIM)
+    if WITH_LSE:
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        lse = (row_max + tl.log2(row_sum)) / LOG2_E
+        tl.store(lse_ptr + head_index * seq_len + offs_m, lse, mask=offs_m < seq_len)
+
+
+class Tiles(NamedTuple):
+    """Queries and keys of a tile, and how a program runs it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# 16-bit types: tiles for short and for long sequences, by architecture and by whether a head is wider than 64.
+_HALF = {
+    ("sm_80", False): (Tiles(64, 64, 4, 3), Tiles(128, 64, 4, 3)),
+    ("sm_80", True): (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)),
+    ("sm_90", False): (Tiles(64, 64, 4, 3), Tiles(128, 64, 4, 3)),
+    ("sm_90", True): (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)),
+    ("sm_100", False): (Tiles(64, 64, 4, 2), Tiles(128, 128, 8, 3)),
+    ("sm_100", True): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
+    ("gfx942", False): (Tiles(64, 64, 4, 2), Tiles(128, 64, 4, 2)),
+    ("gfx942", True): (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
+}
+# float32, by padded head size: without TF32 its products run on the FMA units, whose operands fill the registers.
+_FLOAT = {16: Tiles(64, 32, 8, 2), 32: Tiles(64, 32, 8, 2), 64: Tiles(32, 32, 4, 2), 128: Tiles(16, 32, 8, 2)}
+
+
+def launch_config(head_dim: int, seq_len: int, dtype: torch.dtype, arch: str) -> Tiles:
+    """The tiles of a launch. No table was measured: tiles are the largest that aot builds without spills, except that
+    up to SHORT tokens 64 queries leave fewer empty rows behind a 2^k + 1 sequence than 128.
+    """
+    if dtype == torch.float32:
+        return _FLOAT[triton.next_power_of_2(head_dim)]
+    return _HALF[table_arch(arch), head_dim > 64][seq_len > SHORT]
+
+
+def table_arch(arch: str) -> str:
+    """The row of the launch tables for any chip; sm_80's tiles fit the 99 KB of shared memory of sm_86, 89 and 120."""
+    if arch.startswith("gfx"):
+        return "gfx942"
+    return "sm_100" if arch.startswith("sm_10") else arch if arch == "sm_90" else "sm_80"
+
+
+def device_arch(tensor: Tensor) -> str:
+    """``"sm_90"`` or ``"gfx942"``; interpreted CPU tensors take the table of sm_80."""
+    if tensor.device.type == "cpu":
+        return "sm_80"
+    properties = torch.cuda.get_device_properties(tensor.device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def dot_precision(dtype: torch.dtype, arch: str) -> str:
+    """``"tf32"`` where PyTorch's own float32 matrix products may use it, ``"ieee"`` elsewhere."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and arch.startswith("sm_") else "ieee"
+
+
+def check(qkv: Tensor) -> None:
+    """Refuse what the Triton kernels do not take."""
+    if qkv.dtype == torch.float64:
+        raise TypeError(
+            "attention on this device takes float32, bfloat16 or float16, got torch.float64; use "
+            "segmenter_fast.kernels.reference.attention for float64"
+        )
+    if qkv.shape[-1] not in HEAD_DIMS:
+        raise ValueError(
+            f"attention on this device takes head sizes {HEAD_DIMS}, got {qkv.shape[-1]} in qkv of shape "
+            f"{tuple(qkv.shape)}; use segmenter_fast.kernels.reference.attention for other head sizes"
+        )
+
+
+def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
+    """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` and the log-sum-exp ``(B, H, N)``, empty unless asked for."""
+    check(qkv)
+    b, n, _, heads, dim = qkv.shape
+    out = qkv.new_empty((b, n, heads, dim))
+    lse = qkv.new_empty((b, heads, n) if with_lse else (0,), dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    arch = device_arch(qkv)
+    tiles = launch_config(dim, n, qkv.dtype, arch)
+    with torch.cuda.device_of(qkv):
+        attention_forward_kernel[(triton.cdiv(n, tiles.block_m) * b * heads,)](
+            qkv_ptr=qkv,
+            out_ptr=out,
+            lse_ptr=lse,
+            stride_b=qkv.stride(0),
+            stride_n=qkv.stride(1),
+            stride_s=qkv.stride(2),
+            stride_h=qkv.stride(3),
+            seq_len=n,
+            heads=heads,
+            scale_log2=abs(scale) * LOG2_E.value,
+            NEGATIVE=scale < 0,
+            WITH_LSE=with_lse,
+            HEAD_DIM=dim,
+            PAD_DIM=triton.next_power_of_2(dim),
+            BLOCK_M=tiles.block_m,
+            BLOCK_N=tiles.block_n,
+            TAIL_N=TAIL_N,
+            PRECISION=dot_precision(qkv.dtype, arch),
+            num_warps=tiles.num_warps,
+            num_stages=tiles.num_stages,
+        )
+    return out, lse
+
+
+def shipped_tiles(
+    arch: str, config: Callable[[int, int, torch.dtype, str], Any]
+) -> Iterator[tuple[str, str, int, Any]]:
+    """Element type, precision, head size and every distinct answer of a ``launch_config``."""
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    for name, dtype in types.items():
+        for dim in HEAD_DIMS:
+            for tiles in dict.fromkeys(config(dim, seq_len, dtype, arch) for seq_len in (SHORT, SHORT + 1)):
+                for precision in ("ieee", "tf32") if name == "fp32" and arch.startswith("sm_") else ("ieee",):
+                    yield name, precision, dim, tiles
+
+
+def specializations(arch: str) -> Iterator[Specialization]:
+    """With and without the log-sum-exp; a positive scale only, as a negative one differs by a sign."""
+    for name, precision, dim, tiles in shipped_tiles(arch, launch_config):
+        for with_lse in (False, True):
+            yield Specialization(
+                f"attention_forward D={dim} {name} {precision} {tuple(tiles)}{' lse' if with_lse else ''}",
+                attention_forward_kernel,
+                {
+                    **dict.fromkeys(("qkv_ptr", "out_ptr"), f"*{name}"),
+                    "lse_ptr": "*fp32",
+                    **dict.fromkeys(("stride_b", "stride_n", "stride_s", "stride_h"), "i64"),
+                    **dict.fromkeys(("seq_len", "heads"), "i32"),
+                    "scale_log2": "fp32",
+                },
+                {
+                    "NEGATIVE": False,
+                    "WITH_LSE": with_lse,
+                    "HEAD_DIM": dim,
+                    "PAD_DIM": triton.next_power_of_2(dim),
+                    "BLOCK_M": tiles.block_m,
+                    "BLOCK_N": tiles.block_n,
+                    "TAIL_N": TAIL_N,
+                    "PRECISION": precision,
+                },
+                {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
+            )
