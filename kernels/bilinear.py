@@ -60,9 +60,12 @@ class Axis:
         return min((max(cell * self.denominator - self.offset, 0) + step - 1) // step, self.kept)
 
     def taps(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-        """``(kept,)`` lower index, upper index (int64) and weight of the upper one (float64)."""
-        numerator = torch.arange(self.kept, device=device) * self.step + self.offset
+        """``(kept,)`` lower index, upper index (int64) and weight of the upper one (float64).
+
+        As in PyTorch, outputs before the first centre mix input 0 with none of input 1: they belong to cell 0.
+        """
+        numerator = (torch.arange(self.kept, device=device) * self.step + self.offset).clamp(min=0)
         cell = numerator.div(self.denominator, rounding_mode="floor")
         upper_weight = (numerator - cell * self.denominator).double() / self.denominator
         last = self.size_in - 1
-        return cell.clamp(0, last), (cell + 1).clamp(0, last), upper_weight
+        return cell.clamp(max=last), (cell + 1).clamp(max=last), upper_weight

@@ -57,7 +57,7 @@ class Resize:
                 yield Strip(start, stop, int(lower[start]), int(upper[start]), rows)
 
     def rows(self, masks: Tensor) -> Iterator[tuple[Strip, Tensor]]:
-        """Every strip with its ``(rows, K, W')`` logits, in a buffer that the caller may overwrite and the next reuses."""
+        """Every strip with its ``(rows, K, W')`` logits, in one buffer that the caller may overwrite."""
         wide: dict[int, Tensor] = {}
         for strip in self.strips:
             pair = {row: wide[row] if row in wide else self._widen(masks[:, row]) for row in (strip.lower, strip.upper)}
