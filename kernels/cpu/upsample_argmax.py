@@ -1,14 +1,195 @@
-"""Labels of bilinearly upsampled masks in plain PyTorch."""
+"""Labels of bilinearly upsampled masks in plain PyTorch, by exact pruning.
+
+All pixels of a cell lie between the smallest and the largest of its four corners. A class whose largest corner is
+below another class's smallest cannot win in the cell. One class left: the cell is filled. Few left: only they are
+compared. Many left (noise): all classes are, a few cells at a time, so that their logits never leave the cache.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from ..bilinear import Axis
+
+# Corners, and pixels, of the cells that are treated at once: about what the caches take.
+_TILE = 1 << 19
+# Logits of the cells without pruning that are held at once.
+_CHUNK = 1 << 20
+# The same for the path that knows no cells.
+_UNPRUNED_CHUNK = 32 << 20
+# Cells smaller than this, in pixels, are not worth their bounds.
+_SMALLEST = 4
+# Beyond it, differences of corners may overflow.
+_LARGEST = 1e38
+# A pair of cell and class costs as much to find as this many pixels to compare.
+_PAIR = 200
 
 
 def upsample_argmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool) -> Tensor:
-    """``(B, K, h, w)`` -> ``(B, H, W)``."""
-    return reference.upsample_argmax(masks, tuple(size), tuple(crop), align_corners).contiguous()
+    """``(B, K, h, w)`` -> ``(B, H, W)``, uint8 where K <= 256 and int32 otherwise."""
+    _, num_classes, h, w = masks.shape
+    labels = masks.new_empty((masks.shape[0], *crop), dtype=torch.uint8 if num_classes <= 256 else torch.int32)
+    if num_classes == 1:
+        return labels.zero_()
+    ys, xs = (Axis.make(*axis, align_corners) for axis in zip((h, w), size, crop, strict=True))
+    for image, out in zip(masks, labels, strict=True):
+        image = image if image.dtype == torch.float64 else image.float()
+        smallest, largest = image.aminmax()
+        # NaN fails the comparison, too.
+        if ys.longest_cell * xs.longest_cell >= _SMALLEST and torch.maximum(-smallest, largest) < _LARGEST:
+            _pruned(image.permute(1, 2, 0), ys, xs, out)
+        else:
+            _unpruned(image, size, align_corners, out)
+    return labels
+
+
+def _unpruned(image: Tensor, size: Sequence[int], align_corners: bool, out: Tensor) -> None:
+    """PyTorch's own arithmetic, a few classes at a time; for NaN, infinities and cells of hardly a pixel."""
+    height, width = out.shape
+    best = image.new_full((height, width), -torch.inf)
+    out.zero_()
+    for first, part in enumerate(image.split(max(_UNPRUNED_CHUNK // (size[0] * size[1]), 1))):
+        part = part.contiguous()[None]
+        logits = F.interpolate(part, size=tuple(size), mode="bilinear", align_corners=align_corners)
+        value, index = logits[0, :, :height, :width].max(0)
+        wins = (value > best) | (value.isnan() & ~best.isnan())
+        best = torch.where(wins, value, best)
+        out.copy_(torch.where(wins, index + first * part.shape[1], out))
+
+
+def _pruned(grid: Tensor, ys: Axis, xs: Axis, out: Tensor) -> None:
+    """Labels of ``(h, w, K)`` corners, tile by tile."""
+    rows, cols = ys.longest_cell, xs.longest_cell
+    tile_cells = max(_TILE // max(rows * cols, grid.shape[2]), 1)
+    tile_x = min(tile_cells, xs.cells)
+    tile_y = max(tile_cells // tile_x, 1)
+    across = [_Strip.make(xs, first, tile_x, grid) for first in range(-1, xs.size_in, tile_x)]
+    for first in range(-1, ys.size_in, tile_y):
+        y = _Strip.make(ys, first, tile_y, grid)
+        for x in across:
+            if y.outputs and x.outputs:
+                labels = _labels(grid[y.corners][:, x.corners], y.weights, x.weights, out.dtype)
+                image = labels.transpose(1, 2).reshape(y.weights.numel(), x.weights.numel())
+                first_y, first_x = y.first_output, x.first_output
+                out[first_y : first_y + y.outputs, first_x : first_x + x.outputs] = image[y.slots][:, x.slots]
+
+
+@dataclass(frozen=True)
+class _Strip:
+    """Consecutive cells of an axis. Each has ``longest_cell`` slots, of which its outputs fill the first ones."""
+
+    corners: Tensor  # (cells + 1,) indices of inputs
+    weights: Tensor  # (cells, longest_cell) of the upper corner
+    slots: Tensor  # (outputs,) index of an output among the slots of all cells
+    first_output: int
+    outputs: int
+
+    @classmethod
+    def make(cls, axis: Axis, first: int, length: int, like: Tensor) -> _Strip:
+        cells = torch.arange(first, min(first + length, axis.size_in) + 1, device=like.device)
+        starts = torch.tensor([axis.start(cell) for cell in cells.tolist()], device=like.device)
+        slot = torch.arange(axis.longest_cell, device=like.device)
+        outputs = starts[:-1, None] + slot  # (cells, longest_cell)
+        numerators = outputs * axis.step + axis.offset - cells[:-1, None] * axis.denominator
+        weights = (numerators.double() / axis.denominator).to(like.dtype)
+        filled = (outputs < starts[1:, None]).flatten().nonzero()[:, 0]
+        return cls(cells.clamp(0, axis.size_in - 1), weights, filled, int(starts[0]), len(filled))
+
+
+def _labels(grid: Tensor, wy: Tensor, wx: Tensor, dtype: torch.dtype) -> Tensor:
+    """Labels ``(h - 1, w - 1, rows, cols)`` of the cells between ``(h, w, K)`` corners.
+
+    ``wy`` ``(h - 1, rows)`` and ``wx`` ``(w - 1, cols)`` are the weights of the lower and of the right corners.
+    """
+    (h, rows), (w, cols), num_classes = wy.shape, wx.shape, grid.shape[2]
+    upper = torch.maximum(grid[1:], grid[:-1])
+    upper = torch.maximum(upper[:, 1:], upper[:, :-1]).view(-1, num_classes)  # (cells, K)
+    lower = torch.minimum(grid[1:], grid[:-1])
+    lower = torch.minimum(lower[:, 1:], lower[:, :-1]).view(-1, num_classes)
+    bound, winner = lower.max(1, keepdim=True)
+    labels = winner.to(dtype).expand(-1, rows * cols).contiguous()  # (cells, slots)
+    alive = upper >= bound
+    ties = upper == bound
+    if ties.any():  # the lowest class wins: one above the winner has to exceed the bound
+        alive &= ~(ties & (torch.arange(num_classes, device=grid.device) > winner))
+    counts, order = alive.sum(1, dtype=torch.int32).sort(descending=True, stable=True)
+    unsettled = int((counts > 1).sum())
+    few = num_classes * rows * cols // (rows * cols + _PAIR)
+    many = min(int((counts > few).sum()), unsettled)
+
+    def gather(cells: Tensor) -> _Cells:
+        row, column = cells.div(w, rounding_mode="floor"), cells % w
+        corner = (row * (w + 1) + column) * num_classes
+        right, below = num_classes, (w + 1) * num_classes
+        return _Cells(grid.view(-1), corner, right, below, wy[row].T, wx[column].T)
+
+    if many:
+        for cells in order[:many].split(max(_CHUNK // (num_classes * rows * cols), 1)):
+            labels.index_copy_(0, cells, _compare_all(gather(cells), num_classes).to(dtype))
+    if many < unsettled:
+        cells = order[many:unsettled]
+        labels.index_copy_(0, cells, _compare(gather(cells), alive[cells], counts[many:unsettled], dtype))
+    return labels.view(h, w, rows, cols)
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """Cells to compare classes in: where their corners lie among the flat scores, and the weights of their pixels."""
+
+    scores: Tensor  # (corners * K,)
+    corner: Tensor  # (cells,) of the first class
+    right: int  # from there to the right corner
+    below: int  # and to the lower one
+    wy: Tensor  # (rows, cells)
+    wx: Tensor  # (cols, cells)
+
+    def edges(self, at: Tensor, wy: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores on the left edge of the cells, and their differences to the right edge."""
+        left, right = self.scores[at], self.scores[at + self.right]
+        left = left + (self.scores[at + self.below] - left) * wy
+        right = right + (self.scores[at + self.below + self.right] - right) * wy
+        return left, right - left
+
+
+def _compare_all(cells: _Cells, num_classes: int) -> Tensor:
+    """Labels ``(cells, slots)`` by comparing all classes."""
+    at = cells.corner[:, None] + torch.arange(num_classes, device=cells.corner.device)
+    left, slope = cells.edges(at, cells.wy[:, :, None])  # (rows, cells, K)
+    logits = slope[:, None] * cells.wx[:, :, None]
+    logits += left[:, None]
+    return logits.max(3).indices.flatten(0, 1).T  # twice as fast as argmax
+
+
+def _compare(cells: _Cells, alive: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
+    """Labels ``(cells, slots)`` by comparing the classes that are ``alive`` ``(cells, K)``.
+
+    ``counts`` ``(cells,)`` of them are, and fall from cell to cell.
+    """
+    position, classes = alive.nonzero(as_tuple=True)  # one entry for each pair of cell and class
+    # Pairs in the order of their rank in the cell: those of one rank lie side by side, and belong to the first cells.
+    ranks = torch.arange(int(counts[0]), device=counts.device)[:, None]
+    pairs = (ranks + (counts.cumsum(0) - counts))[ranks < counts]
+    position, classes = position[pairs], classes[pairs]
+    left, slope = cells.edges(cells.corner[position] + classes, cells.wy[:, position])
+    left, slope, classes = left[:, None], slope[:, None], classes.to(dtype)  # (rows, 1, pairs)
+    best = labels = left.new_empty(0)
+    end = 0
+    for alike in (ranks < counts).sum(1).tolist():
+        begin, end = end, end + alike
+        value = slope[..., begin:end] * cells.wx[:, :alike]
+        value += left[..., begin:end]
+        if begin == 0:
+            best, labels = value, classes[:end].expand(value.shape).contiguous()
+            continue
+        leader, label = best[..., :alike], labels[..., :alike]
+        # Classes rise, so the last one to exceed its predecessors is the largest one. torch.where is slow on a CPU.
+        wins = (value > leader).to(dtype)
+        wins *= classes[begin:end]
+        torch.maximum(label, wins, out=label)
+        torch.maximum(leader, value, out=leader)
+    return labels.flatten(0, 1).T
