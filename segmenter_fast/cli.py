@@ -98,29 +98,12 @@ def predict(
     jobs = plan(inputs, out, overlay)
     make_writable(out, overlay)
     remaining = [job for job in jobs if not (resume and job.finished)]
-    segmenter = _model(model, device, dtype)
-
-    failures: list[tuple[Job, Exception]] = []
-    done = 0
-    start = time.perf_counter()
-    try:
-        with _progress() as progress:
-            for job in progress.track(remaining, description="segmenting"):
-                try:
-                    run(segmenter, job, factors, flip)
-                except (
-                    OSError,
-                    ValueError,
-                    RuntimeError,
-                    MemoryError,
-                ) as error:  # RuntimeError: PyTorch's out of memory
-                    failures.append((job, error))
-                done += 1
-    except KeyboardInterrupt:
-        _say(f"interrupted: {done} of {len(remaining)} images done; --resume goes on from here", "yellow")
-        raise typer.Exit(130) from None
-    seconds = time.perf_counter() - start
-    written = len(remaining) - len(failures)
+    start, failures = time.perf_counter(), []
+    if remaining:
+        segmenter = _model(model, device, dtype)
+        start = time.perf_counter()
+        failures = _segment(segmenter, remaining, factors, flip)
+    seconds, written = time.perf_counter() - start, len(remaining) - len(failures)
     rate = f" in {seconds:.1f} s ({written / seconds:.2f} images/s)" if written else ""
     typer.echo(f"{written} written{rate}, {len(jobs) - len(remaining)} skipped, {len(failures)} failed; see {out}")
     for job, reason in failures:
@@ -140,6 +123,29 @@ def info(model: Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or 
 def variants() -> None:
     """Print the named variants: sizes, costs, published accuracy."""
     Console().print(variants_table())
+
+
+def _segment(model: Segmenter, jobs: list[Job], scales: tuple[float, ...], flip: bool) -> list[tuple[Job, Exception]]:
+    """Runs the jobs under a progress bar; what failed, and why."""
+    failures: list[tuple[Job, Exception]] = []
+    done = 0
+    try:
+        with _progress() as progress:
+            for job in progress.track(jobs, description="segmenting"):
+                try:
+                    run(model, job, scales, flip)
+                except (
+                    OSError,
+                    ValueError,
+                    RuntimeError,
+                    MemoryError,
+                ) as error:  # RuntimeError: PyTorch's out of memory
+                    failures.append((job, error))
+                done += 1
+    except KeyboardInterrupt:
+        _say(f"interrupted: {done} of {len(jobs)} images done; --resume goes on from here", "yellow")
+        raise typer.Exit(130) from None
+    return failures
 
 
 def _model(name: str, device: Device, dtype: Dtype) -> Segmenter:

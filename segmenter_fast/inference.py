@@ -53,7 +53,7 @@ def slide(
 
     Source: the official program's inference, and mmsegmentation's where images are not enlarged.
     """
-    _check_windows(window, stride, batch_size)
+    check_windows(window, stride, batch_size)
     _check_images(images, flips, size)
     if output not in _OUTPUTS:
         raise ValueError(f"output must be one of {', '.join(_OUTPUTS)}, got {output!r}")
@@ -116,6 +116,21 @@ def fits_one_window(model: object, size: Pair, window: int) -> bool:
     return max(size) <= window and not resized
 
 
+def check_windows(window: int, stride: int, batch_size: int) -> None:
+    """What ``slide`` says of these arguments.
+
+    Raises:
+        ValueError: one of them is below 1, or the stride above the window.
+    """
+    for name, given in (("window", window), ("stride", stride), ("batch_size", batch_size)):
+        if given < 1:
+            raise ValueError(f"{name} must be at least 1, got {given}")
+    if stride > window:
+        raise ValueError(
+            f"stride must be at most the window, {window}, or pixels between windows get no label; got {stride}"
+        )
+
+
 def _anchors(side: int, window: int, stride: int) -> list[int]:
     """First pixels of the windows along one side: every stride below the last one, which ends at the border."""
     last = max(side - window, 0)
@@ -164,16 +179,6 @@ def _resized(images: Tensor, size: Pair) -> Tensor:
 def _labels(scores: Tensor) -> Tensor:
     """``(K, H, W)`` -> ``(H, W)``."""
     return scores.argmax(0).to(torch.uint8 if scores.shape[0] <= 256 else torch.int32)
-
-
-def _check_windows(window: int, stride: int, batch_size: int) -> None:
-    for name, given in (("window", window), ("stride", stride), ("batch_size", batch_size)):
-        if given < 1:
-            raise ValueError(f"{name} must be at least 1, got {given}")
-    if stride > window:
-        raise ValueError(
-            f"stride must be at most the window, {window}, or pixels between windows get no label; got {stride}"
-        )
 
 
 def _check_images(images: Sequence[Tensor], flips: Sequence[bool], size: Pair) -> None:

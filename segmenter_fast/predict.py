@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import visualize
 from .images import ImageSource, normalise, read_image
-from .inference import fits_one_window, scaled_and_flipped, slide
+from .inference import check_windows, fits_one_window, scaled_and_flipped, slide
 from .segmenter import Segmenter
 from .visualize import Color
 
@@ -84,11 +84,12 @@ def predict(
     size = pixels.shape[0], pixels.shape[1]
     window = config.window_size if window is None else window
     stride = min(config.window_stride, window) if stride is None else stride
+    check_windows(window, stride, batch_size)
     weights = next(model.parameters())
     whole = normalise(pixels, config.mean, config.std, weights.device)
     with _evaluating(model):
         plain = tuple(scales) == (1.0,) and not flip
-        if plain and stride <= window and fits_one_window(model, size, window):
+        if plain and fits_one_window(model, size, window):
             labels = model.segment(whole)[0]
         else:
             images, flips = scaled_and_flipped(whole, scales, flip)
