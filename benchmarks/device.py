@@ -1,0 +1,180 @@
+"""What was measured on: the device record and its measured ceilings.
+
+``python -m segmenter_fast.benchmarks.device`` prints the record, with ``--slug`` only the name of its results folder.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .timing import Timing, available_memory, measure, own_stream
+
+_ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class DeviceRecord:
+    """The machine and the software that produced a result. ``slug`` names its folder below ``results``."""
+
+    name: str
+    slug: str
+    type: str
+    driver: str | None
+    architecture: str
+    memory_bytes: int
+    cpu: str
+    cores: int
+    threads: int
+    python: str
+    torch: str
+    triton: str | None
+    package: str
+    commit: str | None
+    dirty: bool | None
+    platform: str
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured rates: a copy in GB/s (bytes read plus bytes written), square matrix products in TFLOP/s by dtype."""
+
+    copy_gb_s: float
+    matmul_tflops: dict[str, float]
+
+
+def resolve(name: str) -> torch.device:
+    """The device of ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        ValueError: another name, or ``cuda`` where PyTorch sees no GPU.
+    """
+    if name not in {"auto", "cpu", "cuda"}:
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda was asked for, but PyTorch sees no GPU; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def describe(device: torch.device) -> DeviceRecord:
+    """The record of this machine, for results measured on ``device``."""
+    cpu, threads = _cpu_name(), torch.get_num_threads()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory = properties.name, properties.total_memory
+        gcn = getattr(properties, "gcnArchName", "").split(":")[0]
+        architecture = gcn if torch.version.hip else f"sm_{properties.major}{properties.minor}"
+        slug = _slug(name)
+    else:
+        name, memory = cpu, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        architecture = torch.backends.cpu.get_cpu_capability()
+        slug = f"{_slug(cpu)}-{threads}-threads"
+    return DeviceRecord(
+        name=name,
+        slug=slug,
+        type=device.type,
+        driver=_driver() if device.type == "cuda" else None,
+        architecture=architecture,
+        memory_bytes=memory,
+        cpu=cpu,
+        cores=cores,
+        threads=threads,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=_version("triton"),
+        package=_version("segmenter-fast") or "not installed",
+        commit=_output("git", "-C", str(_ROOT), "rev-parse", "HEAD"),
+        dirty=_dirty(),
+        platform=platform.platform(),
+    )
+
+
+def measure_ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...], seconds: float = 1.0) -> Ceilings:
+    """Measure the copy bandwidth and the matrix-product rate of each dtype, ``seconds`` for each."""
+    cuda = device.type == "cuda"
+    with own_stream(device):
+        count = min(2**30 if cuda else 2**28, available_memory(device) // 8) // 4
+        source = torch.randn(count, device=device)
+        copy_ms = _median_ms(torch.empty_like(source).copy_, source, device=device, seconds=seconds)
+        bandwidth = 2 * source.nbytes / copy_ms / 1e6
+        del source
+        rates = {}
+        side = 8192 if cuda else 2048
+        for dtype in dtypes:
+            a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+            rates[name_of(dtype)] = 2 * side**3 / _median_ms(torch.mm, a, b, device=device, seconds=seconds) / 1e9
+    return Ceilings(bandwidth, rates)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """``bfloat16`` for ``torch.bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _median_ms(function: Any, *args: Any, device: torch.device, seconds: float) -> float:
+    outcome = measure({"": [lambda: function(*args)]}, device, seconds=seconds)[""]
+    if not isinstance(outcome, Timing):
+        raise RuntimeError(f"a ceiling could not be measured: {outcome.note}")
+    return outcome.median_ms
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    return found.group(1).strip() if found else platform.processor() or platform.machine()
+
+
+def _slug(name: str) -> str:
+    """``nvidia-h100-80gb-hbm3`` for ``NVIDIA H100 80GB HBM3``."""
+    plain = re.sub(r"\((r|tm|c)\)", "", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
+
+
+def _driver() -> str | None:
+    rocm = Path("/sys/module/amdgpu/version")
+    if torch.version.hip:
+        return rocm.read_text().strip() if rocm.exists() else None
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0] if found else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _dirty() -> bool | None:
+    """Whether tracked files differ from the commit; results of earlier runs do not count. None without git."""
+    changed = _output("git", "-C", str(_ROOT), "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
+    return None if changed is None else bool(changed)
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, or None where it does not exist or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+if __name__ == "__main__":
+    record = describe(resolve("auto"))
+    if "--slug" in sys.argv[1:]:
+        print(record.slug)
+    else:
+        for key, value in asdict(record).items():
+            print(f"{key:14} {value}")

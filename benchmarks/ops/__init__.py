@@ -1,0 +1,18 @@
+"""The cases of every op. ``cases(name, device, quick)`` lists them, most valuable first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from ..cases import Case
+from . import attention, upsample
+
+OPS: dict[str, Callable[[torch.device, bool], list[Case]]] = {
+    "upsample_argmax": partial(upsample.cases, "upsample_argmax"),
+    "upsample_cross_entropy": partial(upsample.cases, "upsample_cross_entropy"),
+    "upsample_softmax": partial(upsample.cases, "upsample_softmax"),
+    "attention": attention.cases,
+}

@@ -1,0 +1,218 @@
+"""Cases of the three upsample ops: one grid, and one table of what each op computes.
+
+All masks are contiguous: on a CPU ``F.interpolate`` copies a channels-last result twice, which would flatter us.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segmenter_fast import kernels
+
+from ..cases import OURS, Case, Variant, compiled
+from ..device import name_of
+from .upsample_oracle import IGNORED, judge_argmax, judge_cross_entropy, judge_softmax
+
+CLASSES = (150, 19, 59, 1000)
+PATCHES = (16, 8, 32)
+SIZES = (512, 640, 1024)
+MAPS = ("smooth", "noise")
+
+
+@dataclass(frozen=True)
+class Point:
+    """A place in the grid."""
+
+    classes: int = CLASSES[0]
+    patch: int = PATCHES[0]
+    size: int = SIZES[0]
+    map: str = MAPS[0]
+
+
+@dataclass(frozen=True)
+class Op:
+    """``peer`` is PyTorch's arithmetic, ``ours`` the fused op; both take masks and a size or a target.
+
+    ``copies`` says for each pass how many tensors of the size of the logits the peer holds at once, ``batches`` which
+    batch sizes are measured on a device type. The first pass and the first batch are the main ones.
+    """
+
+    peer: Callable[..., Tensor]
+    ours: Callable[..., Tensor]
+    judge: Callable[..., Any]
+    copies: dict[str, int]
+    batches: dict[str, tuple[int, ...]]
+
+
+def _peer_argmax(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(masks, size=size, mode="bilinear").argmax(1)
+
+
+def _peer_softmax(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    return F.interpolate(masks, size=size, mode="bilinear").softmax(1)
+
+
+def _peer_cross_entropy(masks: Tensor, target: Tensor) -> Tensor:
+    logits = F.interpolate(masks, size=target.shape[1:], mode="bilinear")
+    return F.cross_entropy(logits.float(), target, ignore_index=IGNORED)
+
+
+def _cross_entropy(masks: Tensor, target: Tensor) -> Tensor:
+    return kernels.upsample_cross_entropy(masks, target, ignore_index=IGNORED)
+
+
+FORWARD, BOTH = "forward", "forward+backward"
+OPS = {
+    "upsample_argmax": Op(
+        _peer_argmax, kernels.upsample_argmax, judge_argmax, {FORWARD: 1}, {"cuda": (8, 1), "cpu": (1,)}
+    ),
+    "upsample_softmax": Op(
+        _peer_softmax, kernels.upsample_softmax, judge_softmax, {FORWARD: 2, BOTH: 4}, {"cuda": (8, 1), "cpu": (1,)}
+    ),
+    "upsample_cross_entropy": Op(
+        _peer_cross_entropy, _cross_entropy, judge_cross_entropy, {BOTH: 4, FORWARD: 2}, {"cuda": (8, 1), "cpu": (2,)}
+    ),
+}
+
+
+def cases(op: str, device: torch.device, quick: bool) -> list[Case]:
+    """Cases of ``op``, most valuable first: 150 classes, patch 16, 512 pixels; one axis at a time; then all others."""
+    main, other = torch.float32, torch.bfloat16
+    if device.type == "cuda":
+        main, other = other, main
+    first, noise = Point(), Point(map="noise")
+    main_pass, *other_passes = OPS[op].copies
+    batch, *other_batches = OPS[op].batches[device.type]
+    make = partial(_case, op, device)
+    if quick:
+        few = (first, noise, Point(classes=19), Point(patch=32))
+        return [make(main, batch, main_pass, point) for point in few]
+    star = [Point(classes=classes) for classes in CLASSES[1:]]
+    star += [Point(patch=patch) for patch in PATCHES[1:]] + [Point(size=size) for size in SIZES[1:]]
+    rest = [Point(*values) for values in itertools.product(CLASSES, PATCHES, SIZES, MAPS)]
+    rest = [point for point in rest if point not in (first, noise, *star)]
+    return [
+        make(main, batch, main_pass, first),
+        make(main, batch, main_pass, noise),
+        *(make(main, batch, name, first) for name in other_passes),
+        *(make(main, single, main_pass, first) for single in other_batches),
+        *(make(main, batch, main_pass, point) for point in star),
+        make(other, batch, main_pass, first),
+        *(make(main, batch, main_pass, point) for point in rest),
+    ]
+
+
+def _case(op: str, device: torch.device, dtype: torch.dtype, batch: int, pass_: str, point: Point) -> Case:
+    table, backward = OPS[op], pass_ == BOTH
+    shape = (batch, point.classes, point.size // point.patch, point.size // point.patch)
+    logits = batch * point.classes * point.size**2
+    in_pass = _with_gradient if backward else lambda function: function
+    eager = Variant(in_pass(table.peer), needs_bytes=table.copies[pass_] * logits * dtype.itemsize)
+    variants: dict[str, Variant | str] = {
+        "eager": eager,
+        "compile": Variant(in_pass(compiled(table.peer, device)), needs_bytes=eager.needs_bytes),
+        OURS: Variant(in_pass(table.ours)),
+    }
+    if dtype is not torch.float32 and backward:
+        # PyTorch sums the gradient of a low-precision F.interpolate in that precision. This peer does not.
+        in_float32 = in_pass(lambda masks, *rest: table.peer(masks.float(), *rest))
+        variants["eager float32"] = Variant(in_float32, needs_bytes=2 * eager.needs_bytes)
+    return Case(
+        parameters={
+            "op": op,
+            "pass": pass_,
+            "map": point.map,
+            "classes": point.classes,
+            "patch": point.patch,
+            "size": point.size,
+            "batch": batch,
+            "dtype": name_of(dtype),
+        },
+        device=device,
+        dtype=dtype,
+        make_inputs=partial(_inputs, op, backward, shape, (point.size, point.size), point.map, dtype),
+        judge=table.judge,
+        variants=variants,
+        bytes_moved=_least_bytes(op, backward, shape, point.size, dtype),
+    )
+
+
+def _with_gradient(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``function``'s result and the gradient of its first argument."""
+
+    def run(masks: Tensor, other: Any, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        out = function(masks, other)
+        return out.detach(), torch.autograd.grad(out, masks, grad)[0]
+
+    return run
+
+
+def _inputs(
+    op: str,
+    backward: bool,
+    shape: tuple[int, int, int, int],
+    size: tuple[int, int],
+    map_: str,
+    dtype: torch.dtype,
+    generator: torch.Generator,
+) -> tuple[Any, ...]:
+    """Masks; the size, or a target for the cross-entropy; the gradient of the result where one is needed."""
+    masks = (smooth_map if map_ == "smooth" else _noise)(shape, generator).to(dtype).contiguous()
+    masks.requires_grad_(backward)
+    if op == "upsample_cross_entropy":
+        return masks, _target(shape, size, generator)
+    if backward:
+        return masks, size, _noise((*shape[:2], *size), generator).to(dtype)
+    return masks, size
+
+
+def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+def smooth_map(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+    """Scores as a trained decoder gives them: regions with one clear class each, soft borders, a little noise.
+
+    Every image is divided among the nearest of 12 points; the class of a region leads by 6 standard deviations.
+    """
+    b, k, h, w = shape
+    device = generator.device
+    points = torch.rand((b, 12, 2), generator=generator, device=device)
+    labels = torch.randint(k, (b, 12), generator=generator, device=device)
+    ys, xs = ((torch.arange(n, device=device) + 0.5) / n for n in (h, w))
+    distance = (points[:, :, :1, None] - ys[:, None]) ** 2 + (points[:, :, 1:, None] - xs) ** 2  # (B, 12, h, w)
+    region = labels.gather(1, distance.argmin(1).flatten(1)).view(b, 1, h, w)
+    lead = torch.zeros(shape, device=device).scatter_(1, region, 6.0)
+    soft = F.avg_pool2d(lead, 3, stride=1, padding=1, count_include_pad=False)
+    coarse = _noise((b, k, max(h // 8, 2), max(w // 8, 2)), generator)
+    return soft + F.interpolate(coarse, size=(h, w), mode="bicubic") + 0.1 * _noise(shape, generator)
+
+
+def _target(shape: tuple[int, int, int, int], size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """``(B, H, W)`` int64 labels in squares of eight pixels; one square in twenty is ignored."""
+    grid = (shape[0], -(-size[0] // 8), -(-size[1] // 8))
+    labels = torch.randint(shape[1], grid, generator=generator, device=generator.device)
+    # A class that shares its number with the ignored label is one more ignored square.
+    ignored = torch.rand(grid, generator=generator, device=generator.device) < 0.05
+    labels = labels.masked_fill(ignored, IGNORED).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    return labels[:, : size[0], : size[1]].contiguous()
+
+
+def _least_bytes(op: str, backward: bool, shape: tuple[int, int, int, int], size: int, dtype: torch.dtype) -> int:
+    """Every input read once, every output written once."""
+    pixels = shape[0] * size * size
+    masks = shape[0] * shape[1] * shape[2] * shape[3] * dtype.itemsize
+    logits = pixels * shape[1] * dtype.itemsize
+    if op == "upsample_argmax":
+        return masks + pixels * (1 if shape[1] <= 256 else 4)
+    if op == "upsample_softmax":
+        return masks + logits + (2 * logits + masks if backward else 0)
+    return masks + 8 * pixels + (masks if backward else 0)
