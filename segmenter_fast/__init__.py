@@ -3,7 +3,8 @@
 from . import inference
 from .config import VARIANTS, SegmenterConfig
 from .predict import Prediction, predict
-from .segmenter import Segmenter, create_model
+from .segmenter import Segmenter
+from .weights.create import create_model
 from .weights.load import load
 
 __version__ = "0.1.0"

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
 from .attention_maps import attention_maps
-from .config import SegmenterConfig, variant_config
+from .config import SegmenterConfig
 from .decoders import LinearDecoder, MaskTransformer
+from .hub import HubMixin
 from .vit import VisionTransformer
 
 
-class Segmenter(nn.Module):
+class Segmenter(nn.Module, HubMixin):
     """Segmenter with the official program's state-dict keys and forward contract.
 
     All methods take ``(B, 3, H, W)`` floating point images, RGB, normalised with the configuration's mean and std, of
@@ -104,21 +103,6 @@ class Segmenter(nn.Module):
         """What the masks are upsampled to before the crop to the image."""
         patch = self.config.patch_size if self.config.upsample_to == "padded" else 1
         return [-(-side // patch) * patch for side in images.shape[2:]]
-
-
-def create_model(variant: str | SegmenterConfig = "seg_b_mask_16", **fields: Any) -> Segmenter:
-    """A Segmenter with random weights.
-
-    Args:
-        variant: a name from ``segmenter_fast.VARIANTS``, or a configuration.
-        fields: any field of ``SegmenterConfig`` to override, such as ``num_classes`` or ``image_size``.
-
-    Raises:
-        ValueError: an unknown variant or a field out of range.
-        TypeError: an unknown field.
-    """
-    config = variant_config(variant) if isinstance(variant, str) else variant
-    return Segmenter(config.replace(**fields))
 
 
 def _initialise(module: nn.Module) -> None:

@@ -100,7 +100,8 @@ def _grid_fits(state: Mapping[str, Tensor], config: SegmenterConfig) -> bool:
 def _replace_classes(
     model_class: type[nn.Module], state: dict[str, Tensor], config: SegmenterConfig, reason: str
 ) -> None:
-    fresh = model_class(config.replace(depth=1)).state_dict()
+    with torch.device("cpu"):
+        fresh = model_class(config.replace(depth=1)).state_dict()
     renewed = [key for key in _OF_CLASSES[config.decoder] if key in state]
     for key in renewed:
         state[key] = fresh[key]

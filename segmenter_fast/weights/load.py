@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from ..config import SegmenterConfig
@@ -16,8 +18,9 @@ from . import mmseg, official, ours
 from .fitting import Checkpoint, build
 from .reading import CheckpointError, read_safetensors, read_torch, read_yaml
 
-Source = str | os.PathLike[str] | Mapping[str, Tensor]
+Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
 _OFFICIAL_WEIGHTS, _OFFICIAL_CONFIG = "checkpoint.pth", "variant.yml"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segmenter:
@@ -25,8 +28,8 @@ def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segme
 
     Args:
         source: a folder with ``config.json`` and ``model.safetensors``; an official folder with ``checkpoint.pth`` and
-            ``variant.yml``; one of these files; a ``.pth`` of mmsegmentation 0.x or 1.x; a state dict of any of these.
-            What it is, is told by the content.
+            ``variant.yml``; one of these files; a ``.pth`` of mmsegmentation 0.x or 1.x; a state dict of any of these;
+            or the id ``org/name`` of a model on the Hugging Face Hub. What it is, is told by the content.
         num_classes: where it differs from the checkpoint's, the tensors of the classes are initialised anew, and a
             warning names them.
         fields: fields of ``SegmenterConfig`` to override; another ``image_size`` resizes the position embedding.
@@ -41,6 +44,8 @@ def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segme
     if isinstance(source, Mapping):
         return build(Segmenter, from_state(source, "the state dict", fields), fields)
     path = Path(source)
+    if not path.exists() and _HUB_ID.fullmatch(os.fspath(source)):
+        return _from_hub(os.fspath(source), fields)
     return build(Segmenter, read_checkpoint(path, fields), fields)
 
 
@@ -111,3 +116,13 @@ def _official(weights: Path, variant: Path, state: Mapping[str, Tensor] | None =
     except ValueError as error:
         raise CheckpointError(f"{variant}: {error}") from error
     return Checkpoint(str(weights), config, state)
+
+
+def _from_hub(model_id: str, fields: Mapping[str, Any]) -> Segmenter:
+    try:
+        return Segmenter.from_pretrained(model_id, **fields)
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{model_id} is no file or folder here, and cannot be had from the Hugging Face Hub either: {reason}"
+        ) from error
