@@ -18,12 +18,7 @@ from segmenter_fast.inference import enlarged_size, fits_one_window, scaled_and_
 from segmenter_fast.reference import ReferenceSegmenter
 
 GOLDEN = Path(__file__).parent / "golden"
-OFFICIAL = {"image_size": 64, "num_classes": 7, "embed_dim": 128, "depth": 2, "num_heads": 2, "head_classes": 10}
-# window and stride as in the variant.yml of each
-GOLDENS = {
-    "official_mask": ("seg_t_mask_16", {"decoder_num_heads": 2, "decoder_depth": 1}, 64, 48),
-    "official_deit_linear": ("seg_t_deit_linear_16", {"decoder_num_heads": 2}, 64, 64),
-}
+GOLDENS = ("official_mask", "official_deit_linear")
 Logits = Callable[[Tensor], Tensor]
 
 
@@ -61,12 +56,12 @@ def naive(model: Logits, images: list[Tensor], flips: list[bool], size: tuple[in
 @pytest.mark.parametrize("kind", ["model", "reference"])
 @pytest.mark.parametrize("name", GOLDENS)
 def test_goldens_of_the_official_program(name: str, kind: str) -> None:
-    variant, fields, window, stride = GOLDENS[name]
-    model: torch.nn.Module = sf.create_model(variant, **OFFICIAL, **fields)
+    loaded = sf.load(GOLDEN / name)
+    model: torch.nn.Module = loaded
     if kind == "reference":
-        model = ReferenceSegmenter(model.config)
-    model.load_state_dict(torch.load(GOLDEN / name / "checkpoint.pth", weights_only=True)["model"], strict=True)
-    model.eval()
+        model = ReferenceSegmenter(loaded.config).eval()
+        model.load_state_dict(loaded.state_dict(), strict=True)
+    config = loaded.config
     cases = load_file(GOLDEN / name / "cases.safetensors")
     keys = [key.removesuffix("/image") for key in cases if key.startswith("slide/") and key.endswith("/image")]
     assert len(keys) == 2
@@ -74,7 +69,7 @@ def test_goldens_of_the_official_program(name: str, kind: str) -> None:
         expected, ratios = cases[f"{key}/probabilities"], cases.get(f"{key}/ratios")
         scales = [1.0] if ratios is None else ratios.tolist()
         images, flips = scaled_and_flipped(cases[f"{key}/image"], scales, flip=ratios is not None)
-        arguments = (images, flips, tuple(expected.shape[1:]), window, stride, 3)
+        arguments = (images, flips, tuple(expected.shape[1:]), config.window_size, config.window_stride, 3)
         torch.testing.assert_close(slide(model, *arguments, "probabilities"), expected, rtol=0, atol=1e-5)
         top = expected.topk(2, dim=0).values
         decided = top[0] - top[1] > 2e-5

@@ -123,6 +123,19 @@ def test_bfloat16_on_the_cpu(size: tuple[int, int]) -> None:
     assert (labels == exact).mean() > 0.9
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [(32, 32), (45, 70)])
+def test_a_gpu_gives_the_labels_of_the_cpu(size: tuple[int, int], dtype: torch.dtype) -> None:
+    model, image = small(), pixels(*size)
+    expected = sf.predict(model, image, scales=(1.0,)).labels
+    averaged = sf.predict(model, image, scales=(1.0, 1.5), flip=True).labels
+    model = model.to("cuda", dtype)
+    share = 0.98 if dtype == torch.float32 else 0.9  # TF32 and half precision change close calls
+    assert (sf.predict(model, image).labels == expected).mean() > share
+    assert (sf.predict(model, image, scales=(1.0, 1.5), flip=True).labels == averaged).mean() > share
+
+
 def test_more_than_256_classes() -> None:
     model = small(num_classes=300)
     result = sf.predict(model, pixels(32, 32))
