@@ -145,7 +145,7 @@ _HALF = {
     ("sm_80", True): (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)),
     ("sm_90", False): (Tiles(64, 64, 4, 3), Tiles(128, 64, 4, 3)),
     ("sm_90", True): (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)),
-    ("sm_100", False): (Tiles(64, 64, 4, 2), Tiles(128, 128, 8, 3)),
+    ("sm_100", False): (Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 3)),
     ("sm_100", True): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
     ("gfx942", False): (Tiles(64, 64, 4, 2), Tiles(128, 64, 4, 2)),
     ("gfx942", True): (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
