@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from ..library import autocast_dtype, define, differentiable, once_differentiable
+from .. import reference
+from ..library import INTERPRET, autocast_dtype, define, differentiable, library, once_differentiable
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -24,8 +27,13 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
         of ``qkv`` is one packed buffer.
 
     Raises:
-        ValueError: wrong rank or a third dimension other than 3, or a last stride other than 1.
-        TypeError: a dtype that is not floating point.
+        ValueError: wrong rank or a third dimension other than 3, a last stride other than 1, or, where Triton runs,
+            a head size other than 16, 32, 64, 80, 96 and 128.
+        TypeError: a dtype that is not floating point; float64, where Triton runs.
+        NotImplementedError: a second derivative, or forward-mode differentiation.
+
+    ``torch.func.vmap`` folds its dimension into the batch. ``torch.func.grad`` is refused by PyTorch, as for every
+    operator with a registered derivative; ``torch.autograd.grad`` does the same, also around ``vmap``.
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be (B, N, 3, H, D), got {tuple(qkv.shape)}")
@@ -33,12 +41,44 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
         raise TypeError(f"qkv must be float32, bfloat16, float16 or float64, got {qkv.dtype}")
     if qkv.shape[-1] > 1 and qkv.stride(-1) != 1:
         raise ValueError(f"qkv must have a last stride of 1, got strides {qkv.stride()}; call .contiguous() on it")
+    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(qkv).tangent is not None:
+        raise NotImplementedError(
+            "attention has no forward-mode derivative; use segmenter_fast.kernels.reference.attention for it"
+        )
     cast = autocast_dtype(qkv)
-    if cast is not None and qkv.dtype == torch.float32:
+    if cast is not None and qkv.dtype != torch.float64:
         qkv = qkv.to(cast)
     with_lse = torch.is_grad_enabled() and qkv.requires_grad
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     return torch.ops.segmenter_fast.attention(qkv, scale, with_lse)[0]
+
+
+def attention_with(backend: str, qkv: Tensor, scale: float | None = None) -> Tensor:
+    """``attention`` by one named backend, for tests and benchmarks: the dispatch policy, in the open.
+
+    ``attention`` itself takes Triton on CUDA and ROCm and PyTorch's flash kernel on the CPU. No table of exceptions by
+    device and shape exists, because no measurement on a device has yet shown another backend faster.
+
+    Args:
+        backend: ``"triton"``; ``"sdpa"``, PyTorch's ``scaled_dot_product_attention`` with the kernel it chooses or
+            that ``torch.nn.attention.sdpa_kernel`` forces; or ``"reference"``, which holds the whole score matrix.
+        qkv, scale: as for ``attention``. All three are differentiable.
+
+    Raises:
+        ValueError: an unknown backend, or Triton on a tensor that it cannot serve.
+    """
+    if backend == "triton":
+        if not (qkv.is_cuda or (INTERPRET and qkv.device.type == "cpu")):
+            raise ValueError(
+                f"triton serves CUDA and ROCm tensors, and CPU ones under TRITON_INTERPRET=1; got {qkv.device}"
+            )
+        return attention(qkv, scale)
+    if backend == "sdpa":
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    if backend == "reference":
+        return reference.attention(qkv, scale)
+    raise ValueError(f"backend must be 'triton', 'sdpa' or 'reference', got {backend!r}")
 
 
 def _fake(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
@@ -54,13 +94,36 @@ def _fake_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scal
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     qkv, ctx.scale, with_lse = inputs
-    if with_lse:
-        ctx.save_for_backward(qkv, *output)
-        ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(qkv, *(output if with_lse else ()))
+    ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None]:
-    return torch.ops.segmenter_fast.attention_backward(grad_out, *ctx.saved_tensors, ctx.scale), None, None
+    qkv, *saved = ctx.saved_tensors
+    # A tensor inside torch.func.vmap does not say that it requires a gradient: then nothing was saved.
+    out, lse = saved or torch.ops.segmenter_fast.attention(qkv, ctx.scale, True)
+    return torch.ops.segmenter_fast.attention_backward(grad_out, qkv, out, lse, ctx.scale), None, None
+
+
+def _fold(info: Any, dim: int | None, tensor: Tensor) -> Tensor:
+    """The vmapped dimension as the outer part of the batch."""
+    tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.flatten(0, 1).contiguous()
+
+
+def _vmap(info: Any, in_dims: Any, qkv: Tensor, scale: float, with_lse: bool) -> Any:
+    qkv = _fold(info, in_dims[0], qkv)
+    batches = (info.batch_size, qkv.shape[0] // info.batch_size)
+    out, lse = torch.ops.segmenter_fast.attention(qkv, scale, with_lse)
+    out = out.unflatten(0, batches)
+    return ((out, lse.unflatten(0, batches)), (0, 0)) if with_lse else ((out, lse), (0, None))
+
+
+def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
+    *tensors, scale = args
+    folded = [_fold(info, dim, tensor) for dim, tensor in zip(in_dims[:-1], tensors, strict=True)]
+    grad_qkv = torch.ops.segmenter_fast.attention_backward(*folded, scale)
+    return grad_qkv.unflatten(0, (info.batch_size, folded[0].shape[0] // info.batch_size)), 0
 
 
 define(
@@ -77,3 +140,5 @@ define(
 )
 differentiable("attention", _backward, _setup_context)
 once_differentiable("attention_backward")
+torch.library.register_vmap("segmenter_fast::attention", _vmap, lib=library)
+torch.library.register_vmap("segmenter_fast::attention_backward", _vmap_backward, lib=library)
