@@ -89,7 +89,7 @@ class SegmenterConfig:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         for name in _EPSILONS:
             _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
-        for name in ("num_heads", "decoder_num_heads"):
+        for name in ("num_heads", "decoder_num_heads") if self.decoder == "mask" else ("num_heads",):
             fits = self.embed_dim % getattr(self, name) == 0
             _require(fits, name, getattr(self, name), f"a divisor of embed_dim, which is {self.embed_dim}")
         fits = len(self.image_size) == 2 and min(self.image_size) >= self.patch_size
@@ -116,8 +116,7 @@ class SegmenterConfig:
     def replace(self, **fields: Any) -> SegmenterConfig:
         """A copy with other values for some fields.
 
-        An int ``image_size`` means a square. Class names and palette are dropped where the class count changes,
-        and the decoder keeps heads of 64 where only the width changes.
+        An int ``image_size`` means a square. Class names and palette are dropped where the class count changes.
 
         Raises:
             TypeError: an unknown field, naming it and the nearest known ones.
