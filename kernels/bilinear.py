@@ -46,8 +46,8 @@ class Axis:
 
     @property
     def cells(self) -> int:
-        """How many cells there are; the first one is cell -1."""
-        return self.size_in + 1
+        """How many cells reach up to the last kept output; the first one is cell -1, which may be empty."""
+        return ((self.kept - 1) * self.step + self.offset) // self.denominator + 2
 
     @property
     def longest_cell(self) -> int:

@@ -31,9 +31,3 @@ def cell_start(cell, step, offset, denominator, kept):
     """``Axis.start``: the first kept output of ``cell`` (int64, so that the products cannot overflow)."""
     step = tl.maximum(step, 1)
     return tl.minimum((tl.maximum(cell * denominator - offset, 0) + step - 1) // step, kept)
-
-
-@triton.jit
-def upper_weight(outputs, cell, step, offset, denominator):
-    """Weight of input ``cell + 1`` at ``outputs`` of ``cell``, in float32; exact integers up to the division."""
-    return (outputs * step + offset - cell * denominator).to(tl.float32) / denominator

@@ -68,8 +68,8 @@ def _pruned(grid: Tensor, ys: Axis, xs: Axis, out: Tensor) -> None:
     tile_cells = max(_TILE // max(rows * cols, grid.shape[2]), 1)
     tile_x = min(tile_cells, xs.cells)
     tile_y = max(tile_cells // tile_x, 1)
-    across = [_Strip.make(xs, first, tile_x, grid) for first in range(-1, xs.size_in, tile_x)]
-    for first in range(-1, ys.size_in, tile_y):
+    across = [_Strip.make(xs, first, tile_x, grid) for first in range(-1, xs.cells - 1, tile_x)]
+    for first in range(-1, ys.cells - 1, tile_y):
         y = _Strip.make(ys, first, tile_y, grid)
         for x in across:
             if y.outputs and x.outputs:
@@ -91,7 +91,7 @@ class _Strip:
 
     @classmethod
     def make(cls, axis: Axis, first: int, length: int, like: Tensor) -> _Strip:
-        cells = torch.arange(first, min(first + length, axis.size_in) + 1, device=like.device)
+        cells = torch.arange(first, min(first + length, axis.cells - 1) + 1, device=like.device)
         starts = torch.tensor([axis.start(cell) for cell in cells.tolist()], device=like.device)
         slot = torch.arange(axis.longest_cell, device=like.device)
         outputs = starts[:-1, None] + slot  # (cells, longest_cell)
