@@ -8,10 +8,9 @@ clamped to 0, as in PyTorch. A backward kernel leaves each cell's share of its c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -49,12 +48,20 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def blocks(self) -> dict[str, int]:
+        """The launch arguments BLOCK_Y, BLOCK_X, BLOCK_K and BLOCK_C."""
+        return {f"BLOCK_{axis}": getattr(self, f"block_{axis.lower()}") for axis in "YXKC"}
+
+    def options(self) -> dict[str, int]:
+        """The launch options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 def launch_config(num_classes: int, longest_y: int, longest_x: int) -> Launch:
     """Tiles of at most 4096 logits, 16 to a thread; of the class blocks that fit, the one that pads least."""
     block_y, block_x = (min(triton.next_power_of_2(longest), 16) for longest in (longest_y, longest_x))
     widest = min(4096 // (block_y * block_x), 256)
-    choices = [block for block in (8, 16, 32, 64, 128, 256) if block <= widest]
+    choices = [block for block in (16, 32, 64, 128, 256) if block <= widest]
     block_k = min(choices, key=lambda block: (-(-num_classes // block) * block, -block))
     block_c = min(triton.next_power_of_2(num_classes), 256)
     num_warps = min(max(block_y * block_x * block_k // 512, 1), 8)
@@ -236,3 +243,16 @@ def sum_corners(scratch: Tensor, grad: Tensor) -> Tensor:
         num_warps=4,
     )
     return grad
+
+
+def specializations(arch: str) -> Iterator[Specialization]:
+    """The builds that ``aot`` checks."""
+    for dtype in ("bf16", "fp32"):
+        yield Specialization(
+            f"sum_corners {dtype}",
+            sum_corners_kernel,
+            {"scratch_ptr": "*fp32", "grad_ptr": f"*{dtype}"}
+            | dict.fromkeys(("num_classes", "height", "width", "batch", "splits"), "i32"),
+            {"BLOCK_K": 32, "BLOCK_X": 32},
+            {"num_warps": 4},
+        )

@@ -15,7 +15,6 @@ scaled there. "none" has one gradient per pixel: its backward runs the same kern
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import triton
@@ -42,6 +41,8 @@ from .corners import (
     to_corners,
     upper_weights,
 )
+
+TARGET_BLOCK = 512
 
 
 @triton.jit(do_not_specialize=["num_classes", "rows", "columns", "ignore_index"])
@@ -328,12 +329,8 @@ def _launch(
         splits=splits,
         **geometry(ys, xs),
         PER_PIXEL=per_pixel,
-        BLOCK_Y=config.block_y,
-        BLOCK_X=config.block_x,
-        BLOCK_K=config.block_k,
-        BLOCK_C=config.block_c,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.blocks(),
+        **config.options(),
     )
     if with_grad:
         sum_corners(scratch, grad)
@@ -356,7 +353,7 @@ def _target_weight(
             rows=rows,
             columns=columns,
             ignore_index=ignore_index,
-            BLOCK=512,
+            BLOCK=TARGET_BLOCK,
             num_warps=4,
         )
     return partial.sum(dtype=torch.float64)
@@ -364,3 +361,40 @@ def _target_weight(
 
 def _statistics(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def specializations(arch: str) -> Iterator[Specialization]:
+    """The builds that ``aot`` checks: loss alone and with gradient, weights and smoothing, channels-last masks."""
+    stride_m = ("stride_mb", "stride_mh", "stride_mw")
+    stride_t = ("stride_tb", "stride_th")
+    yield Specialization(
+        "target_weight",
+        target_weight_kernel,
+        {"target_ptr": "*i64", "partial_ptr": "*fp32", "weight_ptr": "*fp32"}
+        | dict.fromkeys((*stride_t, "num_classes", "rows", "columns", "ignore_index"), "i32"),
+        {"stride_tw": 1, "BLOCK": TARGET_BLOCK},
+        {"num_warps": 4},
+    )
+    optional = ("weight_ptr", "smoothing_ptr", "grad_loss_ptr")
+    for dtype, num_classes, patch, present in (
+        *(("bf16", num_classes, patch, "g") for num_classes in (19, 150, 1000) for patch in (4, 8, 16)),
+        ("fp32", 150, 16, "g"),
+        ("fp32", 150, 16, "wsg"),
+        ("bf16", 150, 16, ""),
+    ):
+        pointers = [name for name in optional if name[0] in present]
+        config = launch_config(num_classes, patch, patch)
+        signature = {"masks_ptr": f"*{dtype}", "target_ptr": "*i64", "loss_ptr": "*fp32", "scratch_ptr": "*fp32"}
+        signature |= dict.fromkeys(pointers, "*fp32")
+        strides = (*stride_m, *stride_t, "stride_gb", "stride_gh", "stride_gw")
+        signature |= dict.fromkeys((*strides, "num_classes", "ignore_index", "splits", *GEOMETRY), "i32")
+        yield Specialization(
+            f"cross_entropy K={num_classes} P={patch} {dtype} {present}".strip(),
+            cross_entropy_kernel,
+            signature,
+            {name: None for name in optional if name not in pointers}
+            | {"stride_mk": 1, "stride_tw": 1, "PER_PIXEL": False}
+            | config.blocks(),
+            config.options(),
+            frozenset({"stride_mw"} if num_classes % 16 else ()),
+        )

@@ -12,7 +12,6 @@ Saved for the backward: p, the result.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 import triton
@@ -139,6 +138,7 @@ def softmax_backward_kernel(
     BLOCK_Y: tl.constexpr,
     BLOCK_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr,  # unused: the launch is that of the forward kernel
 ):
     dtype: tl.constexpr = scratch_ptr.dtype.element_ty
     pid = tl.program_id(0).to(tl.int64)
@@ -204,12 +204,8 @@ def upsample_softmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], al
         num_classes=num_classes,
         splits=splits,
         **geometry(ys, xs),
-        BLOCK_Y=config.block_y,
-        BLOCK_X=config.block_x,
-        BLOCK_K=config.block_k,
-        BLOCK_C=config.block_c,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.blocks(),
+        **config.options(),
     )
     return out
 
@@ -236,10 +232,37 @@ def upsample_softmax_backward(
         num_classes=num_classes,
         splits=splits,
         **geometry(ys, xs),
-        BLOCK_Y=config.block_y,
-        BLOCK_X=config.block_x,
-        BLOCK_K=config.block_k,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **config.blocks(),
+        **config.options(),
     )
     return sum_corners(scratch, grad_masks)
+
+
+def specializations(arch: str) -> Iterator[Specialization]:
+    """The builds that ``aot`` checks: channels-last masks, contiguous probabilities and gradients."""
+    shared = dict.fromkeys(("num_classes", "splits", *GEOMETRY), "i32")
+    for dtype, num_classes, patch in (
+        *(("bf16", num_classes, patch) for num_classes in (19, 150, 1000) for patch in (4, 16)),
+        ("fp32", 150, 16),
+    ):
+        config = launch_config(num_classes, patch, patch)
+        label = f"K={num_classes} P={patch} {dtype}"
+        yield Specialization(
+            f"softmax {label}",
+            softmax_kernel,
+            shared
+            | {"masks_ptr": f"*{dtype}", "out_ptr": f"*{dtype}"}
+            | dict.fromkeys(("stride_mb", "stride_mh", "stride_mw"), "i32"),
+            {"stride_mk": 1} | config.blocks(),
+            config.options(),
+            frozenset({"stride_mw"} if num_classes % 16 else ()),
+        )
+        yield Specialization(
+            f"softmax_backward {label}",
+            softmax_backward_kernel,
+            shared
+            | {"grad_ptr": f"*{dtype}", "probabilities_ptr": f"*{dtype}", "scratch_ptr": "*fp32"}
+            | dict.fromkeys(("stride_gb", "stride_gk", "stride_gh", "stride_pb", "stride_pk", "stride_ph"), "i32"),
+            {"stride_gw": 1, "stride_pw": 1} | config.blocks(),
+            config.options(),
+        )
