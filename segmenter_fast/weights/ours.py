@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -65,7 +66,14 @@ def read_folder(folder: Path) -> Checkpoint:
 
 
 def write_folder(folder: Path, config: SegmenterConfig, state: Mapping[str, Tensor]) -> None:
-    """Writes both files into an existing folder."""
+    """Writes both files into an existing folder.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # how it reports a full disk
+        raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
     (folder / CONFIG).write_text(json.dumps(config_to_json(config), indent=2) + "\n", encoding="utf-8")

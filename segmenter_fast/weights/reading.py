@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +93,7 @@ def read_torch(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if not zipfile.is_zipfile(path):
+        if not _is_zip(path):
             raise CheckpointError(f"{path} is refused: not a checkpoint of tensors only ({_reason(error)})") from error
     except Exception as error:  # a damaged file makes torch's reader raise almost anything
         raise CheckpointError(f"{path} is damaged, truncated or no PyTorch checkpoint ({_reason(error)})") from error
@@ -109,8 +108,14 @@ def _require_file(path: Path) -> None:
         raise FileNotFoundError(f"{path}: no such file")
 
 
+def _is_zip(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def _reason(error: Exception) -> str:
-    """The first sentence of an error that is not advice on how to read the file unsafely."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    details = [line for line in lines if line.startswith("WeightsUnpickler error:")]
-    return (details or lines or [type(error).__name__])[0].split(". ")[0]
+    """The first sentence of torch's error that is not advice on how to read the file unsafely."""
+    advice = ("Weights only load failed", "(1)", "(2)", "Check the documentation")
+    lines = [line.strip() for line in str(error).splitlines()]
+    reasons = [line for line in lines if line and not line.startswith(advice)]
+    return (reasons or [type(error).__name__])[0].split(". ")[0].removeprefix("WeightsUnpickler error: ")
