@@ -1,9 +1,10 @@
 """Launch configurations, searched on the GPU at hand: ``python -m segmenter_fast.benchmarks.tune attention``.
 
 A kernel module keeps its configurations as data behind a pure ``launch_config(...)``. For each case this takes what
-that function gives, tries its neighbours (tiles halved and doubled, other warps and stages) with the function replaced,
-and prints the fastest one, to be written into the module by hand. A configuration whose output is wrong, that does not
-compile or does not fit is counted and left. What ships is what ``kernels.aot`` compiles: run it after an edit.
+that function gives, climbs from neighbour to faster neighbour (tiles halved and doubled, other warps and stages) with
+the function replaced, and prints the fastest one, to be written into the module by hand. A configuration whose output
+is wrong, that does not compile or does not fit is counted and left. What ships is what ``kernels.aot`` compiles: run it
+after an edit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import importlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -23,13 +24,13 @@ from rich.console import Console
 from rich.table import Table
 
 from .cases import OURS, TOLERANCE, Case, Variant
-from .device import describe
+from .device import describe, resolve
 from .ops import OPS
 from .timing import Timing, input_sets, measure, own_stream
 
 WARPS = (2, 4, 8)
 STAGES = (1, 2, 3, 4)
-SMALLEST, LARGEST = 16, 256
+SMALLEST, LARGEST = 4, 256
 # Candidates timed against each other and the best one so far.
 HEAT = 8
 
@@ -44,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tune needs a CUDA or ROCm device, and PyTorch sees none: nothing was measured", file=sys.stderr)
         return 2
-    device = torch.device("cuda")
+    device = resolve("cuda")
     record = describe(device)
     table = Table("case", "shipped", "ms", "best", "ms", "gain", "tried", "left", title=f"{options.op}, {record.name}")
     chosen = OPS[options.op](device, False)[: options.cases]
@@ -78,20 +79,24 @@ def tune(case: Case, module: ModuleType, deadline: float) -> tuple[str, ...]:
     calls = [variant.bind(arguments) for arguments in inputs]
     judge = case.judge(inputs[0])
     shipped = shipped_config(module, calls[0])
-    best, tried, left = shipped, 0, 0
-    for part in range(len(_parts(shipped))):
-        waiting = [config for config in neighbours(shipped, part) if config != shipped]
-        # The other parts keep what was found best for them.
-        waiting = [_with_part(best, part, _parts(config)[part]) for config in waiting]
-        while waiting and time.monotonic() < deadline:
-            heat, waiting = waiting[:HEAT], waiting[HEAT:]
-            right = [config for config in heat if _is_right(config, module, calls[0], judge, TOLERANCE[case.dtype])]
-            tried, left = tried + len(heat), left + len(heat) - len(right)
-            best = _fastest([best, *right], module, calls, case.device)
-    times = _times([shipped, best] if best != shipped else [shipped], module, calls, case.device)
-    before, after = times[0], times[-1]
+    best, tried, left, waiting = shipped, {shipped}, 0, neighbours(shipped)
+    while waiting and time.monotonic() < deadline:
+        heat, waiting = waiting[:HEAT], waiting[HEAT:]
+        tried.update(heat)
+        under = {config: [_under(config, shipped, module, call) for call in calls] for config in (best, *heat)}
+        right = [config for config in heat if _is_right(under[config][0], judge, TOLERANCE[case.dtype])]
+        left += len(heat) - len(right)
+        times = _times({config: under[config] for config in (best, *right)}, case.device)
+        fastest = min(times, key=lambda config: times[config])
+        if fastest != best:
+            best, waiting = fastest, neighbours(fastest)
+        waiting = [config for config in waiting if config not in tried]
+    final = {config: [_under(config, shipped, module, call) for call in calls] for config in (shipped, best)}
+    times = _times(final, case.device)
+    gain = times[shipped] / times[best]
     return (
-        str(shipped), f"{before:.4g}", str(best), f"{after:.4g}", f"{before / after:.3f}", str(tried), str(left)
+        str(shipped), f"{times[shipped]:.4g}", str(best), f"{times[best]:.4g}", f"{gain:.3f}",
+        str(len(tried) - 1), str(left),
     )  # fmt: skip
 
 
@@ -114,13 +119,16 @@ def shipped_config(module: ModuleType, call: Callable[[], Any]) -> Any:
     return seen[-1]
 
 
-def neighbours(config: Any, part: int = 0) -> list[Any]:
-    """Configurations around ``config``, nearest first, which differ from it in its ``part``."""
-    tiles = _parts(config)[part]
-    choices = [_choices(name, value) for name, value in zip(tiles._fields, tiles, strict=True)]
-    found = [type(tiles)(*values) for values in itertools.product(*choices)]
-    found.sort(key=lambda other: sum(a != b for a, b in zip(other, tiles, strict=True)))
-    return [_with_part(config, part, other) for other in found]
+def neighbours(config: Any) -> list[Any]:
+    """Configurations that differ from ``config`` in one or two fields of one of its parts, the nearest first."""
+    found = []
+    for part, tiles in enumerate(_parts(config)):
+        choices = [_choices(name, value) for name, value in zip(tiles._fields, tiles, strict=True)]
+        for values in itertools.product(*choices):
+            changes = sum(a != b for a, b in zip(values, tiles, strict=True))
+            if changes in (1, 2):
+                found.append((changes, _with_part(config, part, type(tiles)(*values))))
+    return [other for _, other in sorted(found, key=lambda pair: pair[0])]
 
 
 def _choices(field: str, value: Any) -> Sequence[Any]:
@@ -129,7 +137,7 @@ def _choices(field: str, value: Any) -> Sequence[Any]:
     if field == "num_stages":
         return STAGES
     if isinstance(value, int) and field.startswith("block"):
-        return [size for size in (value // 2, value, value * 2) if SMALLEST <= size <= LARGEST] or [value]
+        return [value, *(size for size in (value // 2, value * 2) if SMALLEST <= size <= LARGEST)]
     return [value]
 
 
@@ -154,38 +162,33 @@ def _replaced(module: ModuleType, launch_config: Callable[..., Any]) -> Iterator
         module.launch_config = original  # type: ignore[attr-defined]
 
 
-def _under(config: Any, module: ModuleType, call: Callable[[], Any]) -> Callable[[], Any]:
-    """``call`` launched by ``config``."""
+def _under(config: Any, shipped: Any, module: ModuleType, call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call`` launched by ``config`` wherever it would be by ``shipped``; its other launches stay as they are."""
+    original = module.launch_config
+
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        found = original(*args, **kwargs)
+        return config if found == shipped else found
 
     def run() -> Any:
-        with _replaced(module, lambda *args, **kwargs: config):
+        with _replaced(module, choose):
             return call()
 
     return run
 
 
-def _is_right(
-    config: Any, module: ModuleType, call: Callable[[], Any], judge: Callable[[Any], float], tolerance: float
-) -> bool:
+def _is_right(call: Callable[[], Any], judge: Callable[[Any], float], tolerance: float) -> bool:
     try:
-        return judge(_under(config, module, call)()) <= tolerance
+        return judge(call()) <= tolerance
     except Exception:  # a tile that does not compile or does not fit says so in many ways
         return False
 
 
-def _times(
-    configs: Sequence[Any], module: ModuleType, calls: Sequence[Callable[[], Any]], device: torch.device
-) -> list[float]:
-    variants = {str(i): [_under(config, module, call) for call in calls] for i, config in enumerate(configs)}
-    outcomes = measure(variants, device, seconds=0.1 * len(configs), min_samples=10).values()
-    return [outcome.median_ms if isinstance(outcome, Timing) else float("inf") for outcome in outcomes]
-
-
-def _fastest(
-    configs: Sequence[Any], module: ModuleType, calls: Sequence[Callable[[], Any]], device: torch.device
-) -> Any:
-    times = _times(configs, module, calls, device)
-    return configs[times.index(min(times))]
+def _times(calls: Mapping[Any, Sequence[Callable[[], Any]]], device: torch.device) -> dict[Any, float]:
+    """Median milliseconds of each configuration; infinity for one that failed."""
+    outcomes = measure({str(config): thunks for config, thunks in calls.items()}, device, seconds=0.1 * len(calls))
+    medians = [outcome.median_ms if isinstance(outcome, Timing) else float("inf") for outcome in outcomes.values()]
+    return dict(zip(calls, medians, strict=True))
 
 
 if __name__ == "__main__":
