@@ -99,8 +99,13 @@ def run_case(case: Case, ceilings: Ceilings, seconds: float, min_samples: int = 
 
 def _run_case(case: Case, ceilings: Ceilings, seconds: float, min_samples: int) -> list[Row]:
     generator = torch.Generator(case.device).manual_seed(0)
-    inputs = [case.make_inputs(generator)]
-    rows, errors = _check(case, inputs[0])
+    try:
+        inputs = [case.make_inputs(generator)]
+        judge = case.judge(inputs[0])
+    except torch.OutOfMemoryError as error:
+        failure = Failure.of(error)
+        return [Row(name, failure.status, f"inputs and oracle: {failure.note}") for name in case.variants]
+    rows, errors = _check(case, inputs[0], judge)
     size = sum(t.nbytes for t in inputs[0] if isinstance(t, torch.Tensor))
     inputs += [case.make_inputs(generator) for _ in range(input_sets(size, case.device) - 1)]
     calls = {}
@@ -121,11 +126,12 @@ def _run_case(case: Case, ceilings: Ceilings, seconds: float, min_samples: int) 
     return [rows[name] for name in case.variants]
 
 
-def _check(case: Case, inputs: tuple[Any, ...]) -> tuple[dict[str, Row], dict[str, float]]:
+def _check(
+    case: Case, inputs: tuple[Any, ...], judge: Callable[[Any], float]
+) -> tuple[dict[str, Row], dict[str, float]]:
     """Rows of the variants that cannot be timed, errors of those that can."""
     rows: dict[str, Row] = {}
     errors: dict[str, float] = {}
-    judge = case.judge(inputs)
     for name, variant in case.variants.items():
         if isinstance(variant, str):
             rows[name] = Row(name, "absent", variant)

@@ -64,7 +64,7 @@ def resolve(name: str) -> torch.device:
         raise ValueError("device cuda was asked for, but PyTorch sees no GPU; use --device cpu")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def describe(device: torch.device) -> DeviceRecord:

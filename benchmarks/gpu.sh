@@ -58,10 +58,12 @@ results=$out/$slug
 mkdir -p "$results"
 
 step tests $((budget / 3)) "$python" -m pytest -m gpu -q --junitxml "$results/tests.xml"
-# Half of what is left is attention's, the three upsample ops share the rest; half a minute is kept for the plots.
+# Half of what is left is attention's, the other ops share the rest; half a minute is kept for the plots.
 # A benchmark stops by itself at its budget, after the case it is in.
-for op in attention upsample_cross_entropy upsample_argmax upsample_softmax; do
-    case $op in attention) part=2 ;; upsample_cross_entropy) part=3 ;; upsample_argmax) part=2 ;; *) part=1 ;; esac
+for op in attention upsample_cross_entropy upsample_argmax upsample_softmax mask_scores; do
+    case $op in
+        upsample_cross_entropy) part=4 ;; upsample_argmax) part=3 ;; attention | upsample_softmax) part=2 ;; *) part=1 ;;
+    esac
     time=$((($(left) - 30) / part))
     step "$op" $((time + 30)) "$python" -m segmenter_fast.benchmarks.kernels "$op" \
         --device cuda --budget "$time" --out "$out"

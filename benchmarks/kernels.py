@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     record = describe(device)
     console.print(f"{record.name}, PyTorch {record.torch}, Triton {record.triton}, commit {record.commit}")
     dtypes = (torch.float32, torch.bfloat16) + ((torch.float16,) if device.type == "cuda" else ())
-    ceilings = measure_ceilings(device, dtypes, seconds=0.3 if options.quick else 1.0)
+    ceilings = measure_ceilings(device, dtypes, seconds=0.3 if options.quick or device.type == "cuda" else 1.0)
     rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in ceilings.matmul_tflops.items())
     console.print(f"measured ceilings: copy {ceilings.copy_gb_s:.4g} GB/s, matrix product {rates}")
     wrong = 0
@@ -124,4 +124,7 @@ def _show(table: Table, case: Case, rows: list[Row]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the cases that were finished are written")

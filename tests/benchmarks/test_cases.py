@@ -12,7 +12,7 @@ import torch
 from segmenter_fast import kernels
 from segmenter_fast.benchmarks.cases import OURS, Case, DisagreementError, Row, Variant, run_case
 from segmenter_fast.benchmarks.device import Ceilings
-from segmenter_fast.benchmarks.ops import OPS, attention, upsample
+from segmenter_fast.benchmarks.ops import OPS, attention, mask_scores, upsample
 from segmenter_fast.kernels import reference
 
 CPU = torch.device("cpu")
@@ -27,6 +27,8 @@ def small(op: str, pass_: str, dtype: torch.dtype = torch.float32, map_: str = "
     """A case of 7 classes, 4x4 patches and 32 pixels (17 tokens), without the peer that is slow to compile."""
     if op == "attention":
         case = attention._case(CPU, dtype, 2, 17, pass_)
+    elif op == "mask_scores":
+        case = mask_scores._case(CPU, dtype, 2, pass_, 17, 8, 7)
     else:
         case = upsample._case(op, CPU, dtype, 2, pass_, upsample.Point(7, 8, 32, map_))
     return replace(case, variants={name: v for name, v in case.variants.items() if name != "compile"})
@@ -42,6 +44,7 @@ def with_ours(case: Case, change: Callable[[Any], Any]) -> Case:
 
 PASSES = [(op, pass_) for op, table in upsample.OPS.items() for pass_ in table.copies]
 PASSES += [("attention", "forward"), ("attention", "backward")]
+PASSES += [("mask_scores", "forward"), ("mask_scores", "forward+backward")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -54,7 +57,7 @@ def test_every_case_agrees_and_is_timed(op: str, pass_: str, dtype: torch.dtype)
         assert row.timing is not None
         assert row.timing.median_ms > 0
         assert row.share is not None
-        assert (row.tflops is not None) == (op == "attention")
+        assert (row.tflops is not None) == (op in {"attention", "mask_scores"})
 
 
 def one_label_wrong(labels: torch.Tensor) -> torch.Tensor:
@@ -122,6 +125,14 @@ def test_a_peer_that_is_wrong_absent_or_too_large_is_a_row_without_figures() -> 
     assert rows[OURS].timing is not None
 
 
+def test_inputs_that_do_not_fit_are_rows() -> None:
+    def too_large(generator: torch.Generator) -> tuple[Any, ...]:
+        raise torch.OutOfMemoryError("out of memory")
+
+    case = replace(small("upsample_argmax", "forward"), make_inputs=too_large)
+    assert {row.status for row in run(case).values()} == {"out of memory"}
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("quick", [True, False])
 def test_cases_are_distinct_and_start_with_the_quick_ones(op: str, quick: bool) -> None:
@@ -170,6 +181,9 @@ def test_the_oracle_of_attention_is_the_reference() -> None:
 
 def test_bytes_are_counted_by_hand() -> None:
     argmax, both = small("upsample_argmax", "forward"), small("upsample_cross_entropy", "forward+backward")
+    scores = small("mask_scores", "forward")
+    assert scores.flops == 2 * 2 * 17 * 7 * 8
+    assert scores.bytes_moved == 2 * (17 * 8 + 7 * 8 + 17 * 7) * 4
     masks, pixels = 2 * 7 * 4 * 4 * 4, 2 * 32 * 32
     assert argmax.bytes_moved == masks + pixels
     assert both.bytes_moved == 2 * masks + 8 * pixels
