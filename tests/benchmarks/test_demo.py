@@ -1,0 +1,46 @@
+"""The demo compares the two models on a photograph and says where the overlay is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from segmenter_fast.benchmarks import demo
+from segmenter_fast.cli import app
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "SIDE", 64)
+
+
+def test_float32_agrees_and_the_overlay_is_there(tmp_path: Path) -> None:
+    (row,) = demo.run_demo(
+        tmp_path / "out", torch.device("cpu"), torch.float32, variants=["seg_t_mask_16"], seconds=0.1
+    )
+    assert row.logit_difference < 1e-3
+    assert row.equal_labels > 0.999
+    assert row.speed_up == pytest.approx(row.reference.median_ms / row.fast.median_ms)
+    assert Image.open(row.overlay).size == (64, 64)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["seg_t_mask_16.png"]
+
+
+def test_a_wrong_kernel_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segmenter_fast.vit.kernels.attention", lambda qkv: qkv[:, :, 2].contiguous())
+    (row,) = demo.run_demo(tmp_path, torch.device("cpu"), torch.float32, variants=["seg_t_mask_16"], seconds=0.1)
+    assert row.logit_difference > 0.1
+
+
+def test_command_line(tmp_path: Path) -> None:
+    arguments = ["demo", "--out", str(tmp_path), "--variant", "seg_t_linear_16", "--dtype", "float32"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "seg_t_linear_16" in result.output
+    assert "random" in result.output
+    missing = CliRunner().invoke(app, [*arguments, "--image", str(tmp_path / "missing.jpg")])
+    assert missing.exit_code == 2
+    assert "missing.jpg" in missing.output
