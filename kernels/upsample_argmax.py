@@ -28,7 +28,7 @@ from .corners import GEOMETRY, geometry, strides, upper_weights
 
 @triton.jit
 def class_range(ptrs, offsets, mask, wy, wx, dtype: tl.constexpr):
-    """Smallest and largest logit of ``(CELLS, BLOCK_K)`` classes in the tiles, and 0, or NaN if any corner is not finite.
+    """Smallest and largest logit of ``(CELLS, BLOCK_K)`` classes in the tiles; and 0, or NaN where not all is finite.
 
     ``wy`` and ``wx`` are pairs: the upper weights of the tiles' first and last outputs.
     """
