@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .decoders import MaskTransformer
+from .vit import Block
 
 if TYPE_CHECKING:
     from .segmenter import Segmenter
@@ -55,6 +56,7 @@ def attention_maps(
     for block in blocks[: layer % len(blocks)]:
         x = block(x)
     block = blocks[layer]
+    assert isinstance(block, Block)
     q, k, _ = block.attn.packed_qkv(block.norm1(x)).permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads)
     q = q[:, :, queries or slice(None)] * q.shape[-1] ** -0.5
     maps = q.new_empty((*q.shape[:3], k.shape[2]), dtype=q.dtype if q.dtype == torch.float64 else torch.float32)
