@@ -42,7 +42,8 @@ def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segme
     if num_classes is not None:
         fields["num_classes"] = num_classes
     if isinstance(source, Mapping):
-        return build(Segmenter, from_state(source, "the state dict", fields), fields)
+        state, meta = unwrapped(source, "the state dict")
+        return build(Segmenter, from_state(state, "the state dict", fields, meta), fields)
     path = Path(source)
     if not path.exists() and _HUB_ID.fullmatch(os.fspath(source)):
         return _from_hub(os.fspath(source), fields)
@@ -80,8 +81,15 @@ def unwrapped(content: Any, name: str) -> tuple[Mapping[str, Tensor], Any]:
     if isinstance(content, Mapping):
         for state in (content.get("model"), content.get("state_dict"), content):
             if isinstance(state, Mapping) and state and any(isinstance(value, Tensor) for value in state.values()):
+                _require_tensors(state, name)
                 return state, content.get("meta")
     raise CheckpointError(f"{name} holds no state dict: neither is it one, nor has it 'model' or 'state_dict'")
+
+
+def _require_tensors(state: Mapping[Any, Any], name: str) -> None:
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(f"{name} holds no state dict: its {key!r} is {type(value).__name__}")
 
 
 def from_state(state: Mapping[str, Tensor], name: str, given: Mapping[str, Any], meta: Any = None) -> Checkpoint:

@@ -63,14 +63,14 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if not (is_mask and key.startswith("decode_head.conv_seg."))  # unused beside the class embeddings
     }
     for key in _TRANSPOSED:
-        if key in ours:
-            ours[key] = ours[key].mT
+        if key in ours and ours[key].ndim == 2:
+            ours[key] = ours[key].T
     head = "decoder.head.weight"
     if head in ours and ours[head].shape[2:] == (1, 1):  # a convolution of one pixel
         ours[head] = ours[head].flatten(1)
     projection = ours.get("encoder.patch_embed.proj.weight")
     if projection is not None:
-        ours.setdefault("encoder.patch_embed.proj.bias", torch.zeros(len(projection)))
+        ours.setdefault("encoder.patch_embed.proj.bias", torch.zeros(projection.shape[:1]))
     return ours
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import VARIANTS, Pair
+from ..config import VARIANTS
 from .reading import CheckpointError
 
 _HEAD_DIM = 64
@@ -32,7 +32,7 @@ def fields_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) ->
         "mlp_ratio": hidden / embed_dim,
         "class_token": "encoder.cls_token" in state,
         "distillation_token": "encoder.dist_token" in state,
-        "num_register_tokens": state["encoder.reg_token"].shape[1] if "encoder.reg_token" in state else 0,
+        "num_register_tokens": _shape(state, "encoder.reg_token", 3)[1] if "encoder.reg_token" in state else 0,
         "layer_scale": "encoder.blocks.0.ls1.gamma" in state,
         "head_classes": head_classes(state),
         "num_heads": given.get("num_heads") or _heads(embed_dim, "num_heads"),
@@ -43,14 +43,12 @@ def fields_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) ->
         fields["decoder_depth"] = _layers(state, "decoder.blocks.")
     else:
         fields |= {"decoder": "linear", "num_classes": _shape(state, "decoder.head.weight", 2)[0]}
-    prefix = fields["class_token"] + fields["distillation_token"] + fields["num_register_tokens"]
-    positions = _shape(state, "encoder.pos_embed", 3)[1]
-    return fields | _grid(positions, prefix, patch_size, given.get("image_size")) | named_variant(fields)
+    return fields | _grid(_shape(state, "encoder.pos_embed", 3)[1], fields, given) | named_variant(fields)
 
 
 def head_classes(state: Mapping[str, Tensor]) -> int:
     """Rows of the unused classification head, 0 where there is none."""
-    return len(state["encoder.head.weight"]) if "encoder.head.weight" in state else 0
+    return _shape(state, "encoder.head.weight", 2)[0] if "encoder.head.weight" in state else 0
 
 
 def named_variant(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -80,17 +78,21 @@ def _heads(embed_dim: int, field: str) -> int:
     return embed_dim // _HEAD_DIM
 
 
-def _grid(positions: int, prefix: int, patch_size: int, image_size: int | Pair | None) -> dict[str, Any]:
-    """Image size of a position embedding: the caller's where it fits, otherwise a square."""
+def _grid(positions: int, fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Image size of a position embedding: the caller's where it fits, otherwise a square.
+
+    Only models with register tokens are known to leave the prefix tokens out of it.
+    """
+    patch_size, registers, image_size = fields["patch_size"], fields["num_register_tokens"], given.get("image_size")
     height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or (0, 0)
-    for has_prefix in (True, False):
+    prefix = fields["class_token"] + fields["distillation_token"] + registers
+    for has_prefix in (True, False) if registers else (True,):
         patches = positions - prefix * has_prefix
-        if (height // patch_size) * (width // patch_size) == patches:
+        side = math.isqrt(max(patches, 0))
+        if (height // patch_size) * (width // patch_size) == patches > 0:
             return {"image_size": (height, width), "pos_embed_prefix": has_prefix}
-    for has_prefix in (True, False):
-        patches = positions - prefix * has_prefix
-        if patches > 0 and math.isqrt(patches) ** 2 == patches:
-            return {"image_size": (math.isqrt(patches) * patch_size,) * 2, "pos_embed_prefix": has_prefix}
+        if side**2 == patches > 0:
+            return {"image_size": (side * patch_size, side * patch_size), "pos_embed_prefix": has_prefix}
     raise CheckpointError(
         f"the {positions} entries of the position embedding make no square grid; pass image_size=(height, width)"
     )

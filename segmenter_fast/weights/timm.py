@@ -36,8 +36,8 @@ def encoder_state(state: Mapping[str, Tensor], config: SegmenterConfig) -> dict[
         CheckpointError: the position embedding is missing or of no square grid.
     """
     encoder = {key: tensor.float() for key, tensor in state.items() if not key.startswith(HEADS)}
-    if "pos_embed" not in encoder:
-        raise CheckpointError("pos_embed is missing")
+    if "pos_embed" not in encoder or encoder["pos_embed"].ndim != 3:
+        raise CheckpointError("pos_embed is missing or has not three dimensions")
     patches = encoder["pos_embed"].shape[1] - config.num_prefix_tokens * config.pos_embed_prefix
     side = math.isqrt(max(patches, 0))
     if side**2 != patches or not side:

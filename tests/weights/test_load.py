@@ -1,0 +1,200 @@
+"""``load`` recognises every source by its content and refuses the rest by name."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save_file
+
+import segmenter_fast as sf
+from segmenter_fast.weights.load import load
+from segmenter_fast.weights.reading import CheckpointError, read_torch
+from support.checkpoints import GOLDEN, Touches, official_folder, same, small_model
+
+OFFICIAL = GOLDEN / "official_mask"
+
+
+def test_load_is_public() -> None:
+    assert sf.load is load
+
+
+@pytest.mark.parametrize("source", [OFFICIAL, str(OFFICIAL), OFFICIAL / "checkpoint.pth", str(OFFICIAL) + os.sep])
+def test_official_folder_and_file(source: str | Path) -> None:
+    model = sf.load(source)
+    assert same(model.state_dict(), read_torch(OFFICIAL / "checkpoint.pth")["model"])
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not model.training
+
+
+def test_any_name_beside_a_variant_and_a_bare_state_dict_with_one(tmp_path: Path) -> None:
+    official_folder(tmp_path)
+    torch.save(read_torch(OFFICIAL / "checkpoint.pth")["model"], tmp_path / "best.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = sf.load(tmp_path / "best.pt")
+    assert model.config == sf.load(OFFICIAL).config
+
+
+@pytest.mark.parametrize("kind", ["mapping", "pth", "checkpoint", "safetensors"])
+@pytest.mark.parametrize("name", ["official_mask", "official_deit_linear"])
+def test_a_bare_official_state_dict_says_what_it_assumes(kind: str, name: str, tmp_path: Path) -> None:
+    content = read_torch(GOLDEN / name / "checkpoint.pth")
+    source: object = content["model"]
+    if kind == "pth":
+        torch.save(content["model"], source := tmp_path / "a.pth")
+    elif kind == "checkpoint":
+        torch.save(content, source := tmp_path / "a.pth")
+    elif kind == "safetensors":
+        save_file(content["model"], source := tmp_path / "a.safetensors")
+    with pytest.warns(UserWarning, match=r"without a configuration: heads of 64, mean \(0\.\d+, "):
+        model = sf.load(source)  # type: ignore[arg-type]
+    whole = sf.load(GOLDEN / name)
+    assert same(model.state_dict(), whole.state_dict())
+    assert (model.config.mean, model.config.head_classes) == (whole.config.mean, whole.config.head_classes)
+
+
+@pytest.mark.parametrize("kind", ["mapping", "pth", "safetensors"])
+def test_a_bare_mmsegmentation_state_dict(kind: str, tmp_path: Path) -> None:
+    file = GOLDEN / "mmseg_mask" / "segmenter.pth"
+    source: object = read_torch(file)["state_dict"]
+    if kind == "pth":
+        torch.save(source, tmp_path / "a.pth")
+    elif kind == "safetensors":
+        save_file(source, tmp_path / "a.safetensors")
+    model = sf.load(source if kind == "mapping" else tmp_path / f"a.{kind}")  # type: ignore[arg-type]
+    whole = sf.load(file)
+    assert same(model.state_dict(), whole.state_dict())
+    assert model.config == whole.config.replace(class_names=(), palette=())
+
+
+def test_our_folder_and_either_of_its_files(tmp_path: Path) -> None:
+    model = small_model(class_names=("a", "b", "c"))
+    model.save_pretrained(tmp_path)
+    for source in (tmp_path, tmp_path / "model.safetensors"):
+        assert same(sf.load(source).state_dict(), model.state_dict())
+        assert sf.load(source).config == model.config
+
+
+def test_official_to_ours_and_back_is_bit_for_bit(tmp_path: Path) -> None:
+    for name in ("official_mask", "official_deit_linear"):
+        original = read_torch(GOLDEN / name / "checkpoint.pth")["model"]
+        sf.load(GOLDEN / name).save_pretrained(tmp_path / name)
+        again = sf.load(tmp_path / name)
+        assert same(again.state_dict(), original)
+        assert again.config == sf.load(GOLDEN / name).config
+
+
+def test_fields_and_class_count_reach_the_model() -> None:
+    with pytest.warns(UserWarning, match=r"official_mask.*has 7 classes, not 3: decoder\.cls_emb"):
+        model = sf.load(OFFICIAL, num_classes=3, image_size=96, window_stride=10)
+    assert (model.config.num_classes, model.config.image_size, model.config.window_stride) == (3, (96, 96), 10)
+    assert model.encoder.pos_embed.shape == (1, 37, 128)
+    with pytest.raises(TypeError, match="unknown configuration field"):
+        sf.load(OFFICIAL, colour="red")
+
+
+def test_warnings_point_at_the_caller() -> None:
+    with pytest.warns(UserWarning, match="7 classes") as caught:
+        sf.load(OFFICIAL, num_classes=3)
+    assert caught[0].filename == __file__
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="absent"):
+        sf.load(tmp_path / "absent")
+    for name in ("checkpoint.pth", "variant.yml"):
+        folder = official_folder(tmp_path / name)
+        (folder / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            sf.load(folder)
+    for name in ("config.json", "model.safetensors"):
+        small_model().save_pretrained(tmp_path / name)
+        (tmp_path / name / name).unlink()
+        with pytest.raises(FileNotFoundError, match=name):
+            sf.load(tmp_path / name)
+
+
+def test_an_empty_folder_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no checkpoint: expected config\.json and model\.safetensors, or"):
+        sf.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ([1, 2], "no state dict"),
+        ({"epoch": 3}, "no state dict"),
+        ({"model": {}}, "no state dict"),
+        ({"model": {"conv1.weight": torch.ones(2)}}, r"no Segmenter: its keys are conv1\.weight"),
+        ({1: torch.ones(2)}, "no state dict: its 1 is Tensor"),
+        ({"encoder.a": torch.ones(2), "b": 3}, "no state dict: its 'b' is int"),
+        ({"encoder.norm.weight": torch.ones(2)}, r"encoder\.patch_embed\.proj\.weight is missing"),
+        ({"backbone.a": torch.ones(2), "decode_head.b": torch.ones(2)}, r"patch_embed\.proj\.weight is missing"),
+    ],
+)
+def test_what_is_no_segmenter_is_refused_by_name(content: object, reason: str, tmp_path: Path) -> None:
+    torch.save(content, tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=rf"other\.pth.*{reason}"):
+        sf.load(tmp_path / "other.pth")
+
+
+def test_one_missing_key_is_listed(tmp_path: Path) -> None:
+    folder = official_folder(tmp_path)
+    content = read_torch(folder / "checkpoint.pth")
+    del content["model"]["decoder.mask_norm.bias"]
+    torch.save(content, folder / "checkpoint.pth")
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint\.pth does not fit.*\n +missing \(1\): decoder\.mask_norm\.b"
+    ):
+        sf.load(folder)
+
+
+@pytest.mark.parametrize("place", ["folder", "file"])
+def test_an_evil_checkpoint_is_refused_and_nothing_runs(place: str, tmp_path: Path) -> None:
+    folder, marker = official_folder(tmp_path / "model"), tmp_path / "marker"
+    torch.save({**read_torch(folder / "checkpoint.pth"), "optimizer": Touches(marker)}, folder / "checkpoint.pth")
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pth is refused, and nothing in it was executed.*system"):
+        sf.load(folder if place == "folder" else folder / "checkpoint.pth")
+    assert not marker.exists()
+
+
+def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
+    folder = official_folder(tmp_path)
+    whole = (folder / "checkpoint.pth").read_bytes()
+    (folder / "checkpoint.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pth is damaged, truncated"):
+        sf.load(folder)
+
+
+def test_a_hub_id_without_network_is_refused_clearly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CheckpointError, match="nobody/nothing is no file or folder here, and cannot be had from"):
+        sf.load("nobody/nothing")
+
+
+def test_a_hub_id_in_the_cache_needs_no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    model = small_model()
+    commit, repository = "0" * 40, tmp_path / "models--org--name"
+    model.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    assert same(sf.load("org/name").state_dict(), model.state_dict())
+    with pytest.warns(UserWarning, match="org/name has 3 classes, not 2"):
+        assert sf.load("org/name", num_classes=2).config.num_classes == 2
+    shutil.rmtree(repository)
+
+
+def test_an_existing_path_of_the_form_of_an_id_is_a_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path / "org" / "name")
+    monkeypatch.chdir(tmp_path)
+    assert same(sf.load("org/name").state_dict(), model.state_dict())
