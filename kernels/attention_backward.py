@@ -1,6 +1,6 @@
 """Attention backward in Triton.
 
-With p = exp(q k^T * scale - lse), dO = ``grad_out`` and O = ``out`` (see ``attention_forward`` for the shapes):
+With p = exp(q k^T * scale - lse), by exp2, dO = ``grad_out`` and O = ``out`` (shapes as in ``attention_forward``):
     delta_i = dO_i . O_i        ds = p * (dO v^T - delta)
     dv = p^T dO                 dk = ds^T q * scale              dq = ds k * scale
 Two passes, each of which owns what it writes, so that there are no atomics and equal input gives equal bits. The first
@@ -39,7 +39,7 @@ def _add_keys(
     dq, q, grad_out, lse, delta, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
     ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dq`` plus what ROWS keys add to it, not yet scaled. ``lse`` is in units of log 2."""
+    """``dq`` plus what ROWS keys add to it, not yet scaled."""
     k = load_rows(k_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     v = load_rows(v_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])  # (BLOCK_M, ROWS)
@@ -65,7 +65,7 @@ def _add_queries(
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
     scores = tl.dot(k, q.T, input_precision=PRECISION)  # (BLOCK_N, ROWS)
-    p = tl.exp2(scores * scale_log2 - (lse * LOG2_E)[None, :])
+    p = tl.exp2(scores * scale_log2 - lse[None, :])
     dv = tl.dot(p.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, grad_out.T, input_precision=PRECISION) - delta[None, :])
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
@@ -77,7 +77,7 @@ def attention_backward_queries_kernel(
     grad_out_ptr,  # (B, N, H, D)
     qkv_ptr,  # (B, N, 3, H, D)
     out_ptr,  # (B, N, H, D), contiguous
-    lse_ptr,  # (B, H, N), contiguous
+    lse_ptr,  # (B, H, N), contiguous, to base 2
     delta_ptr,  # (B, H, N), contiguous, written
     grad_qkv_ptr,  # (B, N, 3, H, D), contiguous; the queries' slice is written
     stride_grad_b: tl.int64,
@@ -90,6 +90,7 @@ def attention_backward_queries_kernel(
     seq_len,
     heads,
     scale,
+    scale_log2,  # scale * log2(e), rounded as in the forward
     HEAD_DIM: tl.constexpr,
     PAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -103,7 +104,6 @@ def attention_backward_queries_kernel(
     b, h = head_index // heads, head_index % heads
     stride_n, stride_grad_n = stride_n.to(tl.int64), stride_grad_n.to(tl.int64)
     stride_out = heads.to(tl.int64) * HEAD_DIM
-    scale_log2 = scale * LOG2_E
     q_ptr = qkv_ptr + b * stride_b + h * stride_h
     k_ptr = q_ptr + stride_s
     v_ptr = k_ptr + stride_s
@@ -116,7 +116,7 @@ def attention_backward_queries_kernel(
     out = load_rows(out_ptr, start_m, stride_out, seq_len, BLOCK_M, HEAD_DIM, PAD_DIM, True)
     delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
     tl.store(delta_ptr + head_index * seq_len + offs_m, delta, mask=mask_m)
-    lse = tl.load(lse_ptr + head_index * seq_len + offs_m, mask=mask_m, other=0.0) * LOG2_E
+    lse = tl.load(lse_ptr + head_index * seq_len + offs_m, mask=mask_m, other=0.0)
     q = load_rows(q_ptr, start_m, stride_n, seq_len, BLOCK_M, HEAD_DIM, PAD_DIM, True)
 
     dq = tl.zeros((BLOCK_M, PAD_DIM), tl.float32)
@@ -139,7 +139,7 @@ def attention_backward_queries_kernel(
 def attention_backward_keys_kernel(
     grad_out_ptr,  # (B, N, H, D)
     qkv_ptr,  # (B, N, 3, H, D)
-    lse_ptr,  # (B, H, N), contiguous
+    lse_ptr,  # (B, H, N), contiguous, to base 2
     delta_ptr,  # (B, H, N), contiguous
     grad_qkv_ptr,  # (B, N, 3, H, D), contiguous; the slices of keys and values are written
     stride_grad_b: tl.int64,
@@ -152,6 +152,7 @@ def attention_backward_keys_kernel(
     seq_len,
     heads,
     scale,
+    scale_log2,  # scale * log2(e), rounded as in the forward
     HEAD_DIM: tl.constexpr,
     PAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -165,7 +166,6 @@ def attention_backward_keys_kernel(
     b, h = head_index // heads, head_index % heads
     stride_n, stride_grad_n = stride_n.to(tl.int64), stride_grad_n.to(tl.int64)
     stride_out = heads.to(tl.int64) * HEAD_DIM
-    scale_log2 = scale * LOG2_E
     q_ptr = qkv_ptr + b * stride_b + h * stride_h
     k_ptr = q_ptr + stride_s
     v_ptr = k_ptr + stride_s
@@ -253,6 +253,7 @@ def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, 
         seq_len=n,
         heads=heads,
         scale=scale,
+        scale_log2=scale * LOG2_E.value,
         HEAD_DIM=dim,
         PAD_DIM=triton.next_power_of_2(dim),
         PRECISION=dot_precision(qkv.dtype, arch),
@@ -292,7 +293,7 @@ def specializations(arch: str) -> Iterator[Specialization]:
             **dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32"),
             **dict.fromkeys(strides, "i64"),
             **dict.fromkeys(("seq_len", "heads"), "i32"),
-            "scale": "fp32",
+            **dict.fromkeys(("scale", "scale_log2"), "fp32"),
         }
         yield Specialization(
             f"attention_backward queries D={dim} {name} {precision} {tuple(queries)}",

@@ -126,6 +126,7 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     return grad_qkv.unflatten(0, (info.batch_size, folded[0].shape[0] // info.batch_size)), 0
 
 
+# The second result is the log-sum-exp as this device's backward wants it: natural on the CPU, to base 2 from Triton.
 define(
     "attention(Tensor qkv, float scale, bool with_lse) -> (Tensor, Tensor)",
     triton=".attention:attention_forward",

@@ -1,0 +1,303 @@
+"""Attention against a float64 oracle, held to the error of PyTorch's own in the same dtype."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from segmenter_fast.kernels import attention, reference
+from segmenter_fast.kernels.library import INTERPRET
+from segmenter_fast.kernels.ops.attention import attention_with
+from support.accuracy import assert_as_accurate
+
+from .conftest import Backend
+
+ops = torch.ops.segmenter_fast
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory holds NaN, so that what a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def differentiate(backend: str, qkv: Tensor, grad_out: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Output and gradient of ``qkv``; ``backend`` "ours" is the public op."""
+    qkv = qkv.detach().requires_grad_()
+    out = attention(qkv, scale) if backend == "ours" else attention_with(backend, qkv, scale)
+    return out.detach(), torch.autograd.grad(out, qkv, grad_out)[0]
+
+
+def assert_attention(qkv: Tensor, grad_out: Tensor, scale: float | None = None, ulps: float = 4.0) -> None:
+    """Output, dq, dk and dv of the public op are as accurate as those of ``scaled_dot_product_attention``."""
+    out, grad = differentiate("ours", qkv, grad_out, scale)
+    assert out.is_contiguous()
+    assert grad.shape == qkv.shape
+    if qkv.numel() == 0:
+        return
+    peer_out, peer_grad = differentiate("sdpa", qkv, grad_out, scale)
+    oracle_out, oracle_grad = differentiate("reference", qkv.double(), grad_out.double(), scale)
+    assert_as_accurate(out, peer_out, oracle_out, ulps=ulps)
+    if qkv.shape[1] == 1:  # dq and dk of a single key are zero: their floor is that of the whole gradient
+        assert_as_accurate(grad, peer_grad, oracle_grad, ulps=ulps)
+        return
+    for index in range(3):
+        assert_as_accurate(grad[:, :, index], peer_grad[:, :, index], oracle_grad[:, :, index], ulps=ulps)
+
+
+def inputs(backend: Backend, b: int, n: int, heads: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    qkv = torch.randn(b, n, 3, heads, dim, device=backend.device, dtype=dtype)
+    return qkv, torch.randn(b, n, heads, dim, device=backend.device, dtype=dtype)
+
+
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 129, 257])
+def test_lengths(backend: Backend, n: int, poisoned: None) -> None:
+    for dtype in backend.dtypes:
+        assert_attention(*inputs(backend, 1, n, 2, 64, dtype))
+
+
+@pytest.mark.parametrize("dim", [16, 32, 80, 96, 128])
+def test_head_sizes(backend: Backend, dim: int, poisoned: None) -> None:
+    for dtype in backend.dtypes:
+        assert_attention(*inputs(backend, 2, 67, 1, dim, dtype))
+
+
+@given(
+    b=st.integers(0, 5),
+    n=st.integers(1, 100),
+    heads=st.integers(0, 5),
+    dim=st.sampled_from([16, 32, 64]),
+    scale=st.sampled_from([None, 0.0, 1.0, -0.25]),
+    index=st.integers(0, 2),
+)
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_drawn(backend: Backend, b: int, n: int, heads: int, dim: int, scale: float | None, index: int) -> None:
+    dtype = backend.dtypes[index % len(backend.dtypes)]
+    assert_attention(*inputs(backend, b, n, heads, dim, dtype), scale)
+
+
+def test_extreme_logits(backend: Backend) -> None:
+    """Scores of +-1e4: float32 rounds them, and with them each weight, by 1e4 of its ulps."""
+    for dtype in backend.dtypes:
+        qkv, grad_out = inputs(backend, 2, 65, 4, 32, dtype)
+        q, k, _ = qkv.double().permute(2, 0, 3, 1, 4)
+        ulps = 4 + 1e4 * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+        assert_attention(qkv, grad_out, 1e4 / (q @ k.mT).abs().max().item(), ulps)
+
+
+def test_one_key_dominates(backend: Backend) -> None:
+    for dtype in backend.dtypes:
+        qkv, grad_out = inputs(backend, 1, 65, 2, 32, dtype)
+        qkv[:, :, 0] = qkv[:, :, 0].abs()
+        qkv[:, 64, 1] = 20.0  # the last key, in the ragged tail
+        assert_attention(qkv, grad_out)
+        assert_attention(qkv.flip(1), grad_out)
+
+
+def test_equal_keys(backend: Backend) -> None:
+    for dtype in backend.dtypes:
+        qkv, grad_out = inputs(backend, 2, 70, 1, 32, dtype)
+        qkv[:, :, 1] = qkv[:, :1, 1]
+        assert_attention(qkv, grad_out)
+
+
+def test_strided_qkv(backend: Backend) -> None:
+    """A slice of a larger buffer: every stride odd, the gradient that of the slice."""
+    dtype = backend.dtypes[-1]
+    whole = torch.randn(3, 41, 3, 4, 67, device=backend.device, dtype=dtype)
+    part = whole[1:, 2:37, :, ::2, 3:35]
+    assert_attention(part, torch.randn_like(part[:, :, 0]))
+    qkv = whole.requires_grad_()
+    attention(qkv[1:, 2:37, :, ::2, 3:35]).sum().backward()
+    assert whole.grad is not None
+    outside = whole.grad.clone()
+    outside[1:, 2:37, :, ::2, 3:35] = 0
+    assert not outside.any()
+
+
+def test_strided_grad_out(backend: Backend) -> None:
+    qkv, grad_out = inputs(backend, 2, 20, 3, 16, torch.float32)
+    expected = differentiate("ours", qkv, grad_out, None)[1]
+    for strided in (
+        grad_out.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),  # last stride not 1
+        grad_out.transpose(1, 2).contiguous().transpose(1, 2),
+        grad_out.repeat_interleave(2, 1)[:, ::2],
+    ):
+        assert torch.equal(differentiate("ours", qkv, strided, None)[1], expected)
+    ones = torch.ones_like(grad_out)
+    expanded = ones[:1, :1, :1, :1].expand_as(ones)
+    assert torch.equal(differentiate("ours", qkv, expanded, None)[1], differentiate("ours", qkv, ones, None)[1])
+
+
+def test_same_bits(backend: Backend) -> None:
+    for dtype in backend.dtypes:
+        qkv, grad_out = inputs(backend, 2, 65, 2, 32, dtype)
+        first, second = (differentiate("ours", qkv, grad_out, None) for _ in range(2))
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+
+
+def test_lse_only_for_a_gradient(backend: Backend) -> None:
+    qkv, _ = inputs(backend, 2, 33, 2, 16, torch.float32)
+    out, lse = ops.attention(qkv, 0.25, True)
+    q, k, _ = qkv.double().permute(2, 0, 3, 1, 4)
+    unit = 1.0 if backend.name == "cpu" else math.log(2)
+    torch.testing.assert_close(lse.double() * unit, (q @ k.mT * 0.25).logsumexp(-1), rtol=1e-6, atol=1e-6)
+    without, empty = ops.attention(qkv, 0.25, False)
+    assert torch.equal(out, without)
+    assert empty.numel() == 0
+
+
+def test_addresses_beyond_32_bits(backend: Backend, tmp_path: Path) -> None:
+    """Products of an index and a stride that is itself below 2^31, and token strides beyond it."""
+    elements = 2**31 + 2**20
+    if backend.device == "cpu":
+        storage = torch.from_file(str(tmp_path / "sparse"), shared=True, size=elements, dtype=torch.float16)
+    else:
+        storage = torch.empty(elements, device=backend.device, dtype=torch.float16)
+    for b, n, strides in (
+        (3, 2, (2**30, 96, 32, 16, 1)),
+        (1, 2, (96, 2**31, 32, 16, 1)),
+        (1, 3, (96, 2**30, 32, 16, 1)),
+    ):
+        far = storage.as_strided((b, n, 3, 2, 16), strides)
+        near, grad_out = inputs(backend, b, n, 2, 16, torch.float16)
+        far.copy_(near)
+        grad_far = storage.as_strided((b, n, 2, 16), (*strides[:2], 16, 1), 2**19).copy_(grad_out)
+        for got, expected in zip(
+            differentiate("ours", far, grad_far, None), differentiate("ours", near, grad_out, None), strict=True
+        ):
+            assert torch.equal(got, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [577, 1025, 4097, 16385])
+def test_long_sequences(n: int) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert_attention(*inputs(Backend("gpu", "cuda", ()), 1, n, 1, 64, dtype))
+
+
+def test_fullgraph_compile(backend: Backend) -> None:
+    qkv, grad_out = inputs(backend, 2, 17, 2, 16, torch.float32)
+    weight = torch.randn(16, 16, device=backend.device)
+
+    def block(x: Tensor) -> Tensor:
+        return (attention(x * 2) @ weight).relu()
+
+    def run(function: object) -> tuple[Tensor, Tensor]:
+        x = qkv.clone().requires_grad_()
+        out = function(x)  # type: ignore[operator]
+        return out, torch.autograd.grad(out, x, grad_out)[0]
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(run(compiled), run(block))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(backend: Backend, reentrant: bool) -> None:
+    qkv, grad_out = inputs(backend, 2, 17, 2, 16, torch.float32)
+    expected = differentiate("ours", qkv, grad_out, None)[1]
+    x = qkv.clone().requires_grad_()
+    checkpoint(attention, x, use_reentrant=reentrant).backward(grad_out)
+    assert torch.equal(x.grad, expected)
+
+
+def test_autocast(backend: Backend) -> None:
+    """The dtype of the result and of the gradient is that of scaled_dot_product_attention."""
+    dtype = backend.dtypes[1]
+    for given_dtype in (torch.float32, dtype):
+        x = inputs(backend, 1, 17, 2, 16, given_dtype)[0].requires_grad_()
+        with torch.autocast(backend.device, dtype):
+            out = attention(x)
+            peer = attention_with("sdpa", x)
+        assert out.dtype == peer.dtype == dtype
+        assert torch.autograd.grad(out, x, torch.ones_like(out))[0].dtype == given_dtype
+        torch.testing.assert_close(out, attention(x.to(dtype)))
+
+
+@pytest.mark.parametrize("in_dim", [0, 1])
+def test_vmap(backend: Backend, in_dim: int) -> None:
+    batched = torch.randn(2, 2, 9, 3, 2, 16, device=backend.device).requires_grad_()
+    torch.testing.assert_close(
+        torch.func.vmap(attention, in_dims=in_dim)(batched),
+        torch.func.vmap(reference.attention, in_dims=in_dim)(batched),
+    )
+    got, expected = (
+        torch.autograd.grad(torch.func.vmap(function, in_dims=in_dim)(batched).square().sum(), batched)[0]
+        for function in (attention, reference.attention)
+    )
+    torch.testing.assert_close(got, expected)
+
+
+def test_vmap_of_the_gradient(backend: Backend) -> None:
+    """Batched gradients of one output: only ``grad_out`` carries the vmapped dimension."""
+    qkv = torch.randn(1, 5, 3, 2, 16, device=backend.device).requires_grad_()
+    grads = torch.randn(3, 1, 5, 2, 16, device=backend.device)
+    got, expected = (
+        torch.autograd.grad(function(qkv), qkv, grads, is_grads_batched=True)[0]
+        for function in (attention, reference.attention)
+    )
+    torch.testing.assert_close(got, expected)
+
+
+def test_derivatives_that_do_not_exist(backend: Backend) -> None:
+    qkv = torch.randn(1, 3, 3, 1, 16, device=backend.device).requires_grad_()
+    (grad,) = torch.autograd.grad(attention(qkv).square().sum(), qkv, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(attention, (qkv.detach(),), (qkv.detach(),))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx1100"])
+def test_launch_config_of_every_chip(arch: str) -> None:
+    forward = pytest.importorskip("segmenter_fast.kernels.attention_forward", reason="needs Triton")
+    backward = importlib.import_module("segmenter_fast.kernels.attention_backward")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dim in forward.HEAD_DIMS:
+            for n in (1, 257, 4097):
+                for tiles in (forward.launch_config(dim, n, dtype, arch), *backward.launch_config(dim, n, dtype, arch)):
+                    # the tail's blocks divide a full block, so that a tail never outgrows it
+                    assert tiles.block_m % forward.TAIL_N == tiles.block_n % forward.TAIL_N == 0
+
+
+def test_refusals(backend: Backend) -> None:
+    device = backend.device
+    with pytest.raises(ValueError, match=r"qkv must be \(B, N, 3, H, D\), got \(2, 5, 48\)"):
+        attention(torch.zeros(2, 5, 48, device=device))
+    with pytest.raises(ValueError, match=r"qkv must be \(B, N, 3, H, D\)"):
+        attention(torch.zeros(2, 5, 2, 1, 16, device=device))
+    with pytest.raises(ValueError, match="last stride of 1"):
+        attention(torch.zeros(2, 5, 3, 1, 32, device=device)[..., ::2])
+    with pytest.raises(TypeError, match="qkv must be float32"):
+        attention(torch.zeros(2, 5, 3, 1, 16, device=device, dtype=torch.int32))
+    with pytest.raises(ValueError, match="backend must be"):
+        attention_with("cudnn", torch.zeros(2, 5, 3, 1, 16, device=device))
+
+
+def test_other_head_sizes_and_float64(backend: Backend) -> None:
+    """PyTorch's kernel for the CPU takes any; Triton refuses and says what it takes."""
+    if backend.name == "cpu":
+        assert_attention(*inputs(backend, 1, 17, 2, 48, torch.float64))
+        return
+    with pytest.raises(ValueError, match=r"head sizes \(16, 32, 64, 80, 96, 128\), got 48"):
+        attention(torch.zeros(2, 5, 3, 1, 48, device=backend.device))
+    with pytest.raises(TypeError, match="float64"):
+        attention(torch.zeros(2, 5, 3, 1, 16, device=backend.device, dtype=torch.float64))
+
+
+@pytest.mark.skipif(INTERPRET, reason="under TRITON_INTERPRET=1 Triton serves the CPU")
+def test_triton_is_refused_on_the_cpu() -> None:
+    with pytest.raises(ValueError, match="triton serves CUDA and ROCm tensors"):
+        attention_with("triton", torch.zeros(1, 2, 3, 1, 16))
