@@ -86,10 +86,7 @@ def _encoder_weights(path: Path) -> Mapping[str, Tensor] | None:
 def _with_encoder(config: SegmenterConfig, state: Mapping[str, Tensor], name: str) -> Segmenter:
     """A random model with the encoder replaced; the unused classification head, if any, stays random."""
     model = Segmenter(config)
-    try:
-        encoder = timm.encoder_state(state, config)
-    except CheckpointError as error:
-        raise CheckpointError(f"{name}: {error}") from error
+    encoder = timm.encoder_state(state, config)
     wanted = {key: tensor for key, tensor in model.encoder.state_dict().items() if not key.startswith(timm.HEADS)}
     require_fit({key: tensor.shape for key, tensor in wanted.items()}, encoder, name)
     model.encoder.load_state_dict(encoder, strict=False)  # only the head is not there

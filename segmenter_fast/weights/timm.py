@@ -32,18 +32,15 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
 def encoder_state(state: Mapping[str, Tensor], config: SegmenterConfig) -> dict[str, Tensor]:
     """timm's state dict without classifier, its position embedding resized to the configuration's image size.
 
-    Raises:
-        CheckpointError: the position embedding is missing or of no square grid.
+    A position embedding of no square grid stays as it is, for the strict load to report.
     """
     encoder = {key: tensor.float() for key, tensor in state.items() if not key.startswith(HEADS)}
-    if "pos_embed" not in encoder or encoder["pos_embed"].ndim != 3:
-        raise CheckpointError("pos_embed is missing or has not three dimensions")
-    patches = encoder["pos_embed"].shape[1] - config.num_prefix_tokens * config.pos_embed_prefix
-    side = math.isqrt(max(patches, 0))
-    if side**2 != patches or not side:
-        raise CheckpointError(f"pos_embed has {patches} entries for patches, which make no square grid")
-    if (side, side) != config.grid:
-        encoder["pos_embed"] = resize_positions(encoder["pos_embed"], (side, side), config.grid, config.pos_embed_mode)
+    positions = encoder.get("pos_embed")
+    if positions is not None and positions.ndim == 3:
+        patches = positions.shape[1] - config.num_prefix_tokens * config.pos_embed_prefix
+        side = math.isqrt(max(patches, 0))
+        if side**2 == patches > 0 and (side, side) != config.grid:
+            encoder["pos_embed"] = resize_positions(positions, (side, side), config.grid, config.pos_embed_mode)
     return encoder
 
 

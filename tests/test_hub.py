@@ -1,0 +1,155 @@
+"""Our format through huggingface_hub's mixin, without network."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.hub_mixin
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import segmenter_fast as sf
+from segmenter_fast.weights import ours
+from segmenter_fast.weights.reading import CheckpointError
+from support.checkpoints import GOLDEN, same, small_model
+
+FILES = {"README.md", "config.json", "model.safetensors"}
+
+
+def test_save_and_load_keep_everything(tmp_path: Path) -> None:
+    model = sf.load(GOLDEN / "mmseg_mask" / "segmenter.pth")
+    model.save_pretrained(tmp_path / "new" / "folder")
+    assert {path.name for path in (tmp_path / "new" / "folder").iterdir()} == FILES
+    again = sf.Segmenter.from_pretrained(tmp_path / "new" / "folder")
+    assert same(again.state_dict(), model.state_dict())
+    assert again.config == model.config
+    assert again.config.class_names[0] == "thing 0"
+    assert not again.training
+    with torch.no_grad():
+        images = torch.randn(1, 3, 64, 80)
+        assert torch.equal(again(images), model(images))
+
+
+def test_a_low_precision_model_is_saved_as_it_is(tmp_path: Path) -> None:
+    small_model().bfloat16().save_pretrained(tmp_path)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+    assert next(sf.load(tmp_path).parameters()).dtype == torch.float32
+
+
+def test_from_pretrained_takes_configuration_fields(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="has 3 classes, not 5"):
+        model = sf.Segmenter.from_pretrained(tmp_path, num_classes=5, image_size=48)
+    assert (model.config.num_classes, model.config.image_size) == (5, (48, 48))
+    with pytest.raises(TypeError, match="unknown configuration field"):
+        sf.Segmenter.from_pretrained(tmp_path, colour="red")
+
+
+def test_from_pretrained_lists_what_does_not_fit(tmp_path: Path) -> None:
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    state = {key: tensor for key, tensor in model.state_dict().items() if key != "encoder.norm.bias"}
+    ours.write_folder(tmp_path, model.config, state)
+    with pytest.raises(CheckpointError, match=r"missing \(1\): encoder\.norm\.bias \(64,\)"):
+        sf.Segmenter.from_pretrained(tmp_path)
+
+
+def test_from_pretrained_of_an_empty_folder_names_it(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        sf.Segmenter.from_pretrained(tmp_path)
+
+
+def test_a_second_save_replaces_the_first_and_keeps_other_files(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine")
+    model = small_model(num_classes=5)
+    model.save_pretrained(tmp_path)
+    assert same(sf.load(tmp_path).state_dict(), model.state_dict())
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, "notes.txt"}
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="needs limits on file sizes (Unix)")
+    before = small_model()
+    before.save_pretrained(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors cannot be written"):
+            small_model(num_classes=5).save_pretrained(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert same(sf.load(tmp_path).state_dict(), before.state_dict())
+
+
+def test_an_interrupted_save_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = small_model()
+    before.save_pretrained(tmp_path)
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ours, "config_to_json", interrupted)  # the weights are written by then
+    with pytest.raises(KeyboardInterrupt):
+        small_model(num_classes=5).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES
+    assert same(sf.load(tmp_path).state_dict(), before.state_dict())
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileExistsError, match="file"):
+        small_model().save_pretrained(tmp_path / "file")
+
+
+def test_the_model_card_says_what_the_model_is(tmp_path: Path) -> None:
+    model = small_model(class_names=("sky", "tree", "road"))
+    model.save_pretrained(tmp_path, model_card_kwargs={"license": "mit"})
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\n")
+    for wanted in ("license: mit", "library_name: segmenter-fast", "3: sky, tree, road", "bilinear", "1e-05"):
+        assert wanted in card
+
+
+@pytest.mark.parametrize("through_save", [False, True])
+def test_push_uploads_what_load_reads(through_save: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, uploaded = small_model(), {}
+
+    class Recorder:
+        def __init__(self, **_: Any) -> None: ...
+
+        def create_repo(self, repo_id: str, **_: Any) -> Any:
+            return type("Repository", (), {"repo_id": repo_id})
+
+        def upload_folder(self, *, repo_id: str, folder_path: Path, **_: Any) -> str:
+            uploaded[repo_id] = sf.load(folder_path).state_dict()
+            return "address"
+
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Recorder)
+    if through_save:
+        assert model.save_pretrained(tmp_path / "name", push_to_hub=True) == "address"
+        assert same(uploaded["name"], model.state_dict())
+    else:
+        assert model.push_to_hub("org/name") == "address"
+        assert same(uploaded["org/name"], model.state_dict())
+
+
+def test_the_mixin_leaves_copying_and_pickling_alone() -> None:
+    model = small_model()
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert same(again.state_dict(), model.state_dict())
+        assert again.config == model.config
+
+
+def test_config_json_is_readable_by_others(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    assert (content["num_classes"], content["image_size"], content["decoder"]) == (3, [32, 32], "mask")
