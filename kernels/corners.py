@@ -122,30 +122,31 @@ def corner_logits(corner_ptrs, offsets, mask, base, dtype: tl.constexpr):
 
 
 @triton.jit
-def edges(c00, c01, c10, c11, weight_y):
-    """Values on a cell's left edge, and their rise to the right one: logit = left + weight_x * rise.
+def mix(lower, upper, weight):
+    """``(1 - weight) * lower + weight * upper`` in one multiply-add: ``lower + weight * rise``.
 
-    Where the left value is -inf the rise is the right value, which keeps -inf and, at weight 0, PyTorch's NaN.
+    Where ``lower`` is -inf the rise is ``upper`` itself, which keeps -inf and, at weight 0, PyTorch's 0 * inf = NaN.
     """
-    left = c00 * (1 - weight_y) + c10 * weight_y
-    right = c01 * (1 - weight_y) + c11 * weight_y
-    return left, tl.where(left == -float("inf"), right, right - left)
+    return lower + weight * tl.where(lower == -float("inf"), upper, upper - lower)
 
 
 @triton.jit
-def exponentials(corner_ptrs, k, stride_k, num_classes, base, shift, weight_y, weight_x, dtype: tl.constexpr):
-    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` exp(logit - base - shift); 0 for classes that do not exist."""
+def logits(corner_ptrs, k, stride_k, num_classes, base, weight_y, weight_x, dtype: tl.constexpr):
+    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` logits minus ``base``, in units of log 2."""
     c00, c01, c10, c11 = corner_logits(corner_ptrs, k.to(tl.int64) * stride_k, k < num_classes, base, dtype)
-    left, rise = edges(c00[None, :], c01[None, :], c10[None, :], c11[None, :], weight_y[:, None])
-    return tl.exp2(left[:, None, :] + rise[:, None, :] * weight_x[None, :, None] - shift[:, :, None])
+    # Along x first: a thread holds a column of pixels, for which that is one pair of values.
+    top = mix(c00[None, :], c01[None, :], weight_x[:, None])
+    bottom = mix(c10[None, :], c11[None, :], weight_x[:, None])
+    return mix(top[None, :, :], bottom[None, :, :], weight_y[:, None, None])
 
 
 @triton.jit
-def largest_logits(
+def log_sum_exp(
     corner_ptrs,
-    offs_k,
     stride_k,
     num_classes,
+    base,
+    far,
     weight_y,
     weight_x,
     dtype: tl.constexpr,
@@ -153,34 +154,49 @@ def largest_logits(
     BLOCK_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``(BLOCK_Y, BLOCK_X)`` maxima over the classes."""
-    largest = tl.full((BLOCK_Y, BLOCK_X, BLOCK_K), -float("inf"), dtype)
-    for start in range(0, num_classes, BLOCK_K):
-        k = start + offs_k
-        c00, c01, c10, c11 = corner_logits(corner_ptrs, k.to(tl.int64) * stride_k, k < num_classes, 0.0, dtype)
-        left, rise = edges(c00[None, :], c01[None, :], c10[None, :], c11[None, :], weight_y[:, None])
-        largest = tl.maximum(largest, left[:, None, :] + rise[:, None, :] * weight_x[None, :, None])
-    return tl.max(largest, 2)
+    """``(BLOCK_Y, BLOCK_X)`` shift and log2 sum_k exp2(logit - base - shift); the shift is 0 unless ``far``."""
+    offs_k = tl.arange(0, BLOCK_K)
+    exp_sum = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), dtype)
+    if far:
+        largest = tl.full((BLOCK_Y, BLOCK_X, BLOCK_K), -float("inf"), dtype)
+        for start in range(0, num_classes, BLOCK_K):
+            logit = logits(corner_ptrs, start + offs_k, stride_k, num_classes, base, weight_y, weight_x, dtype)
+            largest = tl.maximum(largest, logit)
+        shift = tl.max(largest, 2)
+        for start in range(0, num_classes, BLOCK_K):
+            logit = logits(corner_ptrs, start + offs_k, stride_k, num_classes, base, weight_y, weight_x, dtype)
+            exp_sum += tl.exp2(logit - shift[:, :, None])
+    else:
+        shift = tl.zeros((BLOCK_Y, BLOCK_X), dtype)
+        for start in range(0, num_classes, BLOCK_K):
+            logit = logits(corner_ptrs, start + offs_k, stride_k, num_classes, base, weight_y, weight_x, dtype)
+            exp_sum += tl.exp2(logit)
+    return shift, tl.log2(tl.sum(exp_sum, 2))
+
+
+@triton.jit
+def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
 
 
 @triton.jit
 def to_corners(grad, weight_y, weight_x):
-    """Transpose of the resize: ``(BLOCK_Y, BLOCK_X, BLOCK_K)`` -> ``(BLOCK_K, 2, 2)``, a corner's row and column."""
-    upper = tl.sum(grad * (1 - weight_y)[:, None, None], 0)
-    lower = tl.sum(grad * weight_y[:, None, None], 0)
-    rows = tl.join(upper, lower)  # (BLOCK_X, BLOCK_K, 2)
-    columns = tl.join(1 - weight_x, weight_x)  # (BLOCK_X, 2)
-    return tl.sum(rows[:, :, :, None] * columns[:, None, None, :], 0)
+    """The transpose of the resize: ``(BLOCK_Y, BLOCK_X, BLOCK_K)`` -> ``(BLOCK_K,)`` for each corner."""
+    bottom = tl.sum(grad * weight_y[:, None, None], 0)  # (BLOCK_X, BLOCK_K)
+    top = tl.sum(grad, 0) - bottom
+    right = weight_x[:, None]
+    # One reduction of four values: it synchronises the warps once.
+    return tl.reduce((top * (1 - right), top * right, bottom * (1 - right), bottom * right), 0, _add4)
 
 
 @triton.jit
-def add_corners(scratch_ptr, corners, offs_k, num_classes, again):
-    """Store ``(BLOCK_K, 2, 2)`` in a cell's ``(4, K)`` scratch, or ``again``: add."""
-    corner = 2 * tl.arange(0, 2)[:, None] + tl.arange(0, 2)[None, :]
-    ptrs = scratch_ptr + corner[None, :, :].to(tl.int64) * num_classes + offs_k[:, None, None]
-    mask = (offs_k < num_classes)[:, None, None] & (corner >= 0)[None, :, :]
-    before = tl.load(ptrs, mask=mask & again, other=0.0)
-    tl.store(ptrs, before + corners, mask=mask)
+def add_corners(scratch_ptr, corners, k, num_classes, again):
+    """Store ``(BLOCK_K,)`` for each corner in a cell's ``(4, K)`` scratch, or ``again``: add."""
+    mask = k < num_classes
+    for corner in tl.static_range(4):
+        ptrs = scratch_ptr + num_classes.to(tl.int64) * corner + k
+        before = tl.load(ptrs, mask=mask & again, other=0.0)
+        tl.store(ptrs, before + corners[corner], mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_classes", "height", "width", "batch", "splits"])

@@ -30,11 +30,11 @@ from .corners import (
     bounds,
     cell_outputs,
     corner_logits,
-    edges,
-    exponentials,
     geometry,
-    largest_logits,
     launch_config,
+    log_sum_exp,
+    logits,
+    mix,
     splits_of,
     strides,
     sum_corners,
@@ -165,25 +165,16 @@ def cross_entropy_kernel(
             hard_weight *= tl.load(weight_ptr + target)
         hard_weight = tl.where(is_class | ~valid, hard_weight, float("nan"))
 
-        shift = tl.zeros((BLOCK_Y, BLOCK_X), dtype)
-        if far:
-            shift += largest_logits(
-                corner_ptrs, offs_k, stride_mk, num_classes, weight_y, weight_x, dtype, BLOCK_Y, BLOCK_X, BLOCK_K
-            )
-        exp_sum = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), dtype)
-        for start in range(0, num_classes, BLOCK_K):
-            exp_sum += exponentials(
-                corner_ptrs, start + offs_k, stride_mk, num_classes, base, shift, weight_y, weight_x, dtype
-            )
-        exp_sum = tl.sum(exp_sum, 2)
-
+        shift, log_sum = log_sum_exp(
+            corner_ptrs, stride_mk, num_classes, base, far, weight_y, weight_x, dtype, BLOCK_Y, BLOCK_X, BLOCK_K
+        )
         c00, c01, c10, c11 = corner_logits(corner_ptrs, target * stride_mk, valid, base, dtype)
-        target_left, target_rise = edges(c00, c01, c10, c11, weight_y[:, None])
-        log_sum = tl.log2(exp_sum)
-        loss = hard_weight * (log_sum - (target_left + target_rise * weight_x[None, :] - shift))
+        top, bottom = mix(c00, c01, weight_x[None, :]), mix(c10, c11, weight_x[None, :])
+        loss = hard_weight * (log_sum - (mix(top, bottom, weight_y[:, None]) - shift))
         if smoothing_ptr is not None:
-            left_sum, rise = edges(linear[0], linear[1], linear[2], linear[3], weight_y[:, None])
-            loss += soft * (total * (log_sum + shift) - (left_sum + rise * weight_x[None, :]))
+            top = mix(linear[0], linear[1], weight_x[None, :])
+            bottom = mix(linear[2], linear[3], weight_x[None, :])
+            loss += soft * (total * (log_sum + shift) - mix(top, bottom, weight_y[:, None]))
         loss = tl.where(valid, loss, 0.0) / LOG2_E
         if PER_PIXEL:
             tl.store(loss_ptr + (b * kept_y + offs_y[:, None]) * kept_x + offs_x[None, :], loss, mask=mask)
@@ -197,20 +188,25 @@ def cross_entropy_kernel(
             factor = hard_weight
             if smoothing_ptr is not None:
                 factor += grad_loss * (soft * total)
-            factor = tl.where(mask, factor / exp_sum, 0.0)
+                linear_grad = to_corners(grad_loss[:, :, None], weight_y, weight_x)
+            log_sum += shift
             small_target = target.to(tl.int32)
             for start in range(0, num_classes, BLOCK_K):
                 k = start + offs_k
-                grad = exponentials(corner_ptrs, k, stride_mk, num_classes, base, shift, weight_y, weight_x, dtype)
+                logit = logits(corner_ptrs, k, stride_mk, num_classes, base, weight_y, weight_x, dtype)
                 one_hot = k[None, None, :] == small_target[:, :, None]
-                grad = grad * factor[:, :, None] - tl.where(one_hot, hard_weight[:, :, None], 0.0)
+                grad = tl.exp2(logit - log_sum[:, :, None]) * factor[:, :, None]
+                grad -= tl.where(one_hot, hard_weight[:, :, None], 0.0)
                 corners = to_corners(grad, weight_y, weight_x)
                 if smoothing_ptr is not None:
-                    class_weight = tl.full((BLOCK_K,), 1.0, dtype)
+                    class_weight = tl.full((BLOCK_K,), 1.0, dtype) * soft
                     if weight_ptr is not None:
-                        class_weight = tl.load(weight_ptr + k, mask=k < num_classes, other=0.0)
-                    corners -= (
-                        to_corners(grad_loss[:, :, None], weight_y, weight_x) * (soft * class_weight)[:, None, None]
+                        class_weight *= tl.load(weight_ptr + k, mask=k < num_classes, other=0.0)
+                    corners = (
+                        corners[0] - linear_grad[0] * class_weight,
+                        corners[1] - linear_grad[1] * class_weight,
+                        corners[2] - linear_grad[2] * class_weight,
+                        corners[3] - linear_grad[3] * class_weight,
                     )
                 add_corners(scratch_ptr, corners, k, num_classes, tile > split)
             tl.debug_barrier()  # the next tile adds to what other threads stored
@@ -219,7 +215,7 @@ def cross_entropy_kernel(
         tl.store(loss_ptr + pid, tl.sum(tl.sum(loss_sum, 1), 0))
     if grad_loss_ptr is not None and split >= tiles:
         for start in range(0, num_classes, BLOCK_K):
-            add_corners(scratch_ptr, tl.zeros((BLOCK_K, 2, 2), dtype), start + offs_k, num_classes, False)
+            add_corners(scratch_ptr, (0.0, 0.0, 0.0, 0.0), start + offs_k, num_classes, False)
 
 
 @triton.jit

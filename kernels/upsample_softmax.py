@@ -26,10 +26,10 @@ from .corners import (
     add_corners,
     bounds,
     cell_outputs,
-    exponentials,
     geometry,
-    largest_logits,
     launch_config,
+    log_sum_exp,
+    logits,
     splits_of,
     strides,
     sum_corners,
@@ -90,21 +90,14 @@ def softmax_kernel(
         mask = (offs_y < end_y)[:, None] & (offs_x < end_x)[None, :]
         weight_y = upper_weights(offs_y, end_y, cell_y, step_y, offset_y, denominator_y, dtype)
         weight_x = upper_weights(offs_x, end_x, cell_x, step_x, offset_x, denominator_x, dtype)
-        shift = tl.zeros((BLOCK_Y, BLOCK_X), dtype)
-        if far:
-            shift += largest_logits(
-                corner_ptrs, offs_k, stride_mk, num_classes, weight_y, weight_x, dtype, BLOCK_Y, BLOCK_X, BLOCK_K
-            )
-        exp_sum = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), dtype)
-        for start in range(0, num_classes, BLOCK_K):
-            exp_sum += exponentials(
-                corner_ptrs, start + offs_k, stride_mk, num_classes, base, shift, weight_y, weight_x, dtype
-            )
-        factor = 1 / tl.sum(exp_sum, 2)
+        shift, log_sum = log_sum_exp(
+            corner_ptrs, stride_mk, num_classes, base, far, weight_y, weight_x, dtype, BLOCK_Y, BLOCK_X, BLOCK_K
+        )
+        log_sum += shift
         for start in range(0, num_classes, BLOCK_K):
             k = start + offs_k
-            p = exponentials(corner_ptrs, k, stride_mk, num_classes, base, shift, weight_y, weight_x, dtype)
-            p = (p * factor[:, :, None]).to(out_ptr.dtype.element_ty)
+            logit = logits(corner_ptrs, k, stride_mk, num_classes, base, weight_y, weight_x, dtype)
+            p = tl.exp2(logit - log_sum[:, :, None]).to(out_ptr.dtype.element_ty)
             offs_r = (b * num_classes + k[:, None]) * kept_y + offs_y[None, :]
             ptrs = out_ptr + offs_r[:, :, None] * kept_x + offs_x[None, None, :]
             tl.store(ptrs, p.permute(2, 0, 1), mask=(k < num_classes)[:, None, None] & mask[None, :, :])
@@ -178,7 +171,7 @@ def softmax_backward_kernel(
         tl.debug_barrier()  # the next tile adds to what other threads stored
     if split >= tiles:
         for start in range(0, num_classes, BLOCK_K):
-            add_corners(scratch_ptr, tl.zeros((BLOCK_K, 2, 2), dtype), start + offs_k, num_classes, False)
+            add_corners(scratch_ptr, (0.0, 0.0, 0.0, 0.0), start + offs_k, num_classes, False)
 
 
 @triton.jit
