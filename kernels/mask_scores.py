@@ -213,10 +213,10 @@ def _check(patches: Tensor) -> None:
 
 
 def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """``(B, N, D), (B, K, D), (K,), (K,)`` -> ``(B, N, K)``, contiguous, in the dtype of the patches."""
+    """``(B, N, D), (B, K, D), (K,), (K,)`` -> ``(B, N, K)``, contiguous, in the wider dtype of patches and weight."""
     _check(patches)
     (b, n, dim), k = patches.shape, classes.shape[1]
-    out = patches.new_empty((b, n, k))
+    out = patches.new_empty((b, n, k), dtype=torch.promote_types(patches.dtype, weight.dtype))
     if out.numel() == 0:
         return out
     arch = device_arch(patches)

@@ -10,7 +10,8 @@ from torch import Tensor
 def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """``(B, N, D), (B, K, D), (K,), (K,)`` -> ``(B, N, K)``."""
     scores = _scores(patches, classes)[0]
-    return F.layer_norm(scores, weight.shape, weight.to(scores.dtype), bias.to(scores.dtype), eps).to(patches.dtype)
+    scores = F.layer_norm(scores, weight.shape, weight.to(scores.dtype), bias.to(scores.dtype), eps)
+    return scores.to(torch.promote_types(patches.dtype, weight.dtype))
 
 
 def mask_scores_backward(
@@ -32,7 +33,7 @@ def mask_scores_backward(
 
 
 def _scores(patches: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    statistics = torch.float64 if patches.dtype == torch.float64 else torch.float32
+    statistics = torch.promote_types(patches.dtype, torch.float32)
     patches, classes = patches.to(statistics), classes.to(statistics)
     inverse_patches = patches.norm(dim=-1, keepdim=True).reciprocal()
     inverse_classes = classes.norm(dim=-1, keepdim=True).reciprocal()

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..library import autocast_dtype, define, differentiable, once_differentiable
+from ..library import define, differentiable, once_differentiable
 
 
 def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -20,7 +20,8 @@ def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, 
         eps: of the LayerNorm. The L2 norms have none: a zero vector gives NaN, as in the official program.
 
     Returns:
-        ``(B, N, K)`` in the dtype of ``patches``; float32 under autocast, as PyTorch's LayerNorm.
+        ``(B, N, K)`` in the wider dtype of ``patches`` and ``weight``: with low-precision embeddings and a float32
+        LayerNorm, as under autocast, the scores are float32 and never rounded.
 
     Raises:
         ValueError: shapes that do not fit together.
@@ -34,13 +35,15 @@ def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, 
     k = classes.shape[1]
     if weight.shape != (k,) or bias.shape != (k,):
         raise ValueError(f"weight and bias must be ({k},), got {tuple(weight.shape)} and {tuple(bias.shape)}")
-    if autocast_dtype(patches) is not None:
-        patches, classes = patches.float(), classes.float()
+    if patches.dtype != classes.dtype or weight.dtype != bias.dtype:
+        given = ", ".join(str(tensor.dtype) for tensor in (patches, classes, weight, bias))
+        raise TypeError(f"patches and classes must share a dtype, and weight and bias, got {given}")
     return torch.ops.segmenter_fast.mask_scores(patches, classes, weight, bias, eps)
 
 
 def _fake(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return patches.new_empty((*patches.shape[:2], classes.shape[1]))
+    dtype = torch.promote_types(patches.dtype, weight.dtype)
+    return patches.new_empty((*patches.shape[:2], classes.shape[1]), dtype=dtype)
 
 
 def _fake_backward(

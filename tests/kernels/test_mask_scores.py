@@ -100,15 +100,26 @@ def test_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
-def test_autocast_gives_float32_as_layer_norm_does() -> None:
-    tensors = inputs(1, 4, 3, 8, torch.bfloat16, "cpu")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert kernels.mask_scores(*tensors).dtype == torch.float32
+def test_a_float32_norm_of_low_precision_embeddings_is_not_rounded(backend) -> None:  # noqa: ANN001
+    """So it is under autocast, too: its matrix products are low precision, its LayerNorm is float32."""
+    patches, classes, weight, bias = inputs(1, 20, 19, 32, torch.float16, backend.device)
+    weight, bias = (t.detach().float().requires_grad_() for t in (weight, bias))
+    out = kernels.mask_scores(patches, classes, weight, bias)
+    assert out.dtype == torch.float32
+    oracle = reference.mask_scores(*(t.detach().double() for t in (patches, classes, weight, bias)))
+    torch.testing.assert_close(out.double(), oracle, rtol=1e-5, atol=1e-5)
+    out.sum().backward()
+    assert [t.grad.dtype for t in (patches, weight)] == [torch.float16, torch.float32]
+    if backend.device == "cpu":
+        with torch.autocast("cpu", dtype=torch.float16):
+            assert kernels.mask_scores(patches, classes, weight, bias).dtype == torch.float32
 
 
 def test_refusals_name_the_arguments() -> None:
     patches, classes, weight, bias = inputs(2, 4, 3, 8, torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"must share B and D, got \(2, 4, 8\) and \(1, 3, 8\)"):
         kernels.mask_scores(patches, classes[:1], weight, bias)
+    with pytest.raises(TypeError, match="must share a dtype"):
+        kernels.mask_scores(patches, classes.half(), weight, bias)
     with pytest.raises(ValueError, match=r"weight and bias must be \(3,\)"):
         kernels.mask_scores(patches, classes, weight[:2], bias)
