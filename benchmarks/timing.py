@@ -240,16 +240,17 @@ class _GraphClock(_EventClock):
 
 
 def _warm_up(thunks: Sequence[Call], device: torch.device, seconds: float) -> _Clock:
-    """Call until ``seconds`` have passed (every input set once, at least two calls); size the samples by the last."""
+    """Call for ``seconds``, at least once; size the samples by the last calls."""
     kind = _EventClock if device.type == "cuda" else _Clock
     clock = kind(thunks, 1)
     end = time.perf_counter() + seconds
-    last = [clock.sample() for _ in range(2)]
-    while clock.turn < len(thunks) or (time.perf_counter() < end and clock.turn < MAX_CALLS):
+    last = [clock.sample()]
+    while time.perf_counter() < end and clock.turn < MAX_CALLS:
         last.append(clock.sample())
     estimate = float(np.median(last[-5:]))
     sized = kind(thunks, max(1, min(MAX_CALLS, math.ceil(SAMPLE_MS / max(estimate, 1e-6)))))
-    sized.sample()
+    if estimate < seconds * 1e3:
+        sized.sample()  # also tells whether it is launch-bound, which slow calls are not
     return sized
 
 

@@ -28,9 +28,9 @@ from .device import describe, resolve
 from .ops import OPS
 from .timing import Timing, input_sets, measure, own_stream
 
-WARPS = (2, 4, 8)
+WARPS = (1, 2, 4, 8)
 STAGES = (1, 2, 3, 4)
-SMALLEST, LARGEST = 4, 256
+LARGEST = 256
 # Candidates timed against each other and the best one so far.
 HEAT = 8
 
@@ -136,9 +136,7 @@ def _choices(field: str, value: Any) -> Sequence[Any]:
         return WARPS
     if field == "num_stages":
         return STAGES
-    if isinstance(value, int) and field.startswith("block"):
-        return [value, *(size for size in (value // 2, value * 2) if SMALLEST <= size <= LARGEST)]
-    return [value]
+    return [value, *(size for size in (value // 2, value * 2) if 1 <= size <= LARGEST)]
 
 
 def _parts(config: Any) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ import torch
 
 from segmenter_fast.benchmarks import tune
 from segmenter_fast.benchmarks.cases import OURS, Case, Variant
-from segmenter_fast.benchmarks.ops import OPS, attention, mask_scores
+from segmenter_fast.benchmarks.ops import OPS, attention, mask_scores, upsample
 
 CPU = torch.device("cpu")
 
@@ -24,12 +24,12 @@ class Tiles(NamedTuple):
 
 
 def test_neighbours_are_near_and_within_bounds() -> None:
-    shipped = Tiles(4, 64, 4, 3)
+    shipped = Tiles(1, 256, 4, 3)
     found = tune.neighbours(shipped)
     assert shipped not in found
     assert len(set(found)) == len(found)
-    assert {t.block_m for t in found} == {4, 8}
-    assert {t.block_n for t in found} == {32, 64, 128}
+    assert {t.block_m for t in found} == {1, 2}
+    assert {t.block_n for t in found} == {128, 256}
     assert {t.num_warps for t in found} == set(tune.WARPS)
     changes = [sum(a != b for a, b in zip(t, shipped, strict=True)) for t in found]
     assert changes == sorted(changes)
@@ -82,7 +82,7 @@ def test_wrong_configurations_are_left() -> None:
 
 
 def test_the_search_finds_the_fastest_right_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A clock that reads the time off the configuration: 32 x 128 with 2 warps is best, 1 stage is wrong."""
+    """A clock that reads the time off the configuration: 32 x 128 with 1 warp is best, 1 stage is wrong."""
     module: Any = SimpleNamespace(launch_config=lambda: Tiles(64, 64, 4, 3))
     ours = Variant(lambda *inputs: module.launch_config())
     small = attention._case(CPU, torch.float32, 1, 9, "forward")
@@ -95,11 +95,15 @@ def test_the_search_finds_the_fastest_right_configuration(monkeypatch: pytest.Mo
     monkeypatch.setattr(tune, "_times", times)
     row = tune.tune(case, module, float("inf"))
     assert row[0] == str(Tiles(64, 64, 4, 3))
-    assert row[2] == str(Tiles(32, 128, 2, 2))
+    assert row[2] == str(Tiles(32, 128, 1, 2))
     assert int(row[6]) > 0, "the wrong ones were counted"
 
 
 CASES = [pytest.param(attention._case(CPU, torch.float32, 1, 17, pass_), id=pass_) for pass_ in ("forward", "backward")]
+CASES += [
+    pytest.param(upsample._case(op, CPU, torch.float32, 1, next(iter(table.copies)), upsample.Point(7, 4, 16)), id=op)
+    for op, table in upsample.OPS.items()
+]
 CASES += [pytest.param(mask_scores._case(CPU, torch.float32, 1, "forward", 17, 16, 7), id="mask_scores")]
 
 
