@@ -83,6 +83,7 @@ def test_head_sizes(backend: Backend, dim: int, poisoned: None) -> None:
 )
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_drawn(backend: Backend, b: int, n: int, heads: int, dim: int, scale: float | None, index: int) -> None:
+    torch.manual_seed(0)  # an example fails or passes by itself
     dtype = backend.dtypes[index % len(backend.dtypes)]
     assert_attention(*inputs(backend, b, n, heads, dim, dtype), scale)
 
