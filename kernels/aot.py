@@ -69,10 +69,15 @@ class Build:
 
 
 def shipped(arch: str) -> Iterator[Specialization]:
-    """Every build of every kernel module for ``arch``."""
+    """Every build of every kernel module for ``arch``, each once."""
+    seen: dict[str, Specialization] = {}
     for module in MODULES:
-        for specialization in importlib.import_module(f".{module}", __package__).specializations(arch):
-            yield Specialization(*specialization)
+        for parts in importlib.import_module(f".{module}", __package__).specializations(arch):
+            specialization = Specialization(*parts)
+            if seen.setdefault(specialization.name, specialization) is specialization:
+                yield specialization
+            elif seen[specialization.name] != specialization:
+                raise ValueError(f"two different builds for {arch} are called {specialization.name!r}")
 
 
 def compile_kernel(specialization: Specialization, arch: str) -> Any:

@@ -62,10 +62,12 @@ class Axis:
     def taps(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """``(kept,)`` lower index, upper index (int64) and weight of the upper one (float64).
 
-        As in PyTorch, outputs before the first centre mix input 0 with none of input 1: they belong to cell 0.
+        As in PyTorch, outputs before the first centre mix input 0 with none of input 1: they belong to cell 0. Where
+        the size does not change there is no upper input, which matters to infinities.
         """
         numerator = (torch.arange(self.kept, device=device) * self.step + self.offset).clamp(min=0)
         cell = numerator.div(self.denominator, rounding_mode="floor")
         upper_weight = (numerator - cell * self.denominator).double() / self.denominator
         last = self.size_in - 1
-        return cell.clamp(max=last), (cell + 1).clamp(max=last), upper_weight
+        upper = cell if self.size_in == self.size_out else cell + 1
+        return cell.clamp(max=last), upper.clamp(max=last), upper_weight

@@ -111,9 +111,11 @@ def upsample_argmax_kernel(
         upper_weights(last_x, end_x, left, step_x, offset_x, denominator_x, dtype)[:, None],
     )
 
+    # Without a change of size there is no second input, as in PyTorch: 0 * inf would be NaN.
+    bottom = tl.minimum(top + (step_y != denominator_y).to(tl.int64), height - 1)
+    right = tl.minimum(left + (step_x != denominator_x).to(tl.int64), width - 1)
     upper_row = masks_ptr + b * stride_mb + top * stride_mh
-    lower_row = masks_ptr + b * stride_mb + tl.minimum(top + 1, height - 1) * stride_mh
-    right = tl.minimum(left + 1, width - 1)
+    lower_row = masks_ptr + b * stride_mb + bottom * stride_mh
     p00, p01 = upper_row + left * stride_mw, upper_row + right * stride_mw  # (CELLS,)
     p10, p11 = lower_row + left * stride_mw, lower_row + right * stride_mw
     ptrs = (p00[:, None], p01[:, None], p10[:, None], p11[:, None])
