@@ -206,7 +206,7 @@ _HALF = {
     ("gfx942", True): ((Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2)), (Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2))),
 }
 _FLOAT = {  # by padded head size
-    16: (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)),
+    16: (Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2)),
     32: (Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2)),
     64: (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)),
     128: (Tiles(16, 32, 8, 2), Tiles(32, 16, 8, 2)),
