@@ -1,6 +1,7 @@
 """Segmenter (Strudel et al., ICCV 2021) with fused kernels, for inference and training."""
 
 from . import inference
+from .accelerate import AccelerationReport, accelerate, acceleration_report, restore
 from .config import VARIANTS, SegmenterConfig
 from .predict import Prediction, predict
 from .segmenter import Segmenter
@@ -11,11 +12,15 @@ __version__ = "0.1.0"
 
 __all__ = [
     "VARIANTS",
+    "AccelerationReport",
     "Prediction",
     "Segmenter",
     "SegmenterConfig",
+    "accelerate",
+    "acceleration_report",
     "create_model",
     "inference",
     "load",
     "predict",
+    "restore",
 ]

@@ -1,0 +1,1 @@
+"""The parts of ``accelerate``: fused forwards, trying them out, and the survey of a model."""
