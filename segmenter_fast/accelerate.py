@@ -67,8 +67,9 @@ def accelerate(model: Model) -> Model:
     gradients agree within rounding. Calls with a mask, attention dropout in training, hooks inside an attention and
     wanted attention maps take the original path.
 
-    Each module is tried on random weights first and left where it differs. The second call changes nothing. Undo it
-    with ``restore``, also before export, ``torch.fx`` tracing or second derivatives, which the ops do not have.
+    Each module is tried on random weights first and left where it differs. A second call changes nothing. Undo it
+    with ``restore``, also before export to other runtimes, second derivatives (the ops have none), or before putting
+    other modules in the place of a swapped one's children.
 
     Args:
         model: on any device, in any dtype, in train or eval mode.

@@ -62,7 +62,7 @@ def outputs_and_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     out = model(x)
     out = out[0] if isinstance(out, tuple) else out
     model.zero_grad()
-    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)).sum().backward()
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype, device=out.device).view(out.shape)).sum().backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     return {"out": out.detach(), "images": x.grad, **grads}
 
@@ -370,6 +370,29 @@ def test_hooks_inside_see_what_they_saw(ops: list[str]) -> None:
     assert seen["qkv"].shape == (2, 17, 3 * 192)
     assert seen["attn"].shape == (2, 17, 192)
     assert ops == ["attention"] * 2
+
+
+def test_a_forward_set_later_is_the_one_that_runs(ops: list[str]) -> None:
+    for name, find in (
+        ("official", lambda model: model.encoder.blocks[0].attn),
+        ("mmseg", lambda model: model.backbone.layers[0].attn.attn),
+        ("vit_tiny", lambda model: model.blocks[0].attn),
+    ):
+        model = sf.accelerate(build(name))
+        inner, calls = find(model), []
+        own = inner.forward
+        inner.forward = lambda *args, own=own, calls=calls, **kwargs: calls.append(1) or own(*args, **kwargs)
+        model(images(name))
+        assert calls == [1], name
+
+
+def test_symbolic_traces_are_those_of_the_original() -> None:
+    block, x = OfficialBlock(128, 2, 64, 0.0, 0.0).double().eval(), torch.randn(2, 6, 128, dtype=torch.float64)
+    model = nn.Sequential(block)
+    expected = torch.fx.symbolic_trace(model).graph
+    graph = torch.fx.symbolic_trace(sf.accelerate(model))
+    assert [str(node) for node in graph.graph.nodes] == [str(node) for node in expected.nodes]
+    torch.testing.assert_close(graph(x), block(x))
 
 
 def test_a_norm_set_later_takes_the_original_path(ops: list[str]) -> None:

@@ -2,7 +2,7 @@
 
 ``swap_class(FusedAttention, theirs)`` is a subclass of both; giving it to an instance changes that instance's forward
 and nothing else: children, parameters, hooks, ``isinstance`` and state-dict keys stay. Each forward fuses the plain
-call only. Masks, dropout of the attention probabilities, hooks that listen inside, devices and dtypes without a kernel
+call only. Masks, dropout of the attention probabilities, hooks inside, devices and dtypes without a kernel
 go to ``super().forward``, the module's own.
 """
 
@@ -53,18 +53,17 @@ def _empty(fused: type[Swapped], original: type[nn.Module]) -> Swapped:
     return cls.__new__(cls)
 
 
-def listened_to(module: nn.Module) -> bool:
-    """Whether hooks look at the inputs or outputs of this module."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def watched(module: nn.Module) -> bool:
+    """Whether hooks look at the inputs or outputs of this module, or a forward of its own was set on it."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks) or "forward" in module.__dict__
 
 
 def _idle(attention: nn.Module) -> bool:
-    """Whether the children that the fused forward does not call would do nothing, with nobody listening to them."""
+    """Whether the children that the fused forward does not call would do nothing, with nobody watching them."""
     for name, child in attention.named_children():
         if name not in CALLED and (
-            listened_to(child) or not isinstance(child, (nn.Identity, nn.Dropout)) or (child.training and _drops(child))
+            watched(child) or not isinstance(child, (nn.Identity, nn.Dropout)) or (child.training and _drops(child))
         ):
             return False
     return True
@@ -128,7 +127,7 @@ class FusedBlock(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         fusable = args and _absent((*args[1:], *kwargs.values())) and _has_kernel(args[0])
-        if fusable and _idle(self.attn) and not listened_to(self.attn):
+        if fusable and _idle(self.attn) and not watched(self.attn):
             x = args[0]
             x = x + self.drop_path(attend(self.attn, self.norm1(x)))
             return x + self.drop_path(self.mlp(self.norm2(x)))
@@ -151,8 +150,8 @@ class FusedResidualAttention(Swapped):
         attn = self.attn
         itself = (key is None or key is query) and (value is None or value is query)
         plain = itself and len(args) <= 4 and all(other is None for other in others.values())
-        heard = listened_to(attn) or listened_to(attn.out_proj)
-        if not plain or not _has_kernel(query) or heard or (attn.training and attn.dropout):
+        seen = watched(attn) or watched(attn.out_proj)
+        if not plain or not _has_kernel(query) or seen or (attn.training and attn.dropout):
             return super().forward(*args, **kwargs)
         x = query if self.batch_first else query.transpose(0, 1)
         qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).unflatten(-1, (3, attn.num_heads, -1))
@@ -177,7 +176,7 @@ class FusedMaskTransformer(Swapped):
     proj_classes: Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        fusable = len(args) == 2 and not kwargs and _has_kernel(args[0]) and not listened_to(self.mask_norm)
+        fusable = len(args) == 2 and not kwargs and _has_kernel(args[0]) and not watched(self.mask_norm)
         # Under autocast PyTorch's LayerNorm gives float32 on a GPU, as the op does, but 16 bits on the CPU.
         if not fusable or (args[0].device.type == "cpu" and torch.is_autocast_enabled("cpu")):
             return super().forward(*args, **kwargs)

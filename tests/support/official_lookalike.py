@@ -18,7 +18,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.drop_prob == 0:
             return x
-        keep = torch.bernoulli(torch.full((len(x), 1, 1), 1 - self.drop_prob, dtype=x.dtype))
+        keep = torch.bernoulli(torch.full((len(x), 1, 1), 1 - self.drop_prob, dtype=x.dtype, device=x.device))
         return x * keep / (1 - self.drop_prob)
 
 
