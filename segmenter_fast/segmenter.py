@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -10,6 +11,7 @@ from .attention_maps import attention_maps
 from .config import SegmenterConfig
 from .decoders import LinearDecoder, MaskTransformer
 from .hub import HubMixin
+from .optimize import InferenceSegmenter
 from .vit import VisionTransformer
 
 
@@ -94,6 +96,23 @@ class Segmenter(nn.Module, HubMixin):
             weight=weight,
             label_smoothing=label_smoothing,
         )
+
+    def optimize(
+        self, dtype: torch.dtype = torch.bfloat16, compile: bool = True, cuda_graph: bool = True
+    ) -> InferenceSegmenter:
+        """The inference form of this model, which is left as it is; see ``InferenceSegmenter``.
+
+        Args:
+            dtype: of weights and activations: bfloat16, float16 or float32.
+            compile: whether ``torch.compile`` fuses what lies between the ops. The first call of a shape then takes a
+                minute or so, later calls of another batch size or image size once more.
+            cuda_graph: on a GPU, capture one CUDA graph per input shape, for the last 8 shapes, each with its own
+                memory; nothing elsewhere.
+
+        Raises:
+            ValueError: another dtype.
+        """
+        return InferenceSegmenter(self, dtype, compile, cuda_graph)
 
     def attention_maps(self, images: Tensor, layer: int, part: str = "encoder", queries: slice | None = None) -> Tensor:
         """Attention probabilities of one layer; see ``segmenter_fast.attention_maps.attention_maps``."""

@@ -1,0 +1,42 @@
+"""Small models of every family, each beside its oracle."""
+
+from __future__ import annotations
+
+import torch
+
+import segmenter_fast as sf
+from segmenter_fast.reference import ReferenceSegmenter
+
+# One small model per family: both decoders, class token alone, distilled, registers with LayerScale, mmsegmentation's
+# numerics, a patch size of its own.
+SMALL = {"image_size": 32, "num_classes": 5, "depth": 3, "embed_dim": 128, "num_heads": 2, "decoder_num_heads": 2}
+FAMILIES = {
+    "mask_16": ("seg_t_mask_16", {}),
+    "linear_16": ("seg_t_linear_16", {}),
+    "mask_32": ("seg_s_mask_32", {}),
+    "linear_32": ("seg_s_linear_32", {}),
+    "mask_8": ("seg_t_mask_8", {}),
+    "linear_8": ("seg_t_linear_8", {}),
+    "deit_mask": ("seg_t_deit_mask_16", {"head_classes": 10}),
+    "deit_linear": ("seg_t_deit_linear_16", {}),
+    "mmseg": (
+        "seg_t_mask_16",
+        {"encoder_norm_eps": 1e-6, "pos_embed_mode": "bicubic", "upsample_to": "image"},
+    ),
+    "registers": (
+        "seg_t_mask_16",
+        {"patch_size": 14, "num_register_tokens": 4, "pos_embed_prefix": False, "layer_scale": True},
+    ),
+}
+
+
+def pair(family: str, dtype: torch.dtype = torch.float64) -> tuple[sf.Segmenter, ReferenceSegmenter]:
+    """Model and oracle with one set of weights, large enough that nothing hides in them."""
+    name, fields = FAMILIES[family]
+    model = sf.create_model(name, **{**SMALL, **fields}).to(dtype).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    reference = ReferenceSegmenter(model.config).to(dtype).eval()
+    reference.load_state_dict(model.state_dict(), strict=True)
+    return model, reference

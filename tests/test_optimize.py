@@ -1,0 +1,137 @@
+"""The inference form gives the model's results, in every way of making and keeping it."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+import segmenter_fast as sf
+from segmenter_fast.reference import ReferenceSegmenter
+from support.models import FAMILIES, pair
+
+
+def images_of(model: sf.Segmenter, *shape: int) -> tuple[Tensor, Tensor]:
+    """The same images as uint8 and normalised."""
+    pixels = torch.randint(0, 256, (*shape[:1], 3, *shape[1:]), dtype=torch.uint8)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.config.mean, model.config.std))
+    return pixels, (pixels / 255 - mean) / std
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("size", [(32, 32), (50, 71)])
+def test_equals_the_model_in_float32(family: str, size: tuple[int, int]) -> None:
+    model, _ = pair(family, torch.float32)
+    fast = model.optimize(torch.float32, compile=False)
+    pixels, images = images_of(model, 2, *size)
+    with torch.no_grad():
+        expected = model(images)
+        for given in (images, pixels):
+            torch.testing.assert_close(fast(given), expected, rtol=0, atol=2e-4)
+        torch.testing.assert_close(fast.masks(images), model.masks(images), rtol=0, atol=2e-4)
+        torch.testing.assert_close(fast.probabilities(images), model.probabilities(images), rtol=0, atol=1e-4)
+        best = expected.topk(2, dim=1).values
+        clear = best[:, 0] - best[:, 1] > 1e-3
+        assert torch.equal(fast.segment(images)[clear], model.segment(images)[clear])
+
+
+@pytest.mark.parametrize("family", ["mask_16", "linear_16", "deit_mask", "registers"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_is_as_near_to_float64_as_the_model_in_that_dtype(family: str, dtype: torch.dtype) -> None:
+    model, _ = pair(family, torch.float32)
+    oracle = ReferenceSegmenter(model.config).double()
+    oracle.load_state_dict(model.state_dict())
+    pixels, images = images_of(model, 2, 64, 64)
+    with torch.no_grad():
+        expected = oracle(images.double())
+        peer = ReferenceSegmenter(model.config).to(dtype)
+        peer.load_state_dict(model.state_dict())
+        allowed = (peer(images.to(dtype)).double() - expected).square().mean().sqrt()
+        fast = model.optimize(dtype, compile=False)
+        for given in (images, pixels):
+            assert (fast(given).double() - expected).square().mean().sqrt() <= 2 * allowed
+
+
+def test_compiled_in_one_graph_and_again_for_another_batch() -> None:
+    model, _ = pair("mask_16", torch.float32)
+    fast = model.optimize(torch.float32, compile=True)
+    for batch in (1, 2, 5):
+        pixels, images = images_of(model, batch, 40, 32)
+        with torch.no_grad():
+            torch.testing.assert_close(fast(pixels), model(images), rtol=0, atol=2e-4)
+
+
+def test_the_model_it_was_made_from_is_left_alone() -> None:
+    model, _ = pair("mask_16", torch.float32)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fast = model.train().optimize(torch.bfloat16, compile=False)
+    assert model.training
+    assert not fast.training
+    assert not fast.train().training
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert set(fast.state_dict()) == set(before)
+
+
+def test_scores_stay_float32() -> None:
+    model, _ = pair("mask_16", torch.float32)
+    fast = model.optimize(torch.bfloat16, compile=False)
+    assert fast.decoder.mask_norm.weight.dtype == torch.float32
+    assert fast.masks(torch.randn(1, 3, 32, 32)).dtype == torch.float32
+    assert fast.to(torch.float16).decoder.mask_norm.weight.dtype == torch.float32
+    assert fast.encoder.norm.weight.dtype == torch.float16
+
+
+def test_copies_pickles_and_later_weights() -> None:
+    model, _ = pair("mask_16", torch.float32)
+    other, _ = pair("mask_16", torch.float32)
+    fast = model.optimize(torch.float32, compile=False)
+    pixels, images = images_of(model, 1, 48, 32)
+    with torch.no_grad():
+        expected = fast(pixels)
+        assert torch.equal(copy.deepcopy(fast)(pixels), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(fast))(pixels), expected)
+        fast.load_state_dict(other.state_dict())
+        torch.testing.assert_close(fast(pixels), other(images), rtol=0, atol=2e-4)
+        assert not torch.allclose(fast(pixels), expected, atol=1e-2)
+        torch.testing.assert_close(fast.to(torch.bfloat16)(pixels), other(images), rtol=0, atol=0.3)
+
+
+def test_takes_the_models_place_in_prediction() -> None:
+    import numpy as np
+
+    model, _ = pair("mask_16", torch.float32)
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    fast = model.optimize(torch.float32, compile=False)
+    ours, expected = sf.predict(fast, image).labels, sf.predict(model, image).labels
+    assert (ours == expected).mean() > 0.99
+
+
+def test_refusals() -> None:
+    model, _ = pair("mask_16", torch.float32)
+    with pytest.raises(ValueError, match=r"dtype must be float32, bfloat16 or float16, got torch\.int8"):
+        model.optimize(torch.int8)
+    fast = model.optimize(compile=False)
+    with pytest.raises(NotImplementedError, match="cannot be trained"):
+        fast.loss(torch.randn(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.long))
+    with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(1, 4, 32, 32\)"):
+        fast(torch.randn(1, 4, 32, 32))
+    with pytest.raises(TypeError, match=r"images must be uint8, or floating point.*int64"):
+        fast(torch.zeros(1, 3, 32, 32, dtype=torch.long))
+    assert fast.segment(torch.zeros(0, 3, 32, 32)).shape == (0, 32, 32)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compile", [False, True])
+def test_cuda_graphs_replay_and_are_bounded(compile: bool) -> None:
+    model, _ = pair("mask_16", torch.float32)
+    model = model.cuda()
+    fast = model.optimize(torch.float32, compile=compile, cuda_graph=True)
+    with torch.no_grad():
+        for side in (32, 48, 64, 80, 96, 112, 128, 144, 160, 32):
+            images = torch.randn(1, 3, side, side, device="cuda")
+            torch.testing.assert_close(fast(images), model(images), rtol=0, atol=5e-3)
+    assert len(fast._graphs) == 8
