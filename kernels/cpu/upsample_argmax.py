@@ -73,7 +73,8 @@ def _pruned(grid: Tensor, ys: Axis, xs: Axis, out: Tensor) -> None:
         y = _Strip.make(ys, first, tile_y, grid)
         for x in across:
             if y.outputs and x.outputs:
-                labels = _labels(grid[y.corners][:, x.corners], y.weights, x.weights, out.dtype)
+                corners = grid.index_select(0, y.corners).index_select(1, x.corners)
+                labels = _labels(corners, y.weights, x.weights, out.dtype)
                 image = labels.transpose(1, 2).reshape(y.weights.numel(), x.weights.numel())
                 first_y, first_x = y.first_output, x.first_output
                 out[first_y : first_y + y.outputs, first_x : first_x + x.outputs] = image[y.slots][:, x.slots]
@@ -81,11 +82,11 @@ def _pruned(grid: Tensor, ys: Axis, xs: Axis, out: Tensor) -> None:
 
 @dataclass(frozen=True)
 class _Strip:
-    """Consecutive cells of an axis. Each has ``longest_cell`` slots, of which its outputs fill the first ones."""
+    """Consecutive cells of an axis. Each has ``longest_cell`` slots, and its outputs fill some of them."""
 
     corners: Tensor  # (cells + 1,) indices of inputs
     weights: Tensor  # (cells, longest_cell) of the upper corner
-    slots: Tensor  # (outputs,) index of an output among the slots of all cells
+    slots: Tensor | slice  # (outputs,) where they lie among the slots of all cells
     first_output: int
     outputs: int
 
@@ -94,11 +95,17 @@ class _Strip:
         cells = torch.arange(first, min(first + length, axis.cells - 1) + 1, device=like.device)
         starts = torch.tensor([axis.start(cell) for cell in cells.tolist()], device=like.device)
         slot = torch.arange(axis.longest_cell, device=like.device)
-        outputs = starts[:-1, None] + slot  # (cells, longest_cell)
+        # The first cell, often half a one, fills its last slots: in whole ratios the outputs then leave no gap.
+        begins = torch.cat([starts[1:2] - axis.longest_cell, starts[1:-1]])
+        outputs = begins[:, None] + slot  # (cells, longest_cell)
         numerators = outputs * axis.step + axis.offset - cells[:-1, None] * axis.denominator
         weights = (numerators.double() / axis.denominator).to(like.dtype)
-        filled = (outputs < starts[1:, None]).flatten().nonzero()[:, 0]
-        return cls(cells.clamp(0, axis.size_in - 1), weights, filled, int(starts[0]), len(filled))
+        filled = (outputs >= starts[:-1, None]) & (outputs < starts[1:, None])
+        slots = filled.flatten().nonzero()[:, 0]
+        count = len(slots)
+        whole = count > 0 and int(slots[-1] - slots[0]) == count - 1
+        where = slice(int(slots[0]), int(slots[0]) + count) if whole else slots
+        return cls(cells.clamp(0, axis.size_in - 1), weights, where, int(starts[0]), count)
 
 
 def _labels(grid: Tensor, wy: Tensor, wx: Tensor, dtype: torch.dtype) -> Tensor:
@@ -162,7 +169,7 @@ def _compare_all(cells: _Cells, num_classes: int) -> Tensor:
     left, slope = cells.edges(at, cells.wy[:, :, None])  # (rows, cells, K)
     logits = slope[:, None] * cells.wx[:, :, None]
     logits += left[:, None]
-    return logits.max(3).indices.flatten(0, 1).T  # twice as fast as argmax
+    return logits.max(3).indices.flatten(0, 1).T.contiguous()  # twice as fast as argmax
 
 
 def _compare(cells: _Cells, alive: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
@@ -175,8 +182,9 @@ def _compare(cells: _Cells, alive: Tensor, counts: Tensor, dtype: torch.dtype) -
     ranks = torch.arange(int(counts[0]), device=counts.device)[:, None]
     pairs = (ranks + (counts.cumsum(0) - counts))[ranks < counts]
     position, classes = position[pairs], classes[pairs]
-    left, slope = cells.edges(cells.corner[position] + classes, cells.wy[:, position])
-    left, slope, classes = left[:, None], slope[:, None], classes.to(dtype)  # (rows, 1, pairs)
+    left, slope = cells.edges(cells.corner[position] + classes, cells.wy.index_select(1, position))
+    # Labels as floats, too: comparisons into booleans, torch.where and arithmetic of bytes are slower on a CPU.
+    left, slope, classes = left[:, None], slope[:, None], classes.to(left.dtype)  # (rows, 1, pairs)
     best = labels = left.new_empty(0)
     end = 0
     for alike in (ranks < counts).sum(1).tolist():
@@ -187,9 +195,8 @@ def _compare(cells: _Cells, alive: Tensor, counts: Tensor, dtype: torch.dtype) -
             best, labels = value, classes[:end].expand(value.shape).contiguous()
             continue
         leader, label = best[..., :alike], labels[..., :alike]
-        # Classes rise, so the last one to exceed its predecessors is the largest one. torch.where is slow on a CPU.
-        wins = (value > leader).to(dtype)
-        wins *= classes[begin:end]
-        torch.maximum(label, wins, out=label)
-        torch.maximum(leader, value, out=leader)
-    return labels.flatten(0, 1).T
+        best = torch.maximum(leader, value, out=value)
+        # Classes rise, so the last one to exceed its predecessors is the largest one.
+        won = leader.ne_(best).mul_(classes[begin:end])
+        torch.maximum(label, won, out=label)
+    return labels.flatten(0, 1).to(dtype).T.contiguous()

@@ -17,6 +17,9 @@ from torch import Tensor
 from segmenter_fast import kernels
 from segmenter_fast.kernels.library import INTERPRET
 
+# The interpreter is numpy, which warns of the infinities that the tests hand it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
 
 def logits(masks: Tensor, size: tuple[int, int], crop: tuple[int, int] | None, align_corners: bool) -> Tensor:
     height, width = crop or size
