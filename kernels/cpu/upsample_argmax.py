@@ -53,13 +53,14 @@ def _unpruned(image: Tensor, size: Sequence[int], align_corners: bool, out: Tens
     height, width = out.shape
     best = image.new_full((height, width), -torch.inf)
     out.zero_()
-    for first, part in enumerate(image.split(max(_UNPRUNED_CHUNK // (size[0] * size[1]), 1))):
-        part = part.contiguous()[None]
+    step = max(_UNPRUNED_CHUNK // (size[0] * size[1]), 1)
+    for first in range(0, len(image), step):
+        part = image[None, first : first + step].contiguous()
         logits = F.interpolate(part, size=tuple(size), mode="bilinear", align_corners=align_corners)
         value, index = logits[0, :, :height, :width].max(0)
         wins = (value > best) | (value.isnan() & ~best.isnan())
         best = torch.where(wins, value, best)
-        out.copy_(torch.where(wins, index + first * part.shape[1], out))
+        out.copy_(torch.where(wins, index + first, out))
 
 
 def _pruned(grid: Tensor, ys: Axis, xs: Axis, out: Tensor) -> None:

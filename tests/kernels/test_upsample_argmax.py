@@ -184,14 +184,16 @@ def test_extreme_values(backend, factor) -> None:
     assert gap.max() <= 1e-6 * factor + 1e-44
 
 
-@pytest.mark.parametrize("chunk", [1, 200])
-def test_tiles_of_the_cpu_change_nothing(chunk, monkeypatch) -> None:
+@pytest.mark.parametrize("limit", [1, 200, 5 * 50 * 61])
+def test_tiles_of_the_cpu_change_nothing(limit, monkeypatch) -> None:
     module = importlib.import_module("segmenter_fast.kernels.cpu.upsample_argmax")
-    for masks in (smooth(1, 12, 6, 7), torch.randn(1, 12, 6, 7), torch.full((1, 12, 6, 7), torch.nan)):
+    unpruned = torch.randn(1, 12, 6, 7)
+    unpruned[0, 3, 1, 2] = torch.nan
+    for masks in (smooth(1, 12, 6, 7), torch.randn(1, 12, 6, 7), unpruned):
         arguments = (masks, (50, 61), (47, 61), False)
         whole = module.upsample_argmax(*arguments)
-        for limit in ("_TILE", "_CHUNK", "_UNPRUNED_CHUNK"):
-            monkeypatch.setattr(module, limit, chunk)
+        for name in ("_TILE", "_CHUNK", "_UNPRUNED_CHUNK"):
+            monkeypatch.setattr(module, name, limit)
         assert torch.equal(module.upsample_argmax(*arguments), whole)
         monkeypatch.undo()
 
