@@ -27,6 +27,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.errors import TritonError
 
 from .common import Specialization
 
@@ -58,10 +59,13 @@ class Build:
     spills: int
     shared: int
     loads: dict[int, int]  # width in bits -> global load instructions
+    error: str = ""  # of the compiler
 
     @property
     def defect(self) -> str:
         """Why the build must not ship, or nothing."""
+        if self.error:
+            return self.error
         limit = CHIPS[self.arch].shared_limit
         if self.shared > limit:
             return f"{self.shared} bytes of shared memory, {self.arch} has {limit}"
@@ -108,8 +112,11 @@ def compile_kernel(specialization: Specialization, arch: str) -> Any:
 
 
 def build(specialization: Specialization, arch: str) -> Build:
-    """Compile and measure."""
-    compiled = compile_kernel(specialization, arch)
+    """Compile and measure. A build that the compiler refuses is one with a defect."""
+    try:
+        compiled = compile_kernel(specialization, arch)
+    except (TritonError, RuntimeError) as error:
+        return Build(specialization.name, arch, 0, 0, 0, {}, f"{type(error).__name__}: {error}")
     if CHIPS[arch].target.backend == "hip":
         registers, spills, loads = _read_amdgcn(compiled.asm["amdgcn"])
     else:

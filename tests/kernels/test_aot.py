@@ -94,6 +94,12 @@ def test_defects_are_named() -> None:
     assert "70000 bytes of shared memory, gfx942 has 65536" in dataclasses.replace(good, shared=70000).defect
 
 
+def test_a_kernel_that_does_not_compile_is_a_defect() -> None:
+    constexprs = argmax().constexprs | {"BLOCK_K": 3}  # no power of two
+    failed = aot.build(argmax(constexprs=constexprs), "sm_90")
+    assert "power of 2" in failed.defect
+
+
 def test_a_forgotten_argument_is_an_error() -> None:
     signature = dict(argmax().signature)
     del signature["width"]
