@@ -24,14 +24,12 @@ from .attention_forward import (
     TAIL_N,
     Tiles,
     check,
-    device_arch,
-    dot_precision,
     load_rows,
     shipped_tiles,
     store_rows,
     table_arch,
 )
-from .common import LOG2_E, Specialization
+from .common import LOG2_E, Specialization, device_arch, dot_precision
 
 
 @triton.jit
@@ -258,24 +256,23 @@ def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, 
         PAD_DIM=triton.next_power_of_2(dim),
         PRECISION=dot_precision(qkv.dtype, arch),
     )
-    with torch.cuda.device_of(qkv):
-        attention_backward_queries_kernel[(triton.cdiv(n, queries.block_m) * b * heads,)](
-            **shared,
-            out_ptr=out,
-            BLOCK_M=queries.block_m,
-            BLOCK_N=queries.block_n,
-            TAIL_N=TAIL_N,
-            num_warps=queries.num_warps,
-            num_stages=queries.num_stages,
-        )
-        attention_backward_keys_kernel[(triton.cdiv(n, keys.block_n) * b * heads,)](
-            **shared,
-            BLOCK_M=keys.block_m,
-            BLOCK_N=keys.block_n,
-            TAIL_M=TAIL_N,
-            num_warps=keys.num_warps,
-            num_stages=keys.num_stages,
-        )
+    attention_backward_queries_kernel[(triton.cdiv(n, queries.block_m) * b * heads,)](
+        **shared,
+        out_ptr=out,
+        BLOCK_M=queries.block_m,
+        BLOCK_N=queries.block_n,
+        TAIL_N=TAIL_N,
+        num_warps=queries.num_warps,
+        num_stages=queries.num_stages,
+    )
+    attention_backward_keys_kernel[(triton.cdiv(n, keys.block_n) * b * heads,)](
+        **shared,
+        BLOCK_M=keys.block_m,
+        BLOCK_N=keys.block_n,
+        TAIL_M=TAIL_N,
+        num_warps=keys.num_warps,
+        num_stages=keys.num_stages,
+    )
     return grad_qkv
 
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, Specialization
+from .common import LOG2_E, Specialization, device_arch, dot_precision
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 TAIL_N = 16
@@ -170,22 +170,6 @@ def table_arch(arch: str) -> str:
     return "sm_100" if arch.startswith("sm_10") else arch if arch == "sm_90" else "sm_80"
 
 
-def device_arch(tensor: Tensor) -> str:
-    """``"sm_90"`` or ``"gfx942"``; interpreted CPU tensors take the table of sm_80."""
-    if tensor.device.type == "cpu":
-        return "sm_80"
-    properties = torch.cuda.get_device_properties(tensor.device)
-    if torch.version.hip:
-        return str(properties.gcnArchName).split(":")[0]
-    return f"sm_{properties.major}{properties.minor}"
-
-
-def dot_precision(dtype: torch.dtype, arch: str) -> str:
-    """``"tf32"`` where PyTorch's own float32 matrix products may use it, ``"ieee"`` elsewhere."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed and arch.startswith("sm_") else "ieee"
-
-
 def check(qkv: Tensor) -> None:
     """Refuse what the Triton kernels do not take."""
     if qkv.dtype == torch.float64:
@@ -210,29 +194,28 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor
         return out, lse
     arch = device_arch(qkv)
     tiles = launch_config(dim, n, qkv.dtype, arch)
-    with torch.cuda.device_of(qkv):
-        attention_forward_kernel[(triton.cdiv(n, tiles.block_m) * b * heads,)](
-            qkv_ptr=qkv,
-            out_ptr=out,
-            lse_ptr=lse,
-            stride_b=qkv.stride(0),
-            stride_n=qkv.stride(1),
-            stride_s=qkv.stride(2),
-            stride_h=qkv.stride(3),
-            seq_len=n,
-            heads=heads,
-            scale_log2=abs(scale) * LOG2_E.value,
-            NEGATIVE=scale < 0,
-            WITH_LSE=with_lse,
-            HEAD_DIM=dim,
-            PAD_DIM=triton.next_power_of_2(dim),
-            BLOCK_M=tiles.block_m,
-            BLOCK_N=tiles.block_n,
-            TAIL_N=TAIL_N,
-            PRECISION=dot_precision(qkv.dtype, arch),
-            num_warps=tiles.num_warps,
-            num_stages=tiles.num_stages,
-        )
+    attention_forward_kernel[(triton.cdiv(n, tiles.block_m) * b * heads,)](
+        qkv_ptr=qkv,
+        out_ptr=out,
+        lse_ptr=lse,
+        stride_b=qkv.stride(0),
+        stride_n=qkv.stride(1),
+        stride_s=qkv.stride(2),
+        stride_h=qkv.stride(3),
+        seq_len=n,
+        heads=heads,
+        scale_log2=abs(scale) * LOG2_E.value,
+        NEGATIVE=scale < 0,
+        WITH_LSE=with_lse,
+        HEAD_DIM=dim,
+        PAD_DIM=triton.next_power_of_2(dim),
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        TAIL_N=TAIL_N,
+        PRECISION=dot_precision(qkv.dtype, arch),
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
     return out, lse
 
 

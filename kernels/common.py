@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -31,3 +33,19 @@ def cell_start(cell, step, offset, denominator, kept):
     """``Axis.start``: the first kept output of ``cell`` (int64, so that the products cannot overflow)."""
     step = tl.maximum(step, 1)
     return tl.minimum((tl.maximum(cell * denominator - offset, 0) + step - 1) // step, kept)
+
+
+def device_arch(tensor: Tensor) -> str:
+    """``"sm_90"`` or ``"gfx942"``; interpreted CPU tensors take the table of sm_80."""
+    if tensor.device.type == "cpu":
+        return "sm_80"
+    properties = torch.cuda.get_device_properties(tensor.device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def dot_precision(dtype: torch.dtype, arch: str) -> str:
+    """``"tf32"`` where PyTorch's own float32 matrix products may use it, ``"ieee"`` elsewhere."""
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and arch.startswith("sm_") else "ieee"

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 library = torch.library.Library("segmenter_fast", "DEF")
 
@@ -27,6 +28,16 @@ def _lazy(module: str, function: str) -> Callable[..., Any]:
 
     def call(*args: Any) -> Any:
         return getattr(importlib.import_module(module, __package__), function)(*args)
+
+    return call
+
+
+def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device; make that the first argument's."""
+
+    def call(first: torch.Tensor, *args: Any) -> Any:
+        with torch.cuda.device_of(first):
+            return function(first, *args)
 
     return call
 
@@ -52,7 +63,7 @@ def define(schema: str, *, triton: str | None, plain: str, fake: Callable[..., A
     library.define(schema)
     torch.library.register_fake(f"segmenter_fast::{name}", fake, lib=library)
     plain_function = _lazy(*plain.split(":"))
-    fused = _lazy(*triton.split(":")) if triton and HAS_TRITON else None
+    fused = _on_its_device(_lazy(*triton.split(":"))) if triton and HAS_TRITON else None
     cpu = fused if fused and INTERPRET else plain_function
     library.impl(name, cpu, "CPU")
     if triton and not HAS_TRITON:
@@ -83,6 +94,14 @@ def once_differentiable(*names: str) -> None:
             )
 
         differentiable(name, refuse, save_nothing)
+
+
+def refuse_forward_mode(op: str, *inputs: torch.Tensor) -> None:
+    """Raise where a forward-mode tangent would be dropped without a word."""
+    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise NotImplementedError(
+            f"{op} has no forward-mode derivative; use segmenter_fast.kernels.reference.{op} for it"
+        )
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:

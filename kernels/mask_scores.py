@@ -24,8 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_forward import device_arch, dot_precision
-from .common import Specialization
+from .common import Specialization, device_arch, dot_precision
 
 
 @triton.jit
@@ -221,22 +220,21 @@ def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, 
         return out
     arch = device_arch(patches)
     tiles = launch_config(k, patches.dtype, False, arch)
-    with torch.cuda.device_of(patches):
-        mask_scores_kernel[(triton.cdiv(n, tiles.block_n) * b,)](
-            patches_ptr=patches,
-            classes_ptr=classes,
-            weight_ptr=weight.contiguous(),
-            bias_ptr=bias.contiguous(),
-            out_ptr=out,
-            **_strides("p", patches),
-            **_strides("c", classes, "k"),
-            num_patches=n,
-            num_classes=k,
-            dim=dim,
-            eps=eps,
-            ONE_BLOCK=k <= tiles.block_k,
-            **_tile_arguments(tiles, dot_precision(patches.dtype, arch)),
-        )
+    mask_scores_kernel[(triton.cdiv(n, tiles.block_n) * b,)](
+        patches_ptr=patches,
+        classes_ptr=classes,
+        weight_ptr=weight.contiguous(),
+        bias_ptr=bias.contiguous(),
+        out_ptr=out,
+        **_strides("p", patches),
+        **_strides("c", classes, "k"),
+        num_patches=n,
+        num_classes=k,
+        dim=dim,
+        eps=eps,
+        ONE_BLOCK=k <= tiles.block_k,
+        **_tile_arguments(tiles, dot_precision(patches.dtype, arch)),
+    )
     return out
 
 
@@ -254,24 +252,23 @@ def mask_scores_backward(
     u = patches.new_empty((b, n, k))
     patch_factor = patches.new_empty((b, n), dtype=torch.float32)
     sums = patches.new_empty((b, blocks, 3, k), dtype=torch.float32)
-    with torch.cuda.device_of(patches):
-        mask_scores_backward_kernel[(blocks * b,)](
-            grad_ptr=grad,
-            patches_ptr=patches,
-            classes_ptr=classes,
-            weight_ptr=weight.contiguous(),
-            u_ptr=u,
-            patch_factor_ptr=patch_factor,
-            sums_ptr=sums,
-            **_strides("g", grad, last="k"),
-            **_strides("p", patches),
-            **_strides("c", classes, "k"),
-            num_patches=n,
-            num_classes=k,
-            dim=dim,
-            eps=eps,
-            **_tile_arguments(tiles, dot_precision(patches.dtype, arch)),
-        )
+    mask_scores_backward_kernel[(blocks * b,)](
+        grad_ptr=grad,
+        patches_ptr=patches,
+        classes_ptr=classes,
+        weight_ptr=weight.contiguous(),
+        u_ptr=u,
+        patch_factor_ptr=patch_factor,
+        sums_ptr=sums,
+        **_strides("g", grad, last="k"),
+        **_strides("p", patches),
+        **_strides("c", classes, "k"),
+        num_patches=n,
+        num_classes=k,
+        dim=dim,
+        eps=eps,
+        **_tile_arguments(tiles, dot_precision(patches.dtype, arch)),
+    )
     sums = sums.sum(1)  # (B, 3, K)
     grad_patches = (u @ classes).sub_(patches * patch_factor.unsqueeze(-1))
     grad_classes = (u.mT @ patches).sub_(classes * sums[:, 2].unsqueeze(-1))

@@ -7,10 +7,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .. import reference
-from ..library import INTERPRET, autocast_dtype, define, differentiable, library, once_differentiable
+from ..library import (
+    INTERPRET,
+    autocast_dtype,
+    define,
+    differentiable,
+    library,
+    once_differentiable,
+    refuse_forward_mode,
+)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -41,10 +48,7 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
         raise TypeError(f"qkv must be float32, bfloat16, float16 or float64, got {qkv.dtype}")
     if qkv.shape[-1] > 1 and qkv.stride(-1) != 1:
         raise ValueError(f"qkv must have a last stride of 1, got strides {qkv.stride()}; call .contiguous() on it")
-    if not torch.compiler.is_compiling() and forward_ad.unpack_dual(qkv).tangent is not None:
-        raise NotImplementedError(
-            "attention has no forward-mode derivative; use segmenter_fast.kernels.reference.attention for it"
-        )
+    refuse_forward_mode("attention", qkv)
     cast = autocast_dtype(qkv)
     if cast is not None and qkv.dtype != torch.float64:
         qkv = qkv.to(cast)

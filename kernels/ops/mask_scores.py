@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..library import define, differentiable, once_differentiable
+from ..library import define, differentiable, once_differentiable, refuse_forward_mode
 
 
 def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -38,6 +38,7 @@ def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, 
     if patches.dtype != classes.dtype or weight.dtype != bias.dtype:
         given = ", ".join(str(tensor.dtype) for tensor in (patches, classes, weight, bias))
         raise TypeError(f"patches and classes must share a dtype, and weight and bias, got {given}")
+    refuse_forward_mode("mask_scores", patches, classes, weight, bias)
     return torch.ops.segmenter_fast.mask_scores(patches, classes, weight, bias, eps)
 
 

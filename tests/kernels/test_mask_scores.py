@@ -100,7 +100,7 @@ def test_second_derivative_is_refused() -> None:
         grad.sum().backward()
 
 
-def test_a_float32_norm_of_low_precision_embeddings_is_not_rounded(backend) -> None:  # noqa: ANN001
+def test_a_float32_norm_of_low_precision_embeddings_is_not_rounded(backend) -> None:
     """So it is under autocast, too: its matrix products are low precision, its LayerNorm is float32."""
     patches, classes, weight, bias = inputs(1, 20, 19, 32, torch.float16, backend.device)
     weight, bias = (t.detach().float().requires_grad_() for t in (weight, bias))
@@ -113,6 +113,12 @@ def test_a_float32_norm_of_low_precision_embeddings_is_not_rounded(backend) -> N
     if backend.device == "cpu":
         with torch.autocast("cpu", dtype=torch.float16):
             assert kernels.mask_scores(patches, classes, weight, bias).dtype == torch.float32
+
+
+def test_forward_mode_is_refused() -> None:
+    patches, *others = inputs(1, 4, 3, 8, torch.float32, "cpu")
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda p: kernels.mask_scores(p, *others), (patches,), (patches,))
 
 
 def test_refusals_name_the_arguments() -> None:
