@@ -107,12 +107,12 @@ def bounds(corner_ptrs, offs_c, stride_k, num_classes, dtype: tl.constexpr, BLOC
 
 
 @triton.jit
-def corner_logits(corner_ptrs, offsets, mask, base, dtype: tl.constexpr):
-    """The four corners minus ``base``, in units of log 2; PADDING where ``mask`` is false."""
-    c00 = (tl.load(corner_ptrs[0] + offsets, mask=mask, other=0.0).to(dtype) - base) * LOG2_E
-    c01 = (tl.load(corner_ptrs[1] + offsets, mask=mask, other=0.0).to(dtype) - base) * LOG2_E
-    c10 = (tl.load(corner_ptrs[2] + offsets, mask=mask, other=0.0).to(dtype) - base) * LOG2_E
-    c11 = (tl.load(corner_ptrs[3] + offsets, mask=mask, other=0.0).to(dtype) - base) * LOG2_E
+def corner_logits(corner_ptrs, offsets, mask, base, scale: tl.constexpr, dtype: tl.constexpr):
+    """The four corners minus ``base``, times ``scale``; PADDING where ``mask`` is false."""
+    c00 = (tl.load(corner_ptrs[0] + offsets, mask=mask, other=0.0).to(dtype) - base) * scale
+    c01 = (tl.load(corner_ptrs[1] + offsets, mask=mask, other=0.0).to(dtype) - base) * scale
+    c10 = (tl.load(corner_ptrs[2] + offsets, mask=mask, other=0.0).to(dtype) - base) * scale
+    c11 = (tl.load(corner_ptrs[3] + offsets, mask=mask, other=0.0).to(dtype) - base) * scale
     return (
         tl.where(mask, c00, PADDING),
         tl.where(mask, c01, PADDING),
@@ -122,22 +122,26 @@ def corner_logits(corner_ptrs, offsets, mask, base, dtype: tl.constexpr):
 
 
 @triton.jit
-def mix(lower, upper, weight):
-    """``(1 - weight) * lower + weight * upper`` in one multiply-add: ``lower + weight * rise``.
+def mix(lower, upper, weight, EXACT: tl.constexpr):
+    """``(1 - weight) * lower + weight * upper``; EXACT: rounded as PyTorch's, else one multiply-add, by the rise.
 
     Where ``lower`` is -inf the rise is ``upper`` itself, which keeps -inf and, at weight 0, PyTorch's 0 * inf = NaN.
     """
-    return lower + weight * tl.where(lower == -float("inf"), upper, upper - lower)
+    if EXACT:
+        return (1 - weight) * lower + weight * upper
+    else:
+        return lower + weight * tl.where(lower == -float("inf"), upper, upper - lower)
 
 
 @triton.jit
-def logits(corner_ptrs, k, stride_k, num_classes, base, weight_y, weight_x, dtype: tl.constexpr):
-    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` logits minus ``base``, in units of log 2."""
-    c00, c01, c10, c11 = corner_logits(corner_ptrs, k.to(tl.int64) * stride_k, k < num_classes, base, dtype)
+def logits(corner_ptrs, k, stride_k, num_classes, base, weight_y, weight_x, FAR: tl.constexpr, dtype: tl.constexpr):
+    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` logits minus ``base``; unless FAR, in units of log 2."""
+    scale: tl.constexpr = 1.0 if FAR else LOG2_E
+    c00, c01, c10, c11 = corner_logits(corner_ptrs, k.to(tl.int64) * stride_k, k < num_classes, base, scale, dtype)
     # Along x first: a thread holds a column of pixels, for which that is one pair of values.
-    top = mix(c00[None, :], c01[None, :], weight_x[:, None])
-    bottom = mix(c10[None, :], c11[None, :], weight_x[:, None])
-    return mix(top[None, :, :], bottom[None, :, :], weight_y[:, None, None])
+    top = mix(c00[None, :], c01[None, :], weight_x[:, None], FAR)
+    bottom = mix(c10[None, :], c11[None, :], weight_x[:, None], FAR)
+    return mix(top[None, :, :], bottom[None, :, :], weight_y[:, None, None], FAR)
 
 
 @triton.jit
@@ -154,24 +158,38 @@ def log_sum_exp(
     BLOCK_X: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """``(BLOCK_Y, BLOCK_X)`` shift and log2 sum_k exp2(logit - base - shift); the shift is 0 unless ``far``."""
+    """``(BLOCK_Y, BLOCK_X)`` shift and log2 sum_k exp(logit - base - shift); the shift is 0 unless ``far``."""
     offs_k = tl.arange(0, BLOCK_K)
     exp_sum = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), dtype)
     if far:
         largest = tl.full((BLOCK_Y, BLOCK_X, BLOCK_K), -float("inf"), dtype)
         for start in range(0, num_classes, BLOCK_K):
-            logit = logits(corner_ptrs, start + offs_k, stride_k, num_classes, base, weight_y, weight_x, dtype)
+            logit = logits(corner_ptrs, start + offs_k, stride_k, num_classes, base, weight_y, weight_x, True, dtype)
             largest = tl.maximum(largest, logit)
         shift = tl.max(largest, 2)
         for start in range(0, num_classes, BLOCK_K):
-            logit = logits(corner_ptrs, start + offs_k, stride_k, num_classes, base, weight_y, weight_x, dtype)
-            exp_sum += tl.exp2(logit - shift[:, :, None])
+            logit = logits(corner_ptrs, start + offs_k, stride_k, num_classes, base, weight_y, weight_x, True, dtype)
+            exp_sum += tl.exp2((logit - shift[:, :, None]) * LOG2_E)
     else:
         shift = tl.zeros((BLOCK_Y, BLOCK_X), dtype)
         for start in range(0, num_classes, BLOCK_K):
-            logit = logits(corner_ptrs, start + offs_k, stride_k, num_classes, base, weight_y, weight_x, dtype)
+            logit = logits(corner_ptrs, start + offs_k, stride_k, num_classes, base, weight_y, weight_x, False, dtype)
             exp_sum += tl.exp2(logit)
     return shift, tl.log2(tl.sum(exp_sum, 2))
+
+
+@triton.jit
+def probabilities(
+    corner_ptrs, k, stride_k, num_classes, base, far, shift, log_sum, weight_y, weight_x, dtype: tl.constexpr
+):
+    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` softmax; far logits take more operations and fewer roundings."""
+    if far:
+        logit = logits(corner_ptrs, k, stride_k, num_classes, base, weight_y, weight_x, True, dtype)
+        p = tl.exp2((logit - shift[:, :, None]) * LOG2_E - log_sum[:, :, None])
+    else:
+        logit = logits(corner_ptrs, k, stride_k, num_classes, base, weight_y, weight_x, False, dtype)
+        p = tl.exp2(logit - log_sum[:, :, None])
+    return p
 
 
 @triton.jit

@@ -33,8 +33,8 @@ from .corners import (
     geometry,
     launch_config,
     log_sum_exp,
-    logits,
     mix,
+    probabilities,
     splits_of,
     strides,
     sum_corners,
@@ -135,7 +135,7 @@ def cross_entropy_kernel(
 
     offs_k = tl.arange(0, BLOCK_K)
     highest, lowest = bounds(corner_ptrs, tl.arange(0, BLOCK_C), stride_mk, num_classes, dtype, BLOCK_C)
-    far = highest - lowest > SAFE_SPREAD
+    far = (highest - lowest > SAFE_SPREAD) | (num_classes == 1)  # of one class, exactly 1
     base = tl.where(far, 0.0, highest)
 
     hard, soft, total = 1.0, 0.0, 0.0
@@ -168,14 +168,15 @@ def cross_entropy_kernel(
         shift, log_sum = log_sum_exp(
             corner_ptrs, stride_mk, num_classes, base, far, weight_y, weight_x, dtype, BLOCK_Y, BLOCK_X, BLOCK_K
         )
-        c00, c01, c10, c11 = corner_logits(corner_ptrs, target * stride_mk, valid, base, dtype)
-        top, bottom = mix(c00, c01, weight_x[None, :]), mix(c10, c11, weight_x[None, :])
-        loss = hard_weight * (log_sum - (mix(top, bottom, weight_y[:, None]) - shift))
+        c00, c01, c10, c11 = corner_logits(corner_ptrs, target * stride_mk, valid, base, 1.0, dtype)
+        top, bottom = mix(c00, c01, weight_x[None, :], True), mix(c10, c11, weight_x[None, :], True)
+        log_sum_e = log_sum / LOG2_E
+        loss = hard_weight * (log_sum_e - (mix(top, bottom, weight_y[:, None], True) - shift))
         if smoothing_ptr is not None:
-            top = mix(linear[0], linear[1], weight_x[None, :])
-            bottom = mix(linear[2], linear[3], weight_x[None, :])
-            loss += soft * (total * (log_sum + shift) - mix(top, bottom, weight_y[:, None]))
-        loss = tl.where(valid, loss, 0.0) / LOG2_E
+            top = mix(linear[0], linear[1], weight_x[None, :], True)
+            bottom = mix(linear[2], linear[3], weight_x[None, :], True)
+            loss += soft * (total * (log_sum_e + shift) - mix(top, bottom, weight_y[:, None], True))
+        loss = tl.where(valid, loss, 0.0)
         if PER_PIXEL:
             tl.store(loss_ptr + (b * kept_y + offs_y[:, None]) * kept_x + offs_x[None, :], loss, mask=mask)
         else:
@@ -189,13 +190,13 @@ def cross_entropy_kernel(
             if smoothing_ptr is not None:
                 factor += grad_loss * (soft * total)
                 linear_grad = to_corners(grad_loss[:, :, None], weight_y, weight_x)
-            log_sum += shift
             small_target = target.to(tl.int32)
             for start in range(0, num_classes, BLOCK_K):
                 k = start + offs_k
-                logit = logits(corner_ptrs, k, stride_mk, num_classes, base, weight_y, weight_x, dtype)
+                grad = factor[:, :, None] * probabilities(
+                    corner_ptrs, k, stride_mk, num_classes, base, far, shift, log_sum, weight_y, weight_x, dtype
+                )
                 one_hot = k[None, None, :] == small_target[:, :, None]
-                grad = tl.exp2(logit - log_sum[:, :, None]) * factor[:, :, None]
                 grad -= tl.where(one_hot, hard_weight[:, :, None], 0.0)
                 corners = to_corners(grad, weight_y, weight_x)
                 if smoothing_ptr is not None:
@@ -234,7 +235,7 @@ def linear_terms(
         weight = tl.where(mask, 1.0, 0.0).to(dtype)
         if weight_ptr is not None:
             weight = tl.load(weight_ptr + k, mask=mask, other=0.0)
-        c00, c01, c10, c11 = corner_logits(corner_ptrs, k.to(tl.int64) * stride_k, mask, base, dtype)
+        c00, c01, c10, c11 = corner_logits(corner_ptrs, k.to(tl.int64) * stride_k, mask, base, 1.0, dtype)
         total += weight
         s00 += weight * c00
         s01 += weight * c01

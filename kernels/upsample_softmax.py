@@ -29,7 +29,7 @@ from .corners import (
     geometry,
     launch_config,
     log_sum_exp,
-    logits,
+    probabilities,
     splits_of,
     strides,
     sum_corners,
@@ -82,7 +82,7 @@ def softmax_kernel(
 
     offs_k = tl.arange(0, BLOCK_K)
     highest, lowest = bounds(corner_ptrs, tl.arange(0, BLOCK_C), stride_mk, num_classes, dtype, BLOCK_C)
-    far = highest - lowest > SAFE_SPREAD
+    far = (highest - lowest > SAFE_SPREAD) | (num_classes == 1)  # of one class, exactly 1
     base = tl.where(far, 0.0, highest)
     for tile in range(split, tiles, splits):
         offs_y = first_y + tile // tiles_x * BLOCK_Y + tl.arange(0, BLOCK_Y)
@@ -93,14 +93,18 @@ def softmax_kernel(
         shift, log_sum = log_sum_exp(
             corner_ptrs, stride_mk, num_classes, base, far, weight_y, weight_x, dtype, BLOCK_Y, BLOCK_X, BLOCK_K
         )
-        log_sum += shift
         for start in range(0, num_classes, BLOCK_K):
             k = start + offs_k
-            logit = logits(corner_ptrs, k, stride_mk, num_classes, base, weight_y, weight_x, dtype)
-            p = tl.exp2(logit - log_sum[:, :, None]).to(out_ptr.dtype.element_ty)
+            p = probabilities(
+                corner_ptrs, k, stride_mk, num_classes, base, far, shift, log_sum, weight_y, weight_x, dtype
+            )
             offs_r = (b * num_classes + k[:, None]) * kept_y + offs_y[None, :]
             ptrs = out_ptr + offs_r[:, :, None] * kept_x + offs_x[None, None, :]
-            tl.store(ptrs, p.permute(2, 0, 1), mask=(k < num_classes)[:, None, None] & mask[None, :, :])
+            tl.store(
+                ptrs,
+                p.permute(2, 0, 1).to(out_ptr.dtype.element_ty),
+                mask=(k < num_classes)[:, None, None] & mask[None, :, :],
+            )
 
 
 @triton.jit(do_not_specialize=[*GEOMETRY, "num_classes", "splits"])
