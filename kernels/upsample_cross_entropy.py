@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import corners as corner_kernels
+from . import target_weight as target_kernels
 from .bilinear import Axis
 from .common import LOG2_E, Specialization
 from .corners import (
@@ -41,40 +43,6 @@ from .corners import (
     to_corners,
     upper_weights,
 )
-
-TARGET_BLOCK = 512
-
-
-@triton.jit(do_not_specialize=["num_classes", "rows", "columns", "ignore_index"])
-def target_weight_kernel(
-    target_ptr,  # (B, H', W')
-    weight_ptr,  # (K,) or None
-    partial_ptr,  # (B * H',)
-    stride_tb,
-    stride_th,
-    stride_tw,
-    num_classes,
-    rows,
-    columns,
-    ignore_index,
-    BLOCK: tl.constexpr,
-):
-    """Summed class weights of one row of the target; NaN where a target is no class."""
-    dtype: tl.constexpr = partial_ptr.dtype.element_ty
-    pid = tl.program_id(0).to(tl.int64)
-    target_ptr += pid // rows * stride_tb + pid % rows * stride_th
-    acc = tl.zeros((BLOCK,), dtype)
-    for start in range(0, columns, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < columns
-        target = tl.load(target_ptr + offs.to(tl.int64) * stride_tw, mask=mask, other=0).to(tl.int64)
-        mask &= target != ignore_index
-        is_class = (target >= 0) & (target < num_classes)
-        weight = tl.full((BLOCK,), 1.0, dtype)
-        if weight_ptr is not None:
-            weight = tl.load(weight_ptr + target, mask=mask & is_class, other=0.0)
-        acc += tl.where(mask, tl.where(is_class, weight, float("nan")), 0.0)
-    tl.store(partial_ptr + pid, tl.sum(acc, 0))
 
 
 @triton.jit(do_not_specialize=[*GEOMETRY, "num_classes", "ignore_index", "splits"])
@@ -258,7 +226,11 @@ def upsample_cross_entropy(
     """Loss and, where asked for, the gradient of the masks for a loss gradient of 1; else an empty tensor."""
     dtype = _statistics(masks)
     ones = torch.ones((), dtype=dtype, device=masks.device)
-    total = _target_weight(target, ignore_index, weight, masks.shape[1], dtype) if reduction == "mean" else ones
+    total = (
+        target_kernels.target_weight(target, ignore_index, weight, masks.shape[1], dtype)
+        if reduction == "mean"
+        else ones
+    )
     grad_loss = total.reciprocal().to(dtype).expand(target.shape) if with_grad else None
     grad = masks.new_empty(masks.shape if with_grad else (0,), dtype=dtype)
     options = (size, ignore_index, weight, label_smoothing, align_corners)
@@ -320,7 +292,7 @@ def _launch(
         scratch_ptr=scratch,
         **strides("stride_m", "bkhw", masks),
         **strides("stride_t", "bhw", target),
-        **strides("stride_g", "bhw", grad_loss if with_grad else target),
+        **strides("stride_g", "bhw", target if grad_loss is None else grad_loss),
         num_classes=num_classes,
         ignore_index=ignore_index,
         splits=splits,
@@ -334,28 +306,6 @@ def _launch(
     return loss
 
 
-def _target_weight(
-    target: Tensor, ignore_index: int, weight: Tensor | None, num_classes: int, dtype: torch.dtype
-) -> Tensor:
-    """Summed class weights of all pixels that count, float64 on the target's device."""
-    batch, rows, columns = target.shape
-    partial = target.new_empty(batch * rows, dtype=dtype)
-    if batch:
-        target_weight_kernel[(batch * rows,)](
-            target_ptr=target,
-            weight_ptr=weight,
-            partial_ptr=partial,
-            **strides("stride_t", "bhw", target),
-            num_classes=num_classes,
-            rows=rows,
-            columns=columns,
-            ignore_index=ignore_index,
-            BLOCK=TARGET_BLOCK,
-            num_warps=4,
-        )
-    return partial.sum(dtype=torch.float64)
-
-
 def _statistics(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
@@ -364,14 +314,8 @@ def specializations(arch: str) -> Iterator[Specialization]:
     """The builds that ``aot`` checks: loss alone and with gradient, weights and smoothing, channels-last masks."""
     stride_m = ("stride_mb", "stride_mh", "stride_mw")
     stride_t = ("stride_tb", "stride_th")
-    yield Specialization(
-        "target_weight",
-        target_weight_kernel,
-        {"target_ptr": "*i64", "partial_ptr": "*fp32", "weight_ptr": "*fp32"}
-        | dict.fromkeys((*stride_t, "num_classes", "rows", "columns", "ignore_index"), "i32"),
-        {"stride_tw": 1, "BLOCK": TARGET_BLOCK},
-        {"num_warps": 4},
-    )
+    yield from target_kernels.specializations(arch)
+    yield from corner_kernels.specializations(arch)
     optional = ("weight_ptr", "smoothing_ptr", "grad_loss_ptr")
     for dtype, num_classes, patch, present in (
         *(("bf16", num_classes, patch, "g") for num_classes in (19, 150, 1000) for patch in (4, 8, 16)),

@@ -107,7 +107,7 @@ class _Pixels:
         self.hard_weight = self.hard * weight
         z = logits.sub_(logits.amax(1, keepdim=True))
         z_target = z.gather(1, self.target).squeeze(1)
-        weighted = 0.0
+        weighted: Tensor | float = 0.0
         if self.soft:
             weighted = z.sum(1) if self.weight is None else (z * self.weight[:, None]).sum(1)
         self.sum = z.exp_().sum(1)

@@ -115,7 +115,9 @@ def upsample_cross_entropy(
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(_REDUCTIONS)}, got {reduction!r}")
     if weight is not None:
-        weight = weight.detach().to(torch.float64 if masks.dtype == torch.float64 else torch.float32)
+        if weight.device != masks.device:
+            raise ValueError(f"masks and weight must be on one device, got {masks.device} and {weight.device}")
+        weight = weight.detach().to(_statistics_dtype(masks)).contiguous()
     with_grad = torch.is_grad_enabled() and masks.requires_grad and reduction != "none"
     return torch.ops.segmenter_fast.upsample_cross_entropy(
         masks, target, size, ignore_index, weight, label_smoothing, reduction, align_corners, with_grad

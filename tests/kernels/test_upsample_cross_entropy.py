@@ -128,7 +128,7 @@ def test_ignore_index_that_the_type_of_the_target_cannot_hold(backend: Backend) 
 
 def test_ignore_index_may_be_a_class(backend: Backend) -> None:
     masks = draw(backend, 4)
-    check(masks, targets(masks, SIZE, 2), ignore_index=2, weight=torch.rand(4, device=backend.device))
+    check(masks, targets(masks, SIZE, 2), ignore_index=2, weight=torch.rand(8, device=backend.device)[::2])
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
