@@ -130,7 +130,7 @@ def _read_amdgcn(text: str) -> tuple[int, int, dict[int, int]]:
 
     widths = {"ubyte": 8, "sbyte": 8, "ushort": 16, "sshort": 16, "short": 16, "dword": 32}
     widths |= {f"dwordx{n}": 32 * n for n in (2, 3, 4)}
-    loads = re.findall(r"^\s+(?:global|buffer|flat)_load_(?:lds_)?([a-z]+(?:x\d)?)", text, re.MULTILINE)
+    loads = re.findall(r"^\s+(?:global|buffer|flat)_load_(?:lds_)?(dwordx\d|[a-z]+)", text, re.MULTILINE)
     counts = Counter(widths[width] for width in loads)
     return sum_of("vgpr_count"), sum_of("vgpr_spill_count", "sgpr_spill_count"), dict(counts)
 

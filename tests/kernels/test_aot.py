@@ -94,6 +94,21 @@ def test_defects_are_named() -> None:
     assert "70000 bytes of shared memory, gfx942 has 65536" in dataclasses.replace(good, shared=70000).defect
 
 
+def test_amd_loads_are_counted_by_width() -> None:
+    text = """
+        global_load_dwordx4 v[0:3], v4, s[0:1]
+        buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen
+        buffer_load_dword v0, v4, s[0:3], 0 offen
+        global_load_ushort v0, v1, s[0:1]
+        buffer_load_short_d16_hi v0, v1, s[0:3], 0 offen
+        s_load_dwordx2 s[0:1], s[4:5], 0x0
+        .vgpr_count: 72
+        .vgpr_spill_count: 3
+        .sgpr_spill_count: 2
+    """
+    assert aot._read_amdgcn(text) == (72, 5, {128: 2, 32: 1, 16: 2})
+
+
 def test_a_kernel_that_does_not_compile_is_a_defect() -> None:
     constexprs = argmax().constexprs | {"BLOCK_K": 3}  # no power of two
     failed = aot.build(argmax(constexprs=constexprs), "sm_90")
