@@ -122,7 +122,7 @@ class InferenceSegmenter(nn.Module):
         if self._compiled is None:
             self._compiled = self._compute
             if self.compile_graph:
-                options = {"freezing": True} if stem.weight.device.type == "cpu" else None
+                options: dict[str, Any] | None = {"freezing": True} if stem.weight.device.type == "cpu" else None
                 self._compiled = torch.compile(self._compute, fullgraph=True, options=options)
         if not (self.cuda_graph and images.is_cuda and images.numel()):
             return self._compiled(result, images, *stem.tensors())
@@ -205,7 +205,7 @@ class _Stem:
             weight, bias = folded, (bias.float() - rest).to(bias.dtype)
         return cls(weight, bias, shift, prefix, positions)
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
         return self.weight, self.bias, self.shift, self.prefix, self.positions
 
 
