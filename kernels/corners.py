@@ -57,15 +57,16 @@ class Launch(NamedTuple):
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-def launch_config(num_classes: int, longest_y: int, longest_x: int) -> Launch:
-    """Tiles of at most 4096 logits, 16 to a thread; of the class blocks that fit, the one that pads least."""
+def fit_tile(num_classes: int, longest_y: int, longest_x: int, most: int) -> Launch:
+    """Tiles of at most ``most`` logits, 8 to a thread (one warp takes 512), and the widest block that pads little."""
     block_y, block_x = (min(triton.next_power_of_2(longest), 16) for longest in (longest_y, longest_x))
-    widest = min(4096 // (block_y * block_x), 256)
-    choices = [block for block in (16, 32, 64, 128, 256) if block <= widest]
-    block_k = min(choices, key=lambda block: (-(-num_classes // block) * block, -block))
-    block_c = min(triton.next_power_of_2(num_classes), 256)
-    num_warps = min(max(block_y * block_x * block_k // 512, 1), 8)
-    return Launch(block_y, block_x, block_k, block_c, num_warps, 1)
+    pixels, padded = block_y * block_x, max(triton.next_power_of_2(num_classes), 8)
+    least, widest = min(512 // pixels, padded), min(most // pixels, 256)
+    choices = [block for block in (8, 16, 32, 64, 128, 256) if least <= block <= widest]
+    taken = {block: -(-num_classes // block) * block for block in choices}
+    block_k = max(block for block in choices if 10 * taken[block] <= 11 * min(taken.values()))
+    num_warps = pixels * block_k // 256 if pixels * block_k > 512 else 1
+    return Launch(block_y, block_x, block_k, min(padded, 256), num_warps, num_stages=1)
 
 
 def splits_of(ys: Axis, xs: Axis, batch: int, block_y: int, block_x: int) -> int:

@@ -28,12 +28,13 @@ from .common import LOG2_E, Specialization
 from .corners import (
     GEOMETRY,
     SAFE_SPREAD,
+    Launch,
     add_corners,
     bounds,
     cell_outputs,
     corner_logits,
+    fit_tile,
     geometry,
-    launch_config,
     log_sum_exp,
     mix,
     probabilities,
@@ -210,6 +211,11 @@ def linear_terms(
         s10 += weight * c10
         s11 += weight * c11
     return tl.sum(total, 0), (tl.sum(s00, 0), tl.sum(s01, 0), tl.sum(s10, 0), tl.sum(s11, 0))
+
+
+def launch_config(num_classes: int, longest_y: int, longest_x: int) -> Launch:
+    """Eight warps at most: with more, a build with weights and smoothing spills."""
+    return fit_tile(num_classes, longest_y, longest_x, most=2048)
 
 
 def upsample_cross_entropy(

@@ -23,11 +23,12 @@ from .common import Specialization
 from .corners import (
     GEOMETRY,
     SAFE_SPREAD,
+    Launch,
     add_corners,
     bounds,
     cell_outputs,
+    fit_tile,
     geometry,
-    launch_config,
     log_sum_exp,
     probabilities,
     splits_of,
@@ -183,6 +184,11 @@ def load_classes(ptrs, stride_k, k, num_classes, mask, dtype: tl.constexpr):
     """``(BLOCK_Y, BLOCK_X)`` pointers -> ``(BLOCK_K, BLOCK_Y, BLOCK_X)`` values of the classes ``k``; 0 outside."""
     ptrs = ptrs[None, :, :] + (k.to(tl.int64) * stride_k)[:, None, None]
     return tl.load(ptrs, mask=(k < num_classes)[:, None, None] & mask[None, :, :], other=0.0).to(dtype)
+
+
+def launch_config(num_classes: int, longest_y: int, longest_x: int) -> Launch:
+    """Sixteen warps at most."""
+    return fit_tile(num_classes, longest_y, longest_x, most=4096)
 
 
 def upsample_softmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool) -> Tensor:
