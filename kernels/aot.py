@@ -51,7 +51,7 @@ MODULES = ("attention", "mask_scores", "upsample_argmax", "upsample_softmax", "u
 
 @dataclass(frozen=True)
 class Build:
-    """What the disassembly of one build says. ``spills`` counts registers (AMD) or local accesses (NVIDIA)."""
+    """What the disassembly of one build says. ``spills`` counts vector registers (AMD) or local accesses (NVIDIA)."""
 
     name: str
     arch: str
@@ -125,14 +125,14 @@ def build(specialization: Specialization, arch: str) -> Build:
 
 
 def _read_amdgcn(text: str) -> tuple[int, int, dict[int, int]]:
-    def sum_of(*keys: str) -> int:
-        return sum(int(value) for key in keys for value in re.findall(rf"\.{key}:\s+(\d+)", text))
+    def sum_of(key: str) -> int:
+        return sum(int(value) for value in re.findall(rf"\.{key}:\s+(\d+)", text))
 
     widths = {"ubyte": 8, "sbyte": 8, "ushort": 16, "sshort": 16, "short": 16, "dword": 32}
     widths |= {f"dwordx{n}": 32 * n for n in (2, 3, 4)}
     loads = re.findall(r"^\s+(?:global|buffer|flat)_load_(?:lds_)?(dwordx\d|[a-z]+)", text, re.MULTILINE)
     counts = Counter(widths[width] for width in loads)
-    return sum_of("vgpr_count"), sum_of("vgpr_spill_count", "sgpr_spill_count"), dict(counts)
+    return sum_of("vgpr_count"), sum_of("vgpr_spill_count"), dict(counts)
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, dict[int, int]]:

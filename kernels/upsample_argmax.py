@@ -171,11 +171,13 @@ class Tiles(NamedTuple):
 
 
 def launch_config(rows: int, cols: int, num_classes: int) -> Tiles:
-    """Tiles for cells of at most ``rows x cols`` outputs: one warp, about 256 outputs, 256 to 512 corners at a time."""
+    """Tiles for cells of at most ``rows x cols`` outputs: one warp, up to 256 outputs, 256 corners at a time.
+
+    Small cells go in pairs. More of them to a warp spill: four cells of 4x4 outputs do on sm_80 and sm_90.
+    """
     block_y, block_x = (min(triton.next_power_of_2(size), 16) for size in (rows, cols))
-    cells = min(256 // (block_y * block_x), 16)
-    block_k = min(triton.next_power_of_2(num_classes), 256 if cells == 1 else 512 // cells)
-    return Tiles(cells, block_y, block_x, block_k, num_warps=1)
+    cells = 2 if block_y * block_x <= 16 else 1
+    return Tiles(cells, block_y, block_x, min(triton.next_power_of_2(num_classes), 256 // cells), num_warps=1)
 
 
 def _constants(tiles: Tiles) -> dict[str, int]:
@@ -209,10 +211,10 @@ def upsample_argmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], ali
 
 
 def specializations(arch: str) -> Iterator[Specialization]:
-    """Cells of 4, 8 and 16 outputs a side, channels-last as decoders leave them, and contiguous masks."""
+    """Cells of 1 to 16 outputs a side, channels-last as decoders leave them, and contiguous masks."""
     strides_of = dict.fromkeys(("stride_mb", "stride_mk", "stride_mh", "stride_mw"), "i32")
     sizes = dict.fromkeys(("num_classes", "cells_y", "groups_x", "parts_y", "parts_x", *GEOMETRY), "i32")
-    for side in (4, 8, 16):
+    for side in (1, 2, 4, 8, 16):
         for num_classes in (19, 150, 1000):
             for dtype in ("bf16", "fp32"):
                 for unit in ("stride_mk", "stride_mw"):
