@@ -40,24 +40,24 @@ def attention_maps(
     Raises:
         ValueError: another part, a layer that does not exist, or the decoder of a model with a linear one.
     """
-    x = model.encoder.embed(model.padded(images))
+    x, rotation = model.encoder.embed(model.padded(images))
     blocks = model.encoder.blocks
     if part == "decoder":
         if not isinstance(model.decoder, MaskTransformer):
             raise ValueError("part 'decoder' needs a mask transformer; the linear decoder has no attention")
         for block in blocks:
-            x = block(x)
-        x = model.decoder.tokens(model.encoder.patches(x))
+            x = block(x, rotation)
+        x, rotation = model.decoder.tokens(model.encoder.patches(x)), None
         blocks = model.decoder.blocks
     elif part != "encoder":
         raise ValueError(f"part must be 'encoder' or 'decoder', got {part!r}")
     if not -len(blocks) <= layer < len(blocks):
         raise ValueError(f"layer must be in [{-len(blocks)}, {len(blocks)}) for the {part}, got {layer}")
     for block in blocks[: layer % len(blocks)]:
-        x = block(x)
+        x = block(x, rotation)
     block = blocks[layer]
     assert isinstance(block, Block)
-    q, k, _ = block.attn.packed_qkv(block.norm1(x)).permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads)
+    q, k, _ = block.attn.packed_qkv(block.norm1(x), rotation).permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads)
     q = q[:, :, queries or slice(None)] * q.shape[-1] ** -0.5
     maps = q.new_empty((*q.shape[:3], k.shape[2]), dtype=q.dtype if q.dtype == torch.float64 else torch.float32)
     chunk = max(_CHUNK_VALUES // max(maps[:, :, :1].numel(), 1), 1)

@@ -11,12 +11,14 @@ Triple = tuple[float, float, float]
 
 _CHOICES = {
     "decoder": ("mask", "linear"),
-    "pos_embed_mode": ("bilinear", "bicubic"),
+    "pos_embed_kind": ("learned", "rotary"),
+    "pos_embed_mode": ("bilinear", "bicubic", "bicubic_antialias"),
+    "mlp": ("gelu", "swiglu"),
     "upsample_to": ("padded", "image"),
 }
 _AT_LEAST_ONE = ("num_classes", "patch_size", "embed_dim", "depth", "num_heads", "decoder_num_heads")
 _RATES = ("dropout", "drop_path_rate", "decoder_dropout", "decoder_drop_path_rate")
-_EPSILONS = ("encoder_norm_eps", "decoder_norm_eps")
+_POSITIVE = ("encoder_norm_eps", "decoder_norm_eps", "rope_temperature")
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,22 @@ class SegmenterConfig:
     depth: int = 12
     num_heads: int = 12
     mlp_ratio: float = 4.0
+    mlp: str = "gelu"
+    """Of the encoder: "gelu", or "swiglu" (DINOv3 S+ and H+), whose hidden width is rounded up to a multiple of 8."""
+    qkv_bias: bool = True
+    """Whether the encoder's query, key and value projections have a bias (DINOv3: no)."""
     class_token: bool = True
     distillation_token: bool = False
     num_register_tokens: int = 0
+    pos_embed_kind: str = "learned"
+    """"learned": an embedding added to the tokens. "rotary": queries and keys of patches are rotated (DINOv3)."""
+    rope_temperature: float = 100.0
+    """Of the rotary embedding: its longest period, in half image sides."""
     pos_embed_prefix: bool = True
     """Whether the position embedding has entries for the prefix tokens (DINOv2 with registers: no)."""
     pos_embed_mode: str = "bilinear"
-    """How the position embedding is resized: "bilinear" (official) or "bicubic" (mmsegmentation)."""
+    """How a learned position embedding is resized: "bilinear" (official), "bicubic" (mmsegmentation) or
+    "bicubic_antialias" (timm)."""
     layer_scale: bool = False
     encoder_norm_eps: float = 1e-5
     dropout: float = 0.0
@@ -87,11 +98,14 @@ class SegmenterConfig:
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in _RATES:
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
-        for name in _EPSILONS:
+        for name in _POSITIVE:
             _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for name in ("num_heads", "decoder_num_heads") if self.decoder == "mask" else ("num_heads",):
             fits = self.embed_dim % getattr(self, name) == 0
             _require(fits, name, getattr(self, name), f"a divisor of embed_dim, which is {self.embed_dim}")
+        if self.pos_embed_kind == "rotary":
+            fits = self.embed_dim // self.num_heads % 4 == 0
+            _require(fits, "num_heads", self.num_heads, "so that heads are a multiple of 4 wide, as rotations are")
         fits = len(self.image_size) == 2 and min(self.image_size) >= self.patch_size
         _require(fits, "image_size", self.image_size, f"(height, width), each at least one patch of {self.patch_size}")
         fits = self.window_size >= self.patch_size and self.window_stride >= 1
@@ -166,37 +180,51 @@ _BACKBONES = {
     "b": ("base", 768, 12, 12),
     "l": ("large", 1024, 24, 16),
 }
-# (size, patch, distilled): weights in timm that the paper starts from, or the nearest there are
+# (size, patch, family): weights in timm that the paper starts from, or the nearest there are
 _TIMM = {
-    **{(size, 16, False): f"vit_{_BACKBONES[size][0]}_patch16_384.augreg_in21k_ft_in1k" for size in "tsbl"},
-    **{(size, 32, False): f"vit_{_BACKBONES[size][0]}_patch32_384.augreg_in21k_ft_in1k" for size in "sb"},
-    ("l", 32, False): "vit_large_patch32_384.orig_in21k_ft_in1k",
-    ("t", 8, False): None,
-    ("s", 8, False): None,
-    ("b", 8, False): "vit_base_patch8_224.augreg_in21k_ft_in1k",
-    **{(size, 16, True): f"deit_{_BACKBONES[size][0]}_distilled_patch16_224.fb_in1k" for size in "ts"},
-    ("b", 16, True): "deit_base_distilled_patch16_384.fb_in1k",
+    **{(size, 16, ""): f"vit_{_BACKBONES[size][0]}_patch16_384.augreg_in21k_ft_in1k" for size in "tsbl"},
+    **{(size, 32, ""): f"vit_{_BACKBONES[size][0]}_patch32_384.augreg_in21k_ft_in1k" for size in "sb"},
+    ("l", 32, ""): "vit_large_patch32_384.orig_in21k_ft_in1k",
+    ("t", 8, ""): None,
+    ("s", 8, ""): "vit_small_patch8_224.dino",
+    ("b", 8, ""): "vit_base_patch8_224.augreg_in21k_ft_in1k",
+    **{(size, 16, "deit"): f"deit_{_BACKBONES[size][0]}_distilled_patch16_224.fb_in1k" for size in "ts"},
+    ("b", 16, "deit"): "deit_base_distilled_patch16_384.fb_in1k",
+    **{(size, 14, "dinov2"): f"vit_{_BACKBONES[size][0]}_patch14_reg4_dinov2.lvd142m" for size in "sbl"},
+    **{(size, 16, "dinov3"): f"vit_{_BACKBONES[size][0]}_patch16_dinov3.lvd1689m" for size in "sbl"},
+}
+# What sets a family of backbones apart; DINOv2 and DINOv3 keep the numerics that timm runs their weights with.
+_IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
+_REGISTERS = {"num_register_tokens": 4, "layer_scale": True, **_IMAGENET}
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "": {},
+    "deit": {"distillation_token": True, **_IMAGENET},
+    "dinov2": {
+        "pos_embed_prefix": False,
+        "pos_embed_mode": "bicubic_antialias",
+        "encoder_norm_eps": 1e-6,
+        **_REGISTERS,
+    },
+    "dinov3": {"pos_embed_kind": "rotary", "pos_embed_prefix": False, "qkv_bias": False, **_REGISTERS},
 }
 
 
-def _variant(size: str, patch_size: int, distilled: bool, decoder: str) -> SegmenterConfig:
+def _variant(size: str, patch_size: int, family: str, decoder: str) -> SegmenterConfig:
     _, embed_dim, depth, num_heads = _BACKBONES[size]
-    side = 640 if size == "l" else 512
+    side = 518 if family == "dinov2" else 640 if size == "l" and not family else 512
     return SegmenterConfig(
-        variant=f"seg_{size}{'_deit' if distilled else ''}_{decoder}_{patch_size}",
+        variant="_".join(part for part in ("seg", size, family, decoder, str(patch_size)) if part),
         image_size=(side, side),
         patch_size=patch_size,
         embed_dim=embed_dim,
         depth=depth,
         num_heads=num_heads,
-        distillation_token=distilled,
         decoder=decoder,
         decoder_num_heads=num_heads,
-        mean=IMAGENET_MEAN if distilled else (0.5, 0.5, 0.5),
-        std=IMAGENET_STD if distilled else (0.5, 0.5, 0.5),
         window_size=side,
         window_stride=side,
-        timm_backbone=_TIMM[size, patch_size, distilled],
+        timm_backbone=_TIMM[size, patch_size, family],
+        **_FAMILIES[family],
     )
 
 

@@ -8,13 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import PUBLISHED_MIOU, VARIANTS, SegmenterConfig
+from .numerics import program_of
 from .reference import ReferenceSegmenter
-
-# (encoder eps, decoder eps, resizing of the position embedding, size that masks are upsampled to)
-_PROGRAMS: dict[tuple[float, float, str, str], str] = {
-    (1e-5, 1e-5, "bilinear", "padded"): "the official program",
-    (1e-6, 1e-5, "bicubic", "image"): "mmsegmentation",
-}
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -73,10 +68,10 @@ def _facts(model: nn.Module, config: SegmenterConfig) -> dict[str, str]:
     upsampling = "padded size, then cropped" if config.upsample_to == "padded" else "image size"
     small = "enlarged to the window" if config.upscale_small_images else "as they are"
     names = ", ".join(config.class_names) or "no names"
-    numerics = (config.encoder_norm_eps, config.decoder_norm_eps, config.pos_embed_mode, config.upsample_to)
+    rotary = config.pos_embed_kind == "rotary"
     return {
         "variant": config.variant,
-        "numerics of": _PROGRAMS.get(numerics, "no program we know"),
+        "numerics of": program_of(config),
         "parameters": f"{count_parameters(model):,}",
         "GMAC at 512 x 512": f"{count_macs(config) / 1e9:.1f}",
         "image size": f"{config.image_size[0]} x {config.image_size[1]}, patches of {config.patch_size}",
@@ -85,7 +80,7 @@ def _facts(model: nn.Module, config: SegmenterConfig) -> dict[str, str]:
         "prefix tokens": ", ".join(prefix) or "none",
         "decoder": decoder,
         "LayerNorm eps": f"encoder {config.encoder_norm_eps:g}, decoder {config.decoder_norm_eps:g}",
-        "position embedding": f"resized {config.pos_embed_mode}",
+        "position embedding": "rotary" if rotary else f"learned, resized {config.pos_embed_mode}",
         "masks upsampled to": upsampling,
         "mean": ", ".join(f"{value:g}" for value in config.mean),
         "std": ", ".join(f"{value:g}" for value in config.std),

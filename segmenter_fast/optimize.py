@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Input shapes that keep a CUDA graph; the one used longest ago goes first.
 _MAX_GRAPHS = 8
+# Grids that keep their position embedding: a few hundred kilobytes each.
+_MAX_STEMS = 64
 
 
 class InferenceSegmenter(nn.Module):
@@ -117,14 +121,17 @@ class InferenceSegmenter(nn.Module):
         rows, columns = (-(-side // patch) for side in images.shape[2:])
         key = (rows, columns, images.dtype == torch.uint8)
         if key not in self._stems:
+            if len(self._stems) == _MAX_STEMS:
+                self._stems.clear()
             self._stems[key] = _Stem.make(self.encoder, *key)
         stem = self._stems[key]
         if self._compiled is None:
-            self._compiled = self._compute
-            if self.compile_graph:
-                options: dict[str, Any] | None = {"freezing": True} if stem.weight.device.type == "cpu" else None
-                self._compiled = torch.compile(self._compute, fullgraph=True, options=options)
-        if not (self.cuda_graph and images.is_cuda and images.numel()):
+            self._compiled = torch.compile(self._compute, fullgraph=True) if self.compile_graph else self._compute
+        if not images.is_cuda:
+            # On a CPU the compiler packs the weights for its matrix products, if told that they stay as they are.
+            with torch._inductor.config.patch(freezing=True) if self.compile_graph else contextlib.nullcontext():
+                return self._compiled(result, images, *stem.tensors())
+        if not self.cuda_graph or images.numel() == 0:
             return self._compiled(result, images, *stem.tensors())
         graph_key = (result, images.shape, images.dtype)
         if graph_key not in self._graphs:
@@ -143,7 +150,8 @@ class InferenceSegmenter(nn.Module):
         bias: Tensor,
         shift: Tensor | None,
         prefix: Tensor,
-        positions: Tensor,
+        positions: Tensor | None,
+        rotation: Tensor | None,
     ) -> Tensor:
         """The whole model as one function of tensors: what is compiled and captured."""
         patch = self.config.patch_size
@@ -156,9 +164,11 @@ class InferenceSegmenter(nn.Module):
         if padded != (height, width):
             images = F.pad(images, (0, padded[1] - width, 0, padded[0] - height))
         patches = F.conv2d(images, weight, bias, stride=patch).flatten(2).mT  # (B, h w, D)
-        x = torch.cat([prefix.expand(len(images), -1, -1), patches + positions], 1)
+        if positions is not None:
+            patches = patches + positions
+        x = torch.cat([prefix.expand(len(images), -1, -1), patches], 1)
         for block in self.encoder.blocks:
-            x = block(x)
+            x = block(x, rotation)
         masks = self.decoder(self.encoder.patches(x)).mT.unflatten(2, grid)
         size = padded if self.config.upsample_to == "padded" else (height, width)
         if result == "labels":
@@ -183,14 +193,16 @@ class _Stem:
     bias: Tensor  # (D,)
     shift: Tensor | None  # (1, 3, 1, 1)
     prefix: Tensor  # (1, prefix, D), positions added
-    positions: Tensor  # (1, rows * columns, D)
+    positions: Tensor | None  # (1, rows * columns, D)
+    rotation: Tensor | None  # (2, prefix + rows * columns, D / heads)
 
     @classmethod
     def make(cls, encoder: VisionTransformer, rows: int, columns: int, from_bytes: bool) -> _Stem:
         config, projection = encoder.config, encoder.patch_embed.proj
         positions = encoder.positions(rows, columns)
-        prefix = torch.cat([positions[:, :0], *encoder.prefix_tokens()], 1)
-        if config.pos_embed_prefix:
+        empty = projection.weight.new_empty(1, 0, config.embed_dim)
+        prefix = torch.cat([empty, *encoder.prefix_tokens()], 1)
+        if positions is not None and config.pos_embed_prefix:
             prefix = prefix + positions[:, : config.num_prefix_tokens]
             positions = positions[:, config.num_prefix_tokens :]
         weight, bias, shift = projection.weight, projection.bias, None
@@ -203,10 +215,10 @@ class _Stem:
             folded = (weight.float() / std).to(weight.dtype)
             rest = (folded.float() * (mean - shift.float())).sum((1, 2, 3))
             weight, bias = folded, (bias.float() - rest).to(bias.dtype)
-        return cls(weight, bias, shift, prefix, positions)
+        return cls(weight, bias, shift, prefix, positions, encoder.rotation(rows, columns))
 
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-        return self.weight, self.bias, self.shift, self.prefix, self.positions
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]:
+        return self.weight, self.bias, self.shift, self.prefix, self.positions, self.rotation
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ program applies the LayerNorm to the patch-level masks and the softmax last.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,16 +19,38 @@ from torch import Tensor, nn
 from .config import SegmenterConfig
 
 
+class Rotation:
+    """Rotary embedding (DINOv3): channels i and i + d/2 of a patch's head turn by 2 pi coordinate / period."""
+
+    def __init__(self, config: SegmenterConfig, rows: int, columns: int, dtype: torch.dtype) -> None:
+        self.prefix, quarter = config.num_prefix_tokens, config.embed_dim // config.num_heads // 4
+        angles = torch.zeros(rows * columns, 2 * quarter, dtype=torch.float64)
+        for pair in range(2 * quarter):
+            turn = 2 * math.pi / config.rope_temperature ** (pair % quarter / quarter)
+            patches = torch.arange(rows * columns).double()
+            index, count = (patches // columns, rows) if pair < quarter else (patches % columns, columns)
+            angles[:, pair] = turn * ((2 * index + 1) / count - 1)
+        self.turns = torch.polar(torch.ones_like(angles), angles)  # complex (h w, d/2)
+        self.dtype = dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        patches = x[:, :, self.prefix :].double()
+        turned = torch.complex(*patches.chunk(2, -1)) * self.turns.to(x.device)
+        return torch.cat([x[:, :, : self.prefix], torch.cat([turned.real, turned.imag], -1).to(self.dtype)], 2)
+
+
 class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
         b, n, dim = x.shape
         q, k, v = self.qkv(x).view(b, n, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            q, k = rotation(q), rotation(k)
         probabilities = (q @ k.transpose(-2, -1) * (dim // self.heads) ** -0.5).softmax(-1)  # (B, heads, N, N)
         return self.proj((probabilities @ v).transpose(1, 2).reshape(b, n, dim))
 
@@ -41,6 +65,18 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
+class SwiGlu(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1_g = nn.Linear(dim, hidden)
+        self.fc1_x = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.fc1_g(x)
+        return self.fc2(gate * torch.sigmoid(gate) * self.fc1_x(x))
+
+
 class LayerScale(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -51,18 +87,22 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: SegmenterConfig, heads: int, eps: float, layer_scale: bool = False) -> None:
+    def __init__(self, config: SegmenterConfig, part: str) -> None:
         super().__init__()
-        dim = config.embed_dim
+        dim, hidden = config.embed_dim, int(config.mlp_ratio * config.embed_dim)
+        heads, eps, layer_scale, qkv_bias, mlp = config.decoder_num_heads, config.decoder_norm_eps, False, True, "gelu"
+        if part == "encoder":
+            heads, eps, layer_scale = config.num_heads, config.encoder_norm_eps, config.layer_scale
+            qkv_bias, mlp = config.qkv_bias, config.mlp
         self.norm1 = nn.LayerNorm(dim, eps)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, heads, qkv_bias)
         self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.mlp = Mlp(dim, int(config.mlp_ratio * dim))
+        self.mlp = Mlp(dim, hidden) if mlp == "gelu" else SwiGlu(dim, math.ceil(hidden / 8) * 8)
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x), rotation))
         return x + self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -88,10 +128,9 @@ class VisionTransformer(nn.Module):
         if config.num_register_tokens:
             self.reg_token = nn.Parameter(torch.zeros(1, config.num_register_tokens, dim))
         prefix = config.num_prefix_tokens if config.pos_embed_prefix else 0
-        self.pos_embed = nn.Parameter(torch.zeros(1, prefix + rows * columns, dim))
-        self.blocks = nn.ModuleList(
-            Block(config, config.num_heads, config.encoder_norm_eps, config.layer_scale) for _ in range(config.depth)
-        )
+        if config.pos_embed_kind == "learned":
+            self.pos_embed = nn.Parameter(torch.zeros(1, prefix + rows * columns, dim))
+        self.blocks = nn.ModuleList(Block(config, "encoder") for _ in range(config.depth))
         self.norm = nn.LayerNorm(dim, config.encoder_norm_eps)
         if config.head_classes:  # unused, but official checkpoints have them
             self.head = nn.Linear(dim, config.head_classes)
@@ -99,26 +138,32 @@ class VisionTransformer(nn.Module):
                 self.head_dist = nn.Linear(dim, config.head_classes)
 
     def positions(self, rows: int, columns: int) -> Tensor:
-        grid = self.config.grid
-        if rows * columns == grid[0] * grid[1]:  # also where only the aspect ratio differs, as the official program
+        grid, mode = self.config.grid, self.config.pos_embed_mode
+        if (rows, columns) == grid:
             return self.pos_embed
+        if rows * columns == grid[0] * grid[1] and mode != "bicubic_antialias":
+            return self.pos_embed  # where only the aspect ratio differs, as the official program
         prefix = self.pos_embed.shape[1] - grid[0] * grid[1]
         patches = self.pos_embed[:, prefix:].transpose(1, 2).unflatten(2, grid)
-        resized = F.interpolate(patches, size=(rows, columns), mode=self.config.pos_embed_mode, align_corners=False)
+        options = {"mode": "bicubic", "antialias": True} if mode == "bicubic_antialias" else {"mode": mode}
+        resized = F.interpolate(patches, size=(rows, columns), align_corners=False, **options)
         return torch.cat([self.pos_embed[:, :prefix], resized.flatten(2).transpose(1, 2)], 1)
 
     def forward(self, images: Tensor) -> Tensor:
+        config = self.config
         x = self.patch_embed(images)
-        positions = self.positions(*(side // self.config.patch_size for side in images.shape[2:]))
-        if not self.config.pos_embed_prefix:
-            x = x + positions
+        rows, columns = (side // config.patch_size for side in images.shape[2:])
+        rotary = config.pos_embed_kind == "rotary"
+        if not rotary and not config.pos_embed_prefix:
+            x = x + self.positions(rows, columns)
         names = [name for name in ("cls_token", "dist_token", "reg_token") if hasattr(self, name)]
         x = torch.cat([*(getattr(self, name).expand(len(x), -1, -1) for name in names), x], 1)
-        if self.config.pos_embed_prefix:
-            x = x + positions
+        if not rotary and config.pos_embed_prefix:
+            x = x + self.positions(rows, columns)
+        rotation = Rotation(config, rows, columns, x.dtype) if rotary else None
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)[:, self.config.num_prefix_tokens :]
+            x = block(x, rotation)
+        return self.norm(x)[:, config.num_prefix_tokens :]
 
 
 class LinearDecoder(nn.Module):
@@ -136,9 +181,7 @@ class MaskTransformer(nn.Module):
         dim, classes = config.embed_dim, config.num_classes
         self.proj_dec = nn.Linear(dim, dim)
         self.cls_emb = nn.Parameter(torch.zeros(1, classes, dim))
-        self.blocks = nn.ModuleList(
-            Block(config, config.decoder_num_heads, config.decoder_norm_eps) for _ in range(config.decoder_depth)
-        )
+        self.blocks = nn.ModuleList(Block(config, "decoder") for _ in range(config.decoder_depth))
         self.decoder_norm = nn.LayerNorm(dim, config.decoder_norm_eps)
         self.proj_patch = nn.Parameter(torch.zeros(dim, dim))
         self.proj_classes = nn.Parameter(torch.zeros(dim, dim))

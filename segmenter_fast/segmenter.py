@@ -97,6 +97,18 @@ class Segmenter(nn.Module, HubMixin):
             label_smoothing=label_smoothing,
         )
 
+    def freeze_encoder(self, frozen: bool = True) -> Segmenter:
+        """Train the decoder only, on features of an encoder that stays as it is; ``frozen=False`` undoes it.
+
+        Encoder parameters lose their ``requires_grad``, ``train`` leaves the encoder in evaluation mode, and nothing of
+        it is kept for a backward pass, so that no gradient reaches the images either. Not part of a saved model.
+
+        Returns:
+            The model itself.
+        """
+        self.encoder.freeze(frozen)
+        return self.train(self.training)
+
     def optimize(
         self, dtype: torch.dtype = torch.bfloat16, compile: bool = True, cuda_graph: bool = True
     ) -> InferenceSegmenter:
@@ -128,10 +140,12 @@ def _initialise(module: nn.Module) -> None:
     """The official program's random initialisation: truncated normals of 0.02, projections of unit gain."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
     elif isinstance(module, VisionTransformer):
         for parameter in (*module.prefix_tokens(), module.pos_embed):
-            nn.init.trunc_normal_(parameter, std=0.02)
+            if parameter is not None:
+                nn.init.trunc_normal_(parameter, std=0.02)
     elif isinstance(module, MaskTransformer):
         nn.init.trunc_normal_(module.cls_emb, std=0.02)
         for projection in (module.proj_patch, module.proj_classes):

@@ -14,6 +14,8 @@ def test_table_holds_every_named_variant() -> None:
     expected |= {f"seg_{size}_{decoder}_32" for size in "sbl" for decoder in ("mask", "linear")}
     expected |= {f"seg_{size}_{decoder}_8" for size in "tsb" for decoder in ("mask", "linear")}
     expected |= {f"seg_{size}_deit_{decoder}_16" for size in "tsb" for decoder in ("mask", "linear")}
+    expected |= {f"seg_{size}_dinov2_{decoder}_14" for size in "sbl" for decoder in ("mask", "linear")}
+    expected |= {f"seg_{size}_dinov3_{decoder}_16" for size in "sbl" for decoder in ("mask", "linear")}
     assert set(VARIANTS) == expected
     assert set(PUBLISHED_MIOU) <= expected
 
@@ -44,6 +46,9 @@ def test_json_round_trip() -> None:
         ("num_heads", 5),
         ("decoder", "fpn"),
         ("pos_embed_mode", "nearest"),
+        ("pos_embed_kind", "sinusoidal"),
+        ("mlp", "relu"),
+        ("rope_temperature", 0.0),
         ("upsample_to", "somewhere"),
         ("image_size", (8, 512)),
         ("drop_path_rate", 1.0),
@@ -57,6 +62,11 @@ def test_json_round_trip() -> None:
 def test_refusals_name_the_field(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=field):
         variant_config("seg_t_mask_16").replace(**{field: value})
+
+
+def test_rotary_heads_are_a_multiple_of_4_wide() -> None:
+    with pytest.raises(ValueError, match="num_heads must be so that heads are a multiple of 4 wide"):
+        variant_config("seg_s_dinov3_mask_16").replace(embed_dim=36, num_heads=6)
 
 
 def test_unknown_names() -> None:

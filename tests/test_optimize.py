@@ -38,7 +38,7 @@ def test_equals_the_model_in_float32(family: str, size: tuple[int, int]) -> None
         assert torch.equal(fast.segment(images)[clear], model.segment(images)[clear])
 
 
-@pytest.mark.parametrize("family", ["mask_16", "linear_16", "deit_mask", "registers"])
+@pytest.mark.parametrize("family", ["mask_16", "linear_16", "deit_mask", "registers", "dinov3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_is_as_near_to_float64_as_the_model_in_that_dtype(family: str, dtype: torch.dtype) -> None:
     model, _ = pair(family, torch.float32)
@@ -55,8 +55,9 @@ def test_low_precision_is_as_near_to_float64_as_the_model_in_that_dtype(family: 
             assert (fast(given).double() - expected).square().mean().sqrt() <= 2 * allowed
 
 
-def test_compiled_in_one_graph_and_again_for_another_batch() -> None:
-    model, _ = pair("mask_16", torch.float32)
+@pytest.mark.parametrize("family", ["mask_16", "dinov3"])
+def test_compiled_in_one_graph_and_again_for_another_batch(family: str) -> None:
+    model, _ = pair(family, torch.float32)
     fast = model.optimize(torch.float32, compile=True)
     for batch in (1, 2, 5):
         pixels, images = images_of(model, batch, 40, 32)

@@ -91,7 +91,7 @@ def test_refusals_name_the_argument() -> None:
         sf.create_model("seg_q_mask_16")
 
 
-@pytest.mark.parametrize("family", ["mask_16", "deit_linear"])
+@pytest.mark.parametrize("family", ["mask_16", "deit_linear", "dinov3"])
 def test_compiles_without_a_graph_break(family: str) -> None:
     model, _ = pair(family, torch.float32)
     images, target = torch.randn(2, 3, 32, 40), torch.randint(0, 5, (2, 32, 40))
@@ -163,6 +163,53 @@ def test_autocast_training_keeps_a_float32_loss(dtype: torch.dtype) -> None:
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     torch.testing.assert_close(loss, model.loss(images, target), rtol=0.03, atol=0)
+
+
+def test_a_frozen_encoder_keeps_its_weights_and_its_mode_while_the_decoder_trains() -> None:
+    model = small(drop_path_rate=0.5, dropout=0.2, head_classes=3).train().freeze_encoder()
+    assert not model.encoder.training
+    assert model.decoder.training
+    images, target = torch.randn(2, 3, 32, 32), torch.randint(0, 5, (2, 32, 32))
+    assert torch.equal(model.encoder(images), model.encoder(images))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model.loss(images, target)
+    loss.backward()
+    optimizer.step()
+    assert all(parameter.grad is None for parameter in model.encoder.parameters())
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) == name.startswith("encoder."), name
+    assert not model.eval().train().encoder.training
+
+
+def test_a_frozen_encoder_keeps_no_activations() -> None:
+    model = small().train().freeze_encoder()
+    assert not model.encoder(torch.randn(1, 3, 32, 32)).requires_grad
+    model.freeze_encoder(False)
+    assert model.encoder.training
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    model.loss(torch.randn(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.long)).backward()
+    assert model.encoder.patch_embed.proj.weight.grad is not None
+
+
+def test_a_thawed_encoder_leaves_the_unused_heads_out_of_training() -> None:
+    model = sf.create_model("seg_t_mask_16", **SMALL, head_classes=3, freeze_encoder=True).freeze_encoder(False)
+    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
+        "encoder.head.weight",
+        "encoder.head.bias",
+    }
+
+
+def test_rotations_depend_on_the_place_within_the_image_only() -> None:
+    model, _ = pair("dinov3")
+    encoder = model.encoder
+    table, larger = encoder.rotation(2, 2), encoder.rotation(6, 6)
+    assert table is not None
+    assert larger is not None
+    prefix = model.config.num_prefix_tokens
+    assert torch.equal(table[0, :prefix], torch.ones(prefix, 64, dtype=torch.float64))
+    # the centre of patch (0, 1) of 2 x 2 is that of patch (1, 4) of 6 x 6
+    torch.testing.assert_close(table[:, prefix + 1], larger[:, prefix + 10], rtol=0, atol=1e-14)
 
 
 def test_classification_heads_load_and_stay_out_of_the_way() -> None:

@@ -22,6 +22,9 @@ _ARCHITECTURE = (
     "depth",
     "num_heads",
     "mlp_ratio",
+    "mlp",
+    "qkv_bias",
+    "pos_embed_kind",
     "class_token",
     "distillation_token",
     "num_register_tokens",
@@ -33,6 +36,7 @@ _ARCHITECTURE = (
 def create_model(
     variant: str | SegmenterConfig = "seg_b_mask_16",
     pretrained: str | os.PathLike[str] | None = None,
+    freeze_encoder: bool = False,
     **fields: Any,
 ) -> Segmenter:
     """A Segmenter, in training mode unless it comes from a Segmenter checkpoint.
@@ -40,24 +44,36 @@ def create_model(
     Args:
         variant: a name from ``segmenter_fast.VARIANTS``, or a configuration.
         pretrained: None for random weights; ``"timm"`` for an encoder with the weights of ``config.timm_backbone``;
-            a file of encoder weights in timm's names; or a file or folder with a Segmenter checkpoint, as ``load``
-            takes, of the same architecture. A checkpoint keeps its own numerics and classes where ``fields`` name
+            another name of timm's, such as ``"vit_small_patch16_224.augreg_in21k"``; a file of encoder weights in
+            timm's names; or a file or folder with a Segmenter checkpoint, as ``load`` takes, of the same architecture.
+            A checkpoint keeps its own numerics and classes, weights of timm their mean and std, where ``fields`` name
             no others. The position embedding is resized to ``image_size``.
+        freeze_encoder: whether to train the decoder only, see ``Segmenter.freeze_encoder``.
         fields: any field of ``SegmenterConfig`` to override, such as ``num_classes`` or ``image_size``. timm's own
-            features need ``encoder_norm_eps=1e-6``; the official program runs its weights at 1e-5, the default.
+            features need ``encoder_norm_eps=1e-6`` and ``pos_embed_mode="bicubic_antialias"``, which are the default
+            of the DINOv2 variants; the official program runs its weights at 1e-5 and "bilinear", the default elsewhere.
 
     Raises:
         ValueError: an unknown variant, a field out of range, or weights that are unavailable or do not fit.
         TypeError: an unknown field.
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such file, and no such name.
         ImportError: timm is wanted and missing.
     """
     config = (variant_config(variant) if isinstance(variant, str) else variant).replace(**fields)
+    model = _started(config, pretrained, fields)
+    return model.freeze_encoder() if freeze_encoder else model
+
+
+def _started(config: SegmenterConfig, pretrained: str | os.PathLike[str] | None, fields: dict[str, Any]) -> Segmenter:
     if pretrained is None:
         return Segmenter(config)
     if pretrained == "timm":
-        return _with_encoder(config, timm.download(config), f"timm's {config.timm_backbone}")
+        if config.timm_backbone is None:
+            raise CheckpointError(f"there are no timm weights for {config.variant}; pass timm_backbone= or a file")
+        return _from_timm(config, config.timm_backbone, fields)
     path = Path(pretrained)
+    if not path.exists() and timm.names_a_model(os.fspath(pretrained)):
+        return _from_timm(config, os.fspath(pretrained), fields)
     encoder = _encoder_weights(path)
     if encoder is not None:
         return _with_encoder(config, encoder, str(path))
@@ -70,6 +86,12 @@ def create_model(
     if different:
         raise CheckpointError(f"{path} holds another model than {config.variant}: {', '.join(different)}")
     return model
+
+
+def _from_timm(config: SegmenterConfig, name: str, fields: dict[str, Any]) -> Segmenter:
+    backbone = timm.download(name)
+    config = config.replace(**{"mean": backbone.mean, "std": backbone.std, "timm_backbone": name, **fields})
+    return _with_encoder(config, backbone.state, f"timm's {name}")
 
 
 def _encoder_weights(path: Path) -> Mapping[str, Tensor] | None:

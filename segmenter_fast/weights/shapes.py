@@ -8,10 +8,22 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import VARIANTS
+from ..config import VARIANTS, SegmenterConfig
 from .reading import CheckpointError
 
 _HEAD_DIM = 64
+_OF_VARIANTS = (
+    "patch_size",
+    "embed_dim",
+    "depth",
+    "num_heads",
+    "mlp",
+    "distillation_token",
+    "num_register_tokens",
+    "layer_scale",
+    "pos_embed_kind",
+    "decoder",
+)
 
 
 def fields_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,12 +36,18 @@ def fields_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) ->
         CheckpointError: a tensor that any Segmenter has is missing, or the grid of patches cannot be told.
     """
     embed_dim, _, patch_size, _ = _shape(state, "encoder.patch_embed.proj.weight", 4)
-    hidden, _ = _shape(state, "encoder.blocks.0.mlp.fc1.weight", 2)
+    swiglu = "encoder.blocks.0.mlp.fc1_g.weight" in state
+    hidden, _ = _shape(state, f"encoder.blocks.0.mlp.fc1{'_g' * swiglu}.weight", 2)
+    qkv_bias = "encoder.blocks.0.attn.qkv.bias" in state
+    rotary = "encoder.pos_embed" not in state and not qkv_bias  # one missing alone is a damaged checkpoint
     fields: dict[str, Any] = {
         "patch_size": patch_size,
         "embed_dim": embed_dim,
         "depth": _layers(state, "encoder.blocks."),
         "mlp_ratio": hidden / embed_dim,
+        "mlp": "swiglu" if swiglu else "gelu",
+        "qkv_bias": qkv_bias,
+        "pos_embed_kind": "rotary" if rotary else "learned",
         "class_token": "encoder.cls_token" in state,
         "distillation_token": "encoder.dist_token" in state,
         "num_register_tokens": _shape(state, "encoder.reg_token", 3)[1] if "encoder.reg_token" in state else 0,
@@ -43,7 +61,13 @@ def fields_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) ->
         fields["decoder_depth"] = _layers(state, "decoder.blocks.")
     else:
         fields |= {"decoder": "linear", "num_classes": _shape(state, "decoder.head.weight", 2)[0]}
-    return fields | _grid(_shape(state, "encoder.pos_embed", 3)[1], fields, given) | named_variant(fields)
+    if rotary:
+        image_size = given.get("image_size", SegmenterConfig.image_size)
+        fields["image_size"] = (image_size, image_size) if isinstance(image_size, int) else image_size
+        fields["pos_embed_prefix"] = False
+    else:
+        fields |= _grid(_shape(state, "encoder.pos_embed", 3)[1], fields, given)
+    return fields | named_variant(fields)
 
 
 def head_classes(state: Mapping[str, Tensor]) -> int:
@@ -53,9 +77,8 @@ def head_classes(state: Mapping[str, Tensor]) -> int:
 
 def named_variant(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Name and timm backbone of the variant that a model's dimensions make it, if any."""
-    same = ("patch_size", "embed_dim", "depth", "num_heads", "distillation_token", "decoder")
     for name, config in VARIANTS.items():
-        if all(getattr(config, field) == fields[field] for field in same):
+        if all(getattr(config, field) == fields.get(field, getattr(SegmenterConfig, field)) for field in _OF_VARIANTS):
             return {"variant": name, "timm_backbone": config.timm_backbone}
     return {}
 

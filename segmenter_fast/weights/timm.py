@@ -1,7 +1,9 @@
-"""Encoder weights of timm's Vision Transformers.
+"""Encoder weights of timm's Vision Transformers, and of the DINOv2 and DINOv3 programs.
 
-timm's names are the official ones without the ``encoder.`` prefix. Its LayerNorm eps is 1e-6, while the official
-program runs the same weights at 1e-5: pass ``encoder_norm_eps=1e-6`` for timm's own features.
+timm's names are the official ones without the ``encoder.`` prefix. Its LayerNorm eps is 1e-6 and it resizes position
+embeddings with antialiased bicubic filters, while the official program runs the same weights at 1e-5 and resizes
+bilinearly: pass ``encoder_norm_eps=1e-6, pos_embed_mode="bicubic_antialias"`` for timm's own features. The variants of
+DINOv2 and DINOv3 (1e-5 there, too) have timm's numerics.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -17,11 +21,32 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from ..config import SegmenterConfig
+from ..config import SegmenterConfig, Triple
 from ..vit import resize_positions
 from .reading import CheckpointError
 
 HEADS = ("head.", "head_dist.", "fc_norm.")
+_FILE = re.compile(r".*[/\\].*|.*\.(pth|pt|bin|ckpt|safetensors)")
+_NAMES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma"),  # timm's DINOv3
+        (r"^(storage|register)_tokens$", "reg_token"),  # Meta's DINOv3 and DINOv2, as the rest
+        (r"^(blocks\.\d+\.mlp)\.w1\.", r"\1.fc1_g."),
+        (r"^(blocks\.\d+\.mlp)\.w2\.", r"\1.fc1_x."),
+        (r"^(blocks\.\d+\.mlp)\.w3\.", r"\1.fc2."),
+    )
+]
+_UNUSED = re.compile(r"mask_token|rope_embed\.periods|local_cls_norm\..*|.*\.qkv\.bias_mask")
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """Weights in timm's names, with the mean and std of the pixels that they were trained on."""
+
+    state: Mapping[str, Tensor]
+    mean: Triple
+    std: Triple
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
@@ -29,14 +54,32 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
     return "patch_embed.proj.weight" in state
 
 
+def names_a_model(name: str) -> bool:
+    """Whether timm has an architecture of this name, which may end in a tag of weights.
+
+    Raises:
+        ImportError: it may be one, but timm is not installed.
+    """
+    return not _FILE.fullmatch(name) and bool(import_timm().is_model(name))
+
+
 def encoder_state(state: Mapping[str, Tensor], config: SegmenterConfig) -> dict[str, Tensor]:
-    """timm's state dict without classifier, its position embedding resized to the configuration's image size.
+    """A timm state dict in our names, without classifier, its position embedding resized to the image size.
 
     A position embedding of no square grid stays as it is, for the strict load to report.
     """
-    encoder = {key: tensor.float() for key, tensor in state.items() if not key.startswith(HEADS)}
+    encoder = {
+        _rename(key): tensor.float()
+        for key, tensor in state.items()
+        if not key.startswith(HEADS) and not _UNUSED.fullmatch(key)
+    }
+    _pack_biases(encoder, config)
     positions = encoder.get("pos_embed")
     if positions is not None and positions.ndim == 3:
+        if "register_tokens" in state and "cls_token" in encoder:
+            # Meta's DINOv2 has a position for the class token but none for registers; timm adds it to the token
+            encoder["cls_token"] = encoder["cls_token"] + positions[:, :1]
+            encoder["pos_embed"] = positions = positions[:, 1:]
         patches = positions.shape[1] - config.num_prefix_tokens * config.pos_embed_prefix
         side = math.isqrt(max(patches, 0))
         if side**2 == patches > 0 and (side, side) != config.grid:
@@ -44,16 +87,35 @@ def encoder_state(state: Mapping[str, Tensor], config: SegmenterConfig) -> dict[
     return encoder
 
 
-def download(config: SegmenterConfig) -> dict[str, Tensor]:
-    """State dict of the configuration's timm backbone, from the local cache or the network.
+def _rename(key: str) -> str:
+    for pattern, replacement in _NAMES:
+        key = pattern.sub(replacement, key)
+    return key
+
+
+def _pack_biases(encoder: dict[str, Tensor], config: SegmenterConfig) -> None:
+    """DINOv3 has no bias for keys: timm leaves it out of the bias of queries and values, Meta masks it."""
+    for key in [key for key in encoder if key.endswith(".attn.q_bias")]:
+        if (other := key.replace("q_bias", "v_bias")) in encoder:
+            query, value = encoder.pop(key), encoder.pop(other)
+            encoder[key.replace("q_bias", "qkv.bias")] = torch.cat([query, torch.zeros_like(query), value])
+    if config.pos_embed_kind != "rotary":
+        return
+    whole = (3 * config.embed_dim,)
+    for key in [key for key in encoder if key.endswith(".attn.qkv.bias") and encoder[key].shape == whole]:
+        query, _, value = encoder[key].chunk(3)
+        encoder[key] = torch.cat([query, torch.zeros_like(query), value])
+        if not config.qkv_bias and not encoder[key].any():
+            del encoder[key]
+
+
+def download(name: str) -> Backbone:
+    """Weights by timm's name, from the local cache or the network.
 
     Raises:
         ImportError: timm is not installed.
-        CheckpointError: the configuration names no backbone, timm does not know it, or it cannot be fetched.
+        CheckpointError: timm does not know the name, or the weights cannot be fetched.
     """
-    name = config.timm_backbone
-    if name is None:
-        raise CheckpointError(f"there are no timm weights for {config.variant}; pass timm_backbone= or a file")
     timm = import_timm()
     try:
         model: Any = timm.create_model(name, pretrained=True, num_classes=0)
@@ -61,7 +123,8 @@ def download(config: SegmenterConfig) -> dict[str, Tensor]:
         raise CheckpointError(f"timm cannot fetch {name}, is the network reachable? ({error})") from error
     except RuntimeError as error:
         raise CheckpointError(f"timm cannot make {name}: {error}") from error
-    return model.state_dict()
+    settings = model.pretrained_cfg
+    return Backbone(model.state_dict(), tuple(settings["mean"]), tuple(settings["std"]))
 
 
 @functools.cache

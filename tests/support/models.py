@@ -27,6 +27,9 @@ FAMILIES = {
         "seg_t_mask_16",
         {"patch_size": 14, "num_register_tokens": 4, "pos_embed_prefix": False, "layer_scale": True},
     ),
+    "dinov2": ("seg_s_dinov2_linear_14", {"image_size": 56}),
+    "dinov3": ("seg_s_dinov3_mask_16", {}),
+    "dinov3_swiglu": ("seg_s_dinov3_linear_16", {"mlp": "swiglu", "mlp_ratio": 2.7}),
 }
 
 
