@@ -133,7 +133,7 @@ def demo(
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
-    """Run the reference and the fast model on a photograph: speed, agreement, an overlay."""
+    """Run the reference, a strong peer and the fast model on a photograph: speed, agreement, an overlay."""
     from .benchmarks.demo import PHOTOGRAPH, VARIANTS, run_demo, table
 
     place = choose_device(device.value)
@@ -141,7 +141,7 @@ def demo(
     with Console(stderr=True).status("segmenting ...") as status:
         for row in run_demo(out, place, choose_dtype(dtype.value, place), image or PHOTOGRAPH, variant or VARIANTS):
             comparisons.append(row)
-            status.update(f"{row.variant}: {row.speed_up:.1f}x; going on ...")
+            status.update(f"{row.variant} done; going on ...")
     Console().print(table(comparisons))
     _say("The weights are random, so the labels mean nothing; speed and agreement do.", "yellow")
     for row in comparisons:

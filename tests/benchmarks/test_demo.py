@@ -24,7 +24,7 @@ def test_float32_agrees_and_the_overlay_is_there(tmp_path: Path) -> None:
     )
     assert row.logit_difference < 1e-3
     assert row.equal_labels > 0.999
-    assert row.speed_up == pytest.approx(row.reference.median_ms / row.fast.median_ms)
+    assert row.peer_labels > 0.999
     assert Image.open(row.overlay).size == (64, 64)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["seg_t_mask_16.png"]
 

@@ -1,0 +1,44 @@
+"""The whole-model peers that ours is compared with; ``ReferenceSegmenter`` itself is the first of them.
+
+Peer 1: the official arithmetic as shipped: eager, float32, attention matrix and full-size logits materialised.
+Peer 2: the same model with PyTorch's own means: scaled_dot_product_attention, low-precision weights, torch.compile.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segmenter_fast.reference import Attention, ReferenceSegmenter, Rotation
+
+from .cases import compiled
+
+
+class SdpaAttention(Attention):
+    """The oracle's attention through ``scaled_dot_product_attention``, which chooses its kernel itself."""
+
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        b, n, dim = x.shape
+        q, k, v = self.qkv(x).view(b, n, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
+        if rotation is not None:
+            q, k = rotation(q), rotation(k)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, dim))
+
+
+def with_sdpa(reference: ReferenceSegmenter, dtype: torch.dtype) -> ReferenceSegmenter:
+    """A copy of the oracle in ``dtype`` whose attention is SDPA's."""
+    peer = copy.deepcopy(reference).to(dtype)
+    for module in peer.modules():
+        if isinstance(module, Attention):
+            module.__class__ = SdpaAttention
+    return peer
+
+
+def strong_peer(reference: ReferenceSegmenter, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """Peer 2: ``(B, 3, H, W)`` normalised images -> labels, compiled: max-autotune on CUDA, the default elsewhere."""
+    peer = with_sdpa(reference, dtype)
+    return compiled(peer.segment, device)
