@@ -19,7 +19,6 @@ from .fitting import Checkpoint, build
 from .reading import CheckpointError, read_safetensors, read_torch, read_yaml
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
-_OFFICIAL_WEIGHTS, _OFFICIAL_CONFIG = "checkpoint.pth", "variant.yml"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -55,18 +54,18 @@ def read_checkpoint(path: Path, given: Mapping[str, Any]) -> Checkpoint:
     if path.is_dir():
         if (path / ours.CONFIG).exists() or (path / ours.WEIGHTS).exists():
             return ours.read_folder(path)
-        if (path / _OFFICIAL_WEIGHTS).exists() or (path / _OFFICIAL_CONFIG).exists():
-            return _official(path / _OFFICIAL_WEIGHTS, path / _OFFICIAL_CONFIG)
+        if (path / official.WEIGHTS).exists() or (path / official.VARIANT).exists():
+            return _official(path / official.WEIGHTS, path / official.VARIANT)
         raise CheckpointError(
             f"{path} holds no checkpoint: expected {ours.CONFIG} and {ours.WEIGHTS}, "
-            f"or {_OFFICIAL_WEIGHTS} and {_OFFICIAL_CONFIG}; name a file to load another one"
+            f"or {official.WEIGHTS} and {official.VARIANT}; name a file to load another one"
         )
     if path.suffix == ".safetensors":
         if path.name == ours.WEIGHTS and (path.parent / ours.CONFIG).exists():
             return ours.read_folder(path.parent)
         return from_state(read_safetensors(path), str(path), given)
     state, meta = unwrapped(read_torch(path), str(path))
-    variant = path.parent / _OFFICIAL_CONFIG
+    variant = path.parent / official.VARIANT
     if official.recognises(state) and variant.exists():
         return _official(path, variant, state)
     return from_state(state, str(path), given, meta)

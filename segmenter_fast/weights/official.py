@@ -1,6 +1,6 @@
 """Checkpoints of the official Segmenter program: ``checkpoint.pth`` beside ``variant.yml``.
 
-Our state-dict keys are the official ones, so the key map is the identity.
+Our state-dict keys are the official ones, so the key map is the identity. ``official_export`` writes them.
 """
 
 from __future__ import annotations
@@ -10,16 +10,19 @@ from typing import Any
 
 from torch import Tensor
 
-from ..config import IMAGENET_MEAN, IMAGENET_STD, SegmenterConfig
+from ..config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, SegmenterConfig
+from ..datasets import classes_of
 from .reading import CheckpointError
 from .shapes import fields_from_shapes, head_classes, named_variant
 
-_NORMALIZATIONS: dict[str, dict[str, Any]] = {
+WEIGHTS, VARIANT = "checkpoint.pth", "variant.yml"
+
+NORMALIZATIONS: dict[str, dict[str, Any]] = {
     "vit": {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
     "deit": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
 }
 # What the program fixes in its code.
-_NUMERICS: dict[str, Any] = {
+NUMERICS: dict[str, Any] = {
     "encoder_norm_eps": 1e-5,
     "decoder_norm_eps": 1e-5,
     "pos_embed_mode": "bilinear",
@@ -27,7 +30,7 @@ _NUMERICS: dict[str, Any] = {
     "upscale_small_images": True,
     "mlp_ratio": 4.0,
 }
-_HEAD_DIM = 64  # of the mask transformer
+HEAD_DIM = 64  # of the mask transformer
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
@@ -49,8 +52,8 @@ def config_from_variant(variant: Mapping[str, Any], state: Mapping[str, Tensor])
     embed_dim = _integer(net, "d_model")
     image_size = _size(net, "image_size")
     fields: dict[str, Any] = {
-        **_NUMERICS,
-        **_one_of(net, "normalization", _NORMALIZATIONS),
+        **NUMERICS,
+        **_one_of(net, "normalization", NORMALIZATIONS),
         "num_classes": _integer(net, "n_cls"),
         "image_size": image_size,
         "patch_size": _integer(net, "patch_size"),
@@ -68,22 +71,29 @@ def config_from_variant(variant: Mapping[str, Any], state: Mapping[str, Tensor])
     if kind == "mask":
         fields |= {
             "decoder_depth": _integer(decoder, "n_layers"),
-            "decoder_num_heads": max(embed_dim // _HEAD_DIM, 1),
+            "decoder_num_heads": max(embed_dim // HEAD_DIM, 1),
             "decoder_dropout": _rate(decoder, "dropout"),
             "decoder_drop_path_rate": _rate(decoder, "drop_path_rate"),
         }
     else:
         fields["decoder_num_heads"] = fields["num_heads"]
-    return SegmenterConfig(**fields, **named_variant(fields))
+    dataset = variant.get("dataset_kwargs")
+    trained_on = dataset.get("dataset") if isinstance(dataset, Mapping) else None
+    return SegmenterConfig(**fields, **named_variant(fields), **classes_of(trained_on, fields["num_classes"]))
 
 
 def config_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> SegmenterConfig:
     """The configuration of a state dict without variant.yml: shapes, and the program's numerics.
 
-    Normalisation is assumed: ImageNet's for distilled models, 0.5 for all others.
+    Normalisation is assumed: ImageNet's for distilled models, 0.5 for all others. Variants that the official program
+    does not have, DINOv2 and DINOv3, keep numerics and normalisation of their own.
     """
-    fields = _NUMERICS | fields_from_shapes(state, given)
-    normalization = _NORMALIZATIONS["deit" if fields["distillation_token"] else "vit"]
+    fields = NUMERICS | fields_from_shapes(state, given)
+    normalization = NORMALIZATIONS["deit" if fields["distillation_token"] else "vit"]
+    if fields["num_register_tokens"] and "variant" in fields:
+        named = VARIANTS[fields["variant"]]
+        fields |= {name: getattr(named, name) for name in ("encoder_norm_eps", "pos_embed_mode")}
+        normalization = {"mean": named.mean, "std": named.std}
     side = min(fields["image_size"])
     return SegmenterConfig(**fields, **normalization, window_size=side, window_stride=side)
 

@@ -105,6 +105,33 @@ def test_warnings_point_at_the_caller() -> None:
     assert caught[0].filename == __file__
 
 
+@pytest.mark.parametrize("variant", ["seg_s_dinov2_mask_14", "seg_s_dinov3_linear_16"])
+def test_models_on_dino_backbones_survive_saving_and_the_loss_of_their_configuration(
+    variant: str, tmp_path: Path
+) -> None:
+    model = sf.create_model(variant, num_classes=4, image_size=112).eval()
+    model.save_pretrained(tmp_path)
+    whole = sf.load(tmp_path)
+    assert whole.config == model.config
+    (tmp_path / "config.json").unlink()
+    with pytest.warns(UserWarning, match="without a configuration"):
+        bare = sf.load((tmp_path / "model.safetensors").rename(tmp_path / "bare.safetensors"), image_size=112)
+    assert bare.config.replace(window_size=518, window_stride=518) == whole.config.replace(
+        window_size=518, window_stride=518
+    )
+    images = torch.randn(1, 3, 70, 90)
+    with torch.no_grad():
+        assert torch.equal(bare(images), model(images))
+        assert torch.equal(whole(images), model(images))
+
+
+def test_a_position_embedding_that_is_missing_is_no_rotary_one() -> None:
+    state = read_torch(OFFICIAL / "checkpoint.pth")["model"]
+    del state["encoder.pos_embed"]
+    with pytest.raises(CheckpointError, match=r"the state dict: encoder\.pos_embed is missing"):
+        sf.load(state)
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent"):
         sf.load(tmp_path / "absent")
