@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
 
+from .numerics import program_of
 from .weights import ours
 from .weights.fitting import build
+from .weights.saving import written_whole
 
 if TYPE_CHECKING:
     from .config import SegmenterConfig
 
 _CARD = "README.md"
+# Of the backbones that variants start from, as timm states them, by a part of their name; the first that fits.
+_LICENCES = (("dinov3", "the DINOv3 License"), ("", "Apache 2.0"))
 
 
 class HubMixin(
@@ -55,30 +57,36 @@ class HubMixin(
             OSError: the folder cannot be written.
         """
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as beside:
+        with written_whole(folder) as beside:
             super().save_pretrained(beside, model_card_kwargs=model_card_kwargs)
-            names = [ours.WEIGHTS, ours.CONFIG, *([] if (folder / _CARD).exists() else [_CARD])]
-            for name in names:
-                _flush(Path(beside) / name)
-            for name in names:
-                os.replace(Path(beside) / name, folder / name)
+            if (folder / _CARD).exists():
+                (beside / _CARD).unlink()
         if push_to_hub:
             return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
         return None
 
     def generate_model_card(self, *_: Any, **card_data: Any) -> ModelCard:
-        """A model card with what the configuration says; ``card_data`` adds to its metadata, such as ``license``."""
+        """A model card with variant, classes, numerics and licence of the weights.
+
+        ``card_data`` adds to its metadata, such as ``license``, the licence of these weights. Nobody but their owner
+        can know it: where it is not given, the card says so, and what the backbone is licensed under.
+        """
         config = self.config
         metadata = ModelCardData(**self._hub_mixin_info.model_card_data.to_dict() | card_data)
         rows = {
             "variant": config.variant,
+            "licence of the weights": _licence(config, card_data.get("license")),
             "classes": f"{config.num_classes}" + (f": {', '.join(config.class_names)}" if config.class_names else ""),
+            "numerics of": program_of(config),
+            "encoder": f"width {config.embed_dim}, {config.depth} layers, {config.num_heads} heads",
+            "decoder": config.decoder,
             "image size, patch size": f"{config.image_size[0]} x {config.image_size[1]}, {config.patch_size}",
             "window, stride": f"{config.window_size}, {config.window_stride}",
             "mean, std": f"{config.mean}, {config.std}",
             "LayerNorm eps, encoder and decoder": f"{config.encoder_norm_eps}, {config.decoder_norm_eps}",
-            "position embedding resized": config.pos_embed_mode,
+            "position embedding": f"{config.pos_embed_kind}, resized {config.pos_embed_mode}"
+            if config.pos_embed_kind == "learned"
+            else config.pos_embed_kind,
             "masks upsampled to": config.upsample_to,
         }
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
@@ -106,7 +114,10 @@ class HubMixin(
         return build(cls, dataclasses.replace(ours.read_folder(folder), name=model_id), options)  # type: ignore[type-var]
 
 
-def _flush(path: Path) -> None:
-    """Waits until a written file is on disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+def _licence(config: SegmenterConfig, given: str | None) -> str:
+    if given:
+        return given
+    if config.timm_backbone is None:
+        return "not stated"
+    name = next(name for part, name in _LICENCES if part in config.timm_backbone)
+    return f"not stated; if they started from {config.timm_backbone}: that is under {name}"

@@ -119,6 +119,39 @@ def test_the_model_card_says_what_the_model_is(tmp_path: Path) -> None:
         assert wanted in card
 
 
+@pytest.mark.parametrize(
+    ("backbone", "licence"),
+    [
+        (None, "not stated |"),
+        (
+            "vit_small_patch16_dinov3.lvd1689m",
+            "not stated; if they started from vit_small_patch16_dinov3.lvd1689m: that",
+        ),
+        ("vit_small_patch16_dinov3.lvd1689m", "is under the DINOv3 License |"),
+        ("deit_base_distilled_patch16_384.fb_in1k", "is under Apache 2.0 |"),
+    ],
+)
+def test_the_model_card_does_not_make_up_a_licence(backbone: str | None, licence: str) -> None:
+    card = str(small_model(timm_backbone=backbone).generate_model_card())
+    assert licence in card
+    assert "license:" not in card
+
+
+@pytest.mark.parametrize(
+    ("fields", "program"),
+    [
+        ({}, "the official program"),
+        ({"encoder_norm_eps": 1e-6, "pos_embed_mode": "bicubic", "upsample_to": "image"}, "mmsegmentation"),
+        ({"pos_embed_kind": "rotary"}, "timm in the encoder"),
+        ({"decoder_norm_eps": 1e-3}, "no program we know"),
+    ],
+)
+def test_the_model_card_names_the_numerics(fields: dict[str, Any], program: str) -> None:
+    card = str(small_model(**fields).generate_model_card())
+    assert f"| numerics of | {program}" in card
+    assert ("| position embedding | rotary |" in card) == ("pos_embed_kind" in fields)
+
+
 @pytest.mark.parametrize("through_save", [False, True])
 def test_push_uploads_what_load_reads(through_save: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, uploaded = small_model(), {}
