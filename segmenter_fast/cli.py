@@ -16,6 +16,7 @@ from rich.text import Text
 from typer.core import TyperGroup
 
 from . import VARIANTS, Segmenter, __version__, create_model, load
+from .convert import CheckpointFormat, push, write
 from .describe import info_table, variants_table
 from .devices import choose_device, choose_dtype
 from .predict_folder import Job, make_writable, plan, run
@@ -120,6 +121,29 @@ def info(model: Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or 
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="Checkpoint: folder, file or hub id.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    to: Annotated[CheckpointFormat, typer.Option(help="The format to write.")] = CheckpointFormat.ours,
+) -> None:
+    """Convert a checkpoint to our format, or back to the official one."""
+    for notice in write(_loaded(source), out, to):
+        _say(f"warning: {notice}", "yellow")
+    typer.echo(f"written: {out}")
+
+
+@app.command("push")
+def push_model(
+    model: Annotated[str, typer.Argument(metavar="M", help="Checkpoint: folder, file or hub id.")],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where to on the Hugging Face Hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    licence: Annotated[str | None, typer.Option("--license", help="Of the weights, such as mit.")] = None,
+) -> None:
+    """Upload a checkpoint in our format, with a model card, to the Hugging Face Hub."""
+    typer.echo(push(_loaded(model), repository, private, licence))
+
+
+@app.command()
 def variants() -> None:
     """Print the named variants: sizes, costs, published accuracy."""
     Console().print(variants_table())
@@ -178,12 +202,18 @@ def _model(name: str, device: Device, dtype: Dtype) -> Segmenter:
         _say(f"WARNING: {name} has RANDOM weights. Its labels mean nothing; give a checkpoint for real ones.", "yellow")
         model = create_model(name)
     else:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            model = load(name)
-        for warning in caught:
-            _say(f"warning: {warning.message}", "yellow")
+        model = _loaded(name)
     return model.to(place, choose_dtype(dtype.value, place)).eval()
+
+
+def _loaded(name: str) -> Segmenter:
+    """A checkpoint, with the loader's warnings said in one line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = load(name)
+    for warning in caught:
+        _say(f"warning: {warning.message}", "yellow")
+    return model
 
 
 def _factors(text: str) -> tuple[float, ...]:

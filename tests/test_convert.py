@@ -1,0 +1,107 @@
+"""``segmenter-fast convert`` and ``push`` as users run them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.hub_mixin
+import pytest
+from typer.testing import CliRunner, Result
+
+from segmenter_fast.cli import app
+from segmenter_fast.weights.reading import read_torch
+from support.checkpoints import GOLDEN, official_folder, same, small_model
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_official_to_ours_and_back(tmp_path: Path) -> None:
+    official = GOLDEN / "official_deit_linear"
+    result = call("convert", official, tmp_path / "ours")
+    assert result.exit_code == 0, result.output
+    assert f"written: {tmp_path / 'ours'}" in result.output
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    assert call("convert", tmp_path / "ours", tmp_path / "back", "--to", "official").exit_code == 0
+    before, after = (read_torch(folder / "checkpoint.pth")["model"] for folder in (official, tmp_path / "back"))
+    assert same(before, after)
+
+
+def test_what_changes_is_said(tmp_path: Path) -> None:
+    result = call("convert", GOLDEN / "mmseg_mask" / "segmenter.pth", tmp_path / "out", "--to", "official")
+    assert result.exit_code == 0, result.output
+    assert "warning: the official program runs it with encoder_norm_eps 1e-05, not 1e-06" in result.stderr
+
+
+@pytest.mark.parametrize("to", ["ours", "official"])
+def test_a_folder_with_the_other_format_is_left_alone(to: str, tmp_path: Path) -> None:
+    other = official_folder(tmp_path / "out")
+    if to == "official":
+        other = tmp_path / "ours"
+        small_model().save_pretrained(other)
+    files = {path: path.read_bytes() for path in other.iterdir()}
+    result = call("convert", GOLDEN / "official_mask", other, "--to", to)
+    assert result.exit_code == 2
+    assert "holds another checkpoint" in result.stderr
+    assert {path: path.read_bytes() for path in other.iterdir()} == files
+
+
+def test_refusals_are_one_line_and_write_nothing(tmp_path: Path) -> None:
+    registers = small_model(num_register_tokens=2)
+    registers.save_pretrained(tmp_path / "registers")
+    for arguments, reason in {
+        (tmp_path / "registers", "--to", "official"): "cannot run custom: it has no num_register_tokens=2",
+        (tmp_path / "absent",): f"{tmp_path / 'absent'}: no such file",
+        ("seg_t_mask_16",): "seg_t_mask_16: no such file",
+    }.items():
+        result = call("convert", arguments[0], tmp_path / "out", *arguments[1:])
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: ")
+        assert reason in result.stderr
+        assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+class Hub:
+    """Records what would be uploaded."""
+
+    uploads: dict[str, tuple[set[str], str]]
+
+    def __init__(self, **_: Any) -> None: ...
+
+    def create_repo(self, repo_id: str, **options: Any) -> Any:
+        assert options["private"]
+        return type("Repository", (), {"repo_id": repo_id})
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, **_: Any) -> str:
+        names = {path.name for path in Path(folder_path).iterdir()}
+        self.uploads[repo_id] = names, (Path(folder_path) / "README.md").read_text()
+        return "https://hub/commit"
+
+
+def test_push_uploads_the_model_with_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    Hub.uploads = {}
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Hub)
+    result = call("push", GOLDEN / "official_mask", "org/name", "--private", "--license", "mit")
+    assert result.exit_code == 0, result.output
+    assert "https://hub/commit" in result.output
+    names, card = Hub.uploads["org/name"]
+    assert names == {"README.md", "config.json", "model.safetensors"}
+    for wanted in ("license: mit", "| licence of the weights | mit |", "| numerics of | the official program |"):
+        assert wanted in card
+
+
+def test_push_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Unreachable(Hub):
+        def create_repo(self, repo_id: str, **options: Any) -> Any:
+            raise RuntimeError("no route to host\nand more")
+
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Unreachable)
+    result = call("push", GOLDEN / "official_mask", "org/name")
+    assert result.exit_code == 2
+    assert "error: org/name cannot be pushed to the Hugging Face Hub: no route to host" in result.stderr
+    assert "Traceback" not in result.output
+    assert "repository must be org/name, got 'name'" in call("push", GOLDEN / "official_mask", "name").stderr
+    assert "no such file" in call("push", "seg_t_mask_16", "org/name").stderr  # random weights are for no one
