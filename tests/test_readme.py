@@ -5,11 +5,18 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+
+import segmenter_fast as sf
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+BACKBONES = re.findall(r"\| `(sf\.create_model\(.*?\))` \|", README)
 
 
 @pytest.fixture
@@ -32,3 +39,25 @@ def test_example(index: int) -> None:
 
         import_timm()  # where torch is a CPU build and torchvision is not
     exec(compile(EXAMPLES[index], f"README example {index + 1}", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("line", BACKBONES)
+def test_the_line_for_a_backbone_names_weights_that_fit(line: str) -> None:
+    from segmenter_fast.weights import timm
+
+    def fits(variant: str, pretrained: str, freeze_encoder: bool = False, **fields: Any) -> bool:
+        config = sf.VARIANTS[variant].replace(**fields)
+        name = config.timm_backbone if pretrained == "timm" else pretrained
+        if name == "backbone.pth":
+            return True
+        with torch.device("meta"):
+            theirs = timm.import_timm().create_model(name, pretrained=False, num_classes=0).state_dict()
+            ours = sf.Segmenter(config).encoder.state_dict()
+        shapes = {key: value.shape for key, value in timm.encoder_state(theirs, config).items()}
+        return shapes == {key: value.shape for key, value in ours.items()}
+
+    assert eval(line, {"sf": SimpleNamespace(create_model=fits)})
+
+
+def test_the_table_names_every_kind_of_backbone() -> None:
+    assert len(BACKBONES) >= 6
