@@ -154,9 +154,9 @@ def test_equal_classes_tie_to_the_lowest(backend) -> None:
 
 
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize(("side", "align_corners"), [(40, False), (33, True), (5, False), (5, True)])
+@pytest.mark.parametrize(("side", "align_corners"), [(16, False), (13, True), (4, False), (4, True)])
 def test_nan_and_infinity_as_in_pytorch(backend, special, side, align_corners) -> None:
-    masks = torch.randint(-3, 4, (3, 6, 5, 5), device=backend.device).float()
+    masks = torch.randint(-3, 4, (3, 6, 4, 4), device=backend.device).float()
     spots = torch.rand(masks.shape, device=backend.device) < 0.03
     spots[0] = False
     spots[1, :, 0, 0] = True
@@ -171,8 +171,8 @@ def test_mixed_nan_and_infinities(backend) -> None:
     draw = torch.rand(masks.shape, device=backend.device)
     for bound, special in ((0.06, torch.nan), (0.04, torch.inf), (0.02, -torch.inf)):
         masks[draw < bound] = special
-    expected = F.interpolate(masks, size=(32, 32), mode="bilinear").argmax(1)
-    assert torch.equal(kernels.upsample_argmax(masks, (32, 32)).long(), expected)
+    expected = F.interpolate(masks, size=(16, 16), mode="bilinear").argmax(1)
+    assert torch.equal(kernels.upsample_argmax(masks, (16, 16)).long(), expected)
 
 
 @pytest.mark.parametrize("factor", [3e38, 1e30, 1e-30, 1e-44])
