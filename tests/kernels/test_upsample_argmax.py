@@ -117,8 +117,8 @@ def test_float64(backend) -> None:
 
 
 def test_any_strides(backend) -> None:
-    size = (8, 9)
-    whole = torch.randn(3, 6, 6, 8, device=backend.device)
+    size = (5, 7)
+    whole = torch.randn(3, 6, 4, 6, device=backend.device)
     views = {
         "channels-last": whole.to(memory_format=torch.channels_last),
         "sliced": whole[::2, 1::2, ::3, 1::3],
