@@ -19,6 +19,7 @@ from . import VARIANTS, Segmenter, __version__, create_model, load
 from .convert import CheckpointFormat, push, write
 from .describe import info_table, variants_table
 from .devices import choose_device, choose_dtype
+from .export import export as write_export
 from .predict_folder import Job, make_writable, plan, run
 
 
@@ -59,6 +60,17 @@ class Dtype(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class Format(str, Enum):
+    onnx = "onnx"
+    pt2 = "pt2"
+
+
+class Output(str, Enum):
+    labels = "labels"
+    masks = "masks"
+    logits = "logits"
 
 
 ModelOption = Annotated[
@@ -172,6 +184,41 @@ def demo(
         typer.echo(f"overlay: {row.overlay}")
 
 
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or a variant's name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, ending in .onnx or .pt2.")],
+    format: Annotated[Format | None, typer.Option(help="The ending of OUT where it has none.")] = None,
+    size: Annotated[str | None, typer.Option(help="Of the images: 512 or 384x640 (HxW). Default: the model's.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 1,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Any number of images at once.")] = False,
+    output: Annotated[Output, typer.Option(help="Per pixel labels, per patch scores, or per pixel scores.")] = (
+        Output.labels
+    ),
+    uint8: Annotated[bool, typer.Option("--uint8", help="Take uint8 RGB and normalise inside.")] = False,
+    device: Annotated[Device, typer.Option(help="That a .pt2 package is compiled for.")] = Device.cpu,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and activations; bfloat16 for .pt2 only.")] = Dtype.float32,
+) -> None:
+    """Write an ONNX file or an AOTInductor package (.pt2), and check that it gives the model's labels."""
+    if format and not out.suffix:
+        out = out.with_suffix(f".{format.value}")
+    if format and out.suffix != f".{format.value}":
+        raise typer.BadParameter(f"OUT must end in .{format.value} for --format {format.value}, got {out}")
+    segmenter = _model(model, device, Dtype.float32)
+    with Console(stderr=True).status(f"exporting to {out} ..."):
+        exported = write_export(
+            segmenter,
+            out,
+            size=_size(size) if size else None,
+            batch_size=None if dynamic_batch else batch_size,
+            output=output.value,
+            uint8=uint8,
+            dtype=choose_dtype(dtype.value, choose_device(device.value)),
+        )
+    found = f"{exported.differing:,} differ, all within rounding" if exported.differing else "all as the model's"
+    typer.echo(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB; labels of {exported.pixels:,} pixels: {found}")
+
+
 def _segment(model: Segmenter, jobs: list[Job], scales: tuple[float, ...], flip: bool) -> list[tuple[Job, Exception]]:
     """Runs the jobs under a progress bar; what failed, and why."""
     failures: list[tuple[Job, Exception]] = []
@@ -225,6 +272,14 @@ def _factors(text: str) -> tuple[float, ...]:
     if not factors or not all(0 < factor < math.inf for factor in factors):
         raise typer.BadParameter(f"--scales must be positive numbers with commas between them, got {text!r}")
     return factors
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "384x640" -> (384, 640); "512" -> (512, 512)."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise typer.BadParameter(f"--size must be one side, or height x width as in 384x640, got {text!r}")
+    return int(sides[0]), int(sides[-1])
 
 
 class _Rate(ProgressColumn):

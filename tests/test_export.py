@@ -1,0 +1,259 @@
+"""Exported files, run as their users run them, against the model they were made from."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import segmenter_fast as sf
+from segmenter_fast import export as module
+from segmenter_fast.cli import app
+from segmenter_fast.export import ExportError, export
+from segmenter_fast.program import Program
+from support.models import FAMILIES, SMALL
+
+GOLDEN = str(Path(__file__).parent / "golden" / "official_mask")  # 7 classes, images of 64
+
+
+def small(family: str) -> sf.Segmenter:
+    """One layer each, weights large enough that nothing hides in them."""
+    torch.manual_seed(0)
+    name, fields = FAMILIES[family]
+    model = sf.create_model(name, **{**SMALL, **fields, "depth": 1, "decoder_depth": 1}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model
+
+
+def photographs(batch: int, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(7)
+    coarse = torch.rand(batch, 3, 5, 5, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bilinear")
+    return (smooth * 255).round().to(torch.uint8)
+
+
+def normalised(model: sf.Segmenter, pixels: Tensor) -> Tensor:
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (model.config.mean, model.config.std))
+    return (pixels / 255 - mean) / std
+
+
+def run_onnx(path: Path, images: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    assert [entry.name for entry in session.get_inputs()] == ["images"]
+    return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# family, options of export, batch of the run
+CASES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "mask": ("mask_16", {"size": (40, 56)}, 1),
+    "linear, dynamic, uint8": ("linear_16", {"batch_size": None, "uint8": True, "size": (33, 48)}, 5),
+    "mmseg, logits": ("mmseg", {"output": "logits", "size": (40, 64)}, 1),
+    "registers, masks": ("registers", {"output": "masks", "size": (40, 56), "batch_size": 2}, 2),
+    "deit, dynamic": ("deit_mask", {"batch_size": None}, 1),
+    "rotary": ("dinov3", {"size": (40, 56)}, 1),
+    "float16, uint8": ("mask_16", {"dtype": torch.float16, "uint8": True}, 1),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_onnx_gives_what_the_model_gives(case: str, tmp_path: Path) -> None:
+    family, options, batch = CASES[case]
+    model, path = small(family), tmp_path / "model.onnx"
+    found = export(model, path, **options)
+    assert files(tmp_path) == ["model.onnx"]
+    height, width = size = options.get("size", model.config.image_size)
+    assert found.pixels == height * width * (options.get("batch_size", 1) or 3)
+
+    pixels = photographs(batch, *size)
+    images = normalised(model, pixels)
+    result = run_onnx(path, pixels if options.get("uint8") else images)
+    if options.get("output", "labels") == "labels":
+        expected = model.segment(images)
+        assert result.dtype == expected.dtype
+        assert (result == expected).float().mean() >= (0.99 if "dtype" in options else 0.9999)
+        assert len(expected.unique()) > 1
+    else:
+        with torch.inference_mode():
+            expected = model(images) if options["output"] == "logits" else model.masks(images)
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_onnx_holds_no_operator_of_ours_and_says_what_it_is(tmp_path: Path) -> None:
+    model, path = small("deit_mask"), tmp_path / "model.onnx"
+    export(model, path, batch_size=None, uint8=True, size=(48, 32))
+    file = onnx.load(path)
+    onnx.checker.check_model(file, full_check=True)
+    assert {node.domain for node in file.graph.node} <= {""}
+    assert not file.functions
+    assert not any("head" in tensor.name and "decoder" not in tensor.name for tensor in file.graph.initializer)
+    batch, *sides = file.graph.input[0].type.tensor_type.shape.dim
+    assert batch.dim_param == "batch"
+    assert [side.dim_value for side in sides] == [3, 48, 32]
+    assert file.graph.output[0].name == "labels"
+    facts = {entry.key: json.loads(entry.value) for entry in file.metadata_props}
+    assert facts["variant"] == model.config.variant
+    assert facts["image_size"] == [48, 32]
+    assert facts["input"] == "uint8 RGB"
+    assert facts["mean"] == list(model.config.mean)
+    assert facts["num_classes"] == 5
+
+
+def test_pt2_gives_what_the_model_gives(tmp_path: Path) -> None:
+    model, path = small("mask_16"), tmp_path / "model.pt2"
+    found = export(model, path, batch_size=None, uint8=True, size=(40, 56))
+    assert files(tmp_path) == ["model.pt2"]
+    assert found.pixels == 3 * 40 * 56
+    package = torch._inductor.aoti_load_package(str(path))
+    for batch in (1, 4):
+        pixels = photographs(batch, 40, 56)
+        result, expected = package(pixels), model.segment(normalised(model, pixels))
+        assert result.dtype == torch.uint8
+        assert (result == expected).float().mean() >= 0.9999
+    facts = package.get_metadata()
+    assert json.loads(facts["image_size"]) == [40, 56]
+    assert json.loads(facts["std"]) == list(model.config.std)
+
+
+def test_the_model_is_left_as_it_is(tmp_path: Path) -> None:
+    model = small("deit_mask").train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    export(model, tmp_path / "model.onnx", size=(48, 32), dtype=torch.float16)
+    assert all(part.training for part in model.modules())
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) and before[key].dtype == after[key].dtype for key in before)
+
+
+@pytest.mark.parametrize("output", ["labels", "logits"])
+def test_a_wrong_program_is_not_written(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Program.forward
+    monkeypatch.setattr(Program, "forward", lambda program, images: right(program, images.flip(-1)))
+    path = tmp_path / "model.onnx"
+    path.write_text("of yesterday")
+    with pytest.raises(ExportError, match="the exported program is not the model: of 1,024 labels"):
+        export(small("mask_16"), path, output=output)
+    assert files(tmp_path) == ["model.onnx"]
+    assert path.read_text() == "of yesterday"
+
+
+def test_scores_that_only_keep_the_labels_are_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Program.forward
+    monkeypatch.setattr(Program, "forward", lambda program, images: right(program, images) + 0.01)
+    with pytest.raises(ExportError, match=r"of 1,024 labels 0 differ, and scores are off by 0\.01 where"):
+        export(small("mask_16"), tmp_path / "model.onnx", output="masks")
+    assert files(tmp_path) == []
+
+
+@torch.no_grad()
+def test_only_ties_may_be_labelled_otherwise(tmp_path: Path) -> None:
+    model = small("linear_16")
+    with torch.no_grad():
+        for parameter in (model.decoder.head.weight, model.decoder.head.bias):
+            parameter[3] = parameter[1]  # classes 1 and 3 are one
+    task = module._Task(tmp_path / "model.onnx", (32, 32), 2, "labels", False, torch.float32)
+    images = []
+
+    def relabelled(old: int, new: int) -> module.Run:
+        def run(batch: Tensor) -> Tensor:
+            labels = model.segment(batch)
+            images.append(labels)
+            return torch.where(labels == old, new, labels)
+
+        return run
+
+    differing = module._check(model, task, relabelled(1, 3), 2)
+    assert differing == (images[0] == 1).sum() > 0
+    with pytest.raises(ExportError, match="is not the model"):
+        module._check(model, task, relabelled(1, 0), 2)
+
+
+def test_a_model_that_overflows_in_the_dtype_is_refused(tmp_path: Path) -> None:
+    model = small("linear_16")
+    with torch.no_grad():
+        model.decoder.head.bias += 1e6
+    with pytest.raises(ExportError, match=r"not finite in torch\.float16"):
+        export(model, tmp_path / "model.onnx", dtype=torch.float16)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("model.pth", {}, r"must end in \.onnx or \.pt2, got .*model\.pth"),
+        ("model", {}, r"must end in \.onnx or \.pt2"),
+        ("model.onnx", {"size": (0, 32)}, r"size must be \(height, width\), each at least 1, got \(0, 32\)"),
+        ("model.onnx", {"batch_size": 0}, "batch_size must be at least 1, or None for any, got 0"),
+        ("model.onnx", {"output": "overlay"}, "output must be one of labels, masks, logits, got 'overlay'"),
+        ("model.pt2", {"dtype": torch.float64}, r"dtype must be .*, got torch\.float64"),
+        ("model.onnx", {"dtype": torch.bfloat16}, "ONNX files have float32 or float16 weights"),
+        ("folder.onnx", {}, "is a folder; name a file"),
+        ("nowhere/model.onnx", {}, "nowhere, where model.onnx is to be written, is no folder"),
+        ("file/model.onnx", {}, "file, where model.onnx is to be written, is no folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(name: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    (tmp_path / "folder.onnx").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises((ValueError, OSError), match=message):
+        export(small("mask_16"), tmp_path / name, **options)
+    assert files(tmp_path) == ["file", "folder.onnx"]
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_named(package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ExportError, match=rf"need {package}: pip install 'segmenter-fast\[export\]'"):
+        export(small("mask_16"), tmp_path / "model.onnx")
+
+
+def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(ExportError, match=r"\.pt2 packages need a working C\+\+ compiler"):
+        export(small("linear_16"), tmp_path / "model.pt2")
+    assert files(tmp_path) == []
+
+
+def test_the_command(tmp_path: Path) -> None:
+    out = tmp_path / "model"
+    arguments = ["export", GOLDEN, str(out), "--format", "onnx", "--size", "48x64", "--uint8", "--dynamic-batch"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert f"wrote {out}.onnx" in result.output
+    assert "labels of 9,216 pixels: all as the model's" in result.output
+    model, pixels = sf.load(GOLDEN).eval(), photographs(2, 48, 64)
+    assert torch.equal(run_onnx(tmp_path / "model.onnx", pixels), model.segment(normalised(model, pixels)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model.pt2", "--format", "onnx"], "OUT must end in .onnx"),
+        (["model.onnx", "--size", "64x"], "--size must be one side"),
+        (["model.onnx", "--size", "0"], "--size must be one side"),
+        (["model.onnx", "--batch-size", "0"], "batch_size must be at least 1"),
+        (["model.onnx", "--dtype", "bfloat16"], "float32 or float16"),
+    ],
+)
+def test_wrong_arguments_of_the_command(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, ["export", GOLDEN, *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+    assert files(tmp_path) == []
