@@ -89,7 +89,7 @@ def _started(config: SegmenterConfig, pretrained: str | os.PathLike[str] | None,
 
 
 def _from_timm(config: SegmenterConfig, name: str, fields: dict[str, Any]) -> Segmenter:
-    backbone = timm.download(name)
+    backbone = timm.download(name, config)
     config = config.replace(**{"mean": backbone.mean, "std": backbone.std, "timm_backbone": name, **fields})
     return _with_encoder(config, backbone.state, f"timm's {name}")
 

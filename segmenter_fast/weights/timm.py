@@ -18,6 +18,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
@@ -25,7 +26,7 @@ from ..config import SegmenterConfig, Triple
 from ..vit import resize_positions
 from .reading import CheckpointError
 
-HEADS = ("head.", "head_dist.", "fc_norm.")
+HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
 _FILE = re.compile(r".*[/\\].*|.*\.(pth|pt|bin|ckpt|safetensors)")
 _NAMES = [
     (re.compile(pattern), replacement)
@@ -109,12 +110,13 @@ def _pack_biases(encoder: dict[str, Tensor], config: SegmenterConfig) -> None:
             del encoder[key]
 
 
-def download(name: str) -> Backbone:
-    """Weights by timm's name, from the local cache or the network.
+def download(name: str, config: SegmenterConfig) -> Backbone:
+    """Weights by timm's name, from the local cache or the network, for an encoder of this configuration.
 
     Raises:
         ImportError: timm is not installed.
-        CheckpointError: timm does not know the name, or the weights cannot be fetched.
+        CheckpointError: timm does not know the name, the weights cannot be fetched, or their model computes otherwise
+            than the configuration, in a way that their shapes do not show.
     """
     timm = import_timm()
     try:
@@ -123,8 +125,21 @@ def download(name: str) -> Backbone:
         raise CheckpointError(f"timm cannot fetch {name}, is the network reachable? ({error})") from error
     except RuntimeError as error:
         raise CheckpointError(f"timm cannot make {name}: {error}") from error
+    _require_same_functions(model, name, config)
     settings = model.pretrained_cfg
     return Backbone(model.state_dict(), tuple(settings["mean"]), tuple(settings["std"]))
+
+
+def _require_same_functions(model: Any, name: str, config: SegmenterConfig) -> None:
+    """Compares what has no weights: the activation, and the kind of a rotary embedding."""
+    points = torch.linspace(-4, 4, 33)
+    wanted = {"gelu": F.gelu, "swiglu": F.silu}[config.mlp](points)
+    activation = getattr(model.blocks[0].mlp, "act", None) if hasattr(model, "blocks") else None
+    if activation is None or not torch.allclose(activation(points), wanted, rtol=0, atol=1e-6):
+        raise CheckpointError(f"timm's {name} is no Vision Transformer with the activation of mlp={config.mlp!r}")
+    rope = type(getattr(model, "rope", None)).__name__
+    if rope != {"learned": "NoneType", "rotary": "RotaryEmbeddingDinoV3"}[config.pos_embed_kind]:
+        raise CheckpointError(f"timm's {name} has another position embedding than {config.pos_embed_kind!r}: {rope}")
 
 
 @functools.cache

@@ -77,6 +77,21 @@ def test_features_without_registers_are_timms_own() -> None:
     assert_same_features("vit_small_patch14_dinov2", config, [(56, 56), (84, 42)], img_size=56)
 
 
+@pytest.mark.parametrize(
+    ("fields", "options"),
+    [
+        # as DeiT III
+        ({"layer_scale": True, "pos_embed_prefix": False}, {"init_values": 1e-5, "no_embed_class": True}),
+        # registers that have positions, and no class token
+        ({"class_token": False, "num_register_tokens": 2}, {"class_token": False, "reg_tokens": 2, "global_pool": ""}),
+        ({"class_token": False}, {"class_token": False, "global_pool": ""}),
+    ],
+)
+def test_features_of_any_prefix_are_timms_own(fields: dict[str, Any], options: dict[str, Any]) -> None:
+    config = variant_config("seg_t_linear_16").replace(depth=2, image_size=64, **TIMM, **fields)
+    assert_same_features("vit_tiny_patch16_224", config, [(64, 64), (96, 48)], img_size=64, **options)
+
+
 def test_features_of_rotated_queries_are_timms_own() -> None:
     config = variant_config("seg_s_dinov3_linear_16").replace(depth=2)
     assert_same_features("vit_small_patch16_dinov3", config, [(256, 256), (64, 64), (96, 48)])
@@ -204,6 +219,21 @@ def test_create_model_starts_from_dino_and_freezes_it(made: dict[str, nn.Module]
     assert torch.equal(model.encoder.state_dict()["blocks.3.ls2.gamma"], theirs["blocks.3.gamma_2"])
     assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
     assert all(parameter.requires_grad for parameter in model.decoder.parameters())
+
+
+@pytest.mark.usefixtures("made")
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("vit_small_patch16_dinov3", "has another position embedding than 'learned': RotaryEmbeddingDinoV3"),
+        ("vit_tiny_r_s16_p8_224", "does not fit"),
+        ("vit_base_patch32_clip_quickgelu_224", "is no Vision Transformer with the activation of mlp='gelu'"),
+        ("resnet18", "is no Vision Transformer"),
+    ],
+)
+def test_models_that_compute_otherwise_are_refused(name: str, reason: str) -> None:
+    with pytest.raises(CheckpointError, match=f"timm's {name} {reason}"):
+        create_model("seg_t_mask_16", pretrained=name)
 
 
 def test_a_name_that_is_neither_file_nor_model_is_called_missing() -> None:
