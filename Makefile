@@ -28,7 +28,7 @@ lint: $(VENV)/.installed
 	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p segmenter_fast
 
 bench: $(VENV)/.installed
-	$(PY) -m segmenter_fast.benchmarks.kernels upsample_argmax upsample_cross_entropy attention
+	$(PY) -m segmenter_fast.benchmarks.kernels upsample_argmax upsample_softmax upsample_cross_entropy attention mask_scores --quick
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info

@@ -6,15 +6,14 @@ Writes ``<out>/<device>/<op>.json`` after each case, so that an interrupted run 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
+from rich import box
 from rich.console import Console
-from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
@@ -41,6 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     console = Console()
+    if not console.is_terminal:  # a log has no width to keep to
+        console.width = 120
     start = time.monotonic()
     record = describe(device)
     console.print(f"{record.name}, PyTorch {record.torch}, Triton {record.triton}, commit {record.commit}")
@@ -70,12 +71,11 @@ def _run_op(
     """Run the cases of ``op`` until ``deadline``; return how many were refused."""
     started = datetime.now(timezone.utc).isoformat(timespec="seconds")
     result = Result(op, record, ceilings, started, options.quick)
-    table = Table(*COLUMNS, title=op)
     seconds = 0.5 if options.quick or device.type == "cuda" else 2.0
     cases = OPS[op](device, options.quick)
-    live = Live(table, console=console, refresh_per_second=2) if console.is_terminal else contextlib.nullcontext()
-    with live:
+    with console.status("") as status:
         for index, case in enumerate(cases):
+            status.update(f"{op}, {index + 1} of {len(cases)}: {case.name}")
             if deadline is not None and time.monotonic() > deadline:
                 result.not_run = [late.name for late in cases[index:]]
                 break
@@ -87,10 +87,7 @@ def _run_op(
                 continue
             result.cases.append((case.parameters, rows))
             write(result, options.out)
-            shown = table if console.is_terminal else Table(*COLUMNS, title=op)
-            _show(shown, case, rows)
-            if not console.is_terminal:
-                console.print(shown)
+            console.print(_table(case, rows))
     if result.not_run:
         console.print(f"{op}: {len(result.not_run)} of {len(cases)} cases not run, the time is used up")
     if result.cases:
@@ -98,11 +95,11 @@ def _run_op(
     return len(result.refused)
 
 
-def _show(table: Table, case: Case, rows: list[Row]) -> None:
+def _table(case: Case, rows: list[Row]) -> Table:
+    table = Table(title=case.name, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in COLUMNS:
+        table.add_column(column, no_wrap=column != COLUMNS[-1])
     baseline = next((row.timing.median_ms for row in rows if row.variant == "eager" and row.timing), None)
-    table.add_section()
-    name = ", ".join(str(v) if isinstance(v, str) else f"{k} {v}" for k, v in case.parameters.items() if k != "op")
-    table.add_row(f"[bold]{name}[/]")
     for row in rows:
         label = f"[green]{row.variant}[/]" if row.variant == OURS else row.variant
         timing = row.timing
@@ -121,6 +118,7 @@ def _show(table: Table, case: Case, rows: list[Row]) -> None:
             f"{row.error:.1g}",
             row.status,
         )
+    return table
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch import Tensor
 
 def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """``(B, N, D), (B, K, D), (K,), (K,)`` -> ``(B, N, K)``."""
-    scores = _scores(patches, classes)[0]
+    scores = _cosines(*_widened(patches, classes))[0]
     scores = F.layer_norm(scores, weight.shape, weight.to(scores.dtype), bias.to(scores.dtype), eps)
     return scores.to(torch.promote_types(patches.dtype, weight.dtype))
 
@@ -18,7 +18,8 @@ def mask_scores_backward(
     grad: Tensor, patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of patches, classes, weight and bias. The scores are computed again: they are one matrix product."""
-    scores, unit_patches, unit_classes, inverse_patches, inverse_classes = _scores(patches, classes)
+    wide_patches, wide_classes = _widened(patches, classes)
+    scores, inverse_patches, inverse_classes = _cosines(wide_patches, wide_classes)
     grad = grad.to(scores.dtype)
     centred = scores - scores.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
@@ -26,20 +27,25 @@ def mask_scores_backward(
     grad_weight, grad_bias = (grad * normed).sum((0, 1)), grad.sum((0, 1))
     grad = grad * weight.to(grad.dtype)
     grad = rstd * (grad - grad.mean(-1, keepdim=True) - normed * (grad * normed).mean(-1, keepdim=True))
-    grad_patches = _normalize_backward(grad @ unit_classes, unit_patches, inverse_patches)
-    grad_classes = _normalize_backward(grad.mT @ unit_patches, unit_classes, inverse_classes)
+    along = grad * scores  # what the norms take back
+    grad = grad.mul_(inverse_patches).mul_(inverse_classes)
+    grad_patches = (grad @ wide_classes).addcmul_(
+        wide_patches, along.sum(2, keepdim=True) * inverse_patches.square(), value=-1
+    )
+    grad_classes = (grad.mT @ wide_patches).addcmul_(
+        wide_classes, (along.sum(1, keepdim=True) * inverse_classes.square()).mT, value=-1
+    )
     grads = (grad_patches, grad_classes, grad_weight, grad_bias)
     return tuple(g.to(t.dtype) for g, t in zip(grads, (patches, classes, weight, bias), strict=True))  # type: ignore
 
 
-def _scores(patches: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _widened(patches: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     statistics = torch.promote_types(patches.dtype, torch.float32)
-    patches, classes = patches.to(statistics), classes.to(statistics)
+    return patches.to(statistics), classes.to(statistics)
+
+
+def _cosines(patches: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosines ``(B, N, K)``, and the inverse norms ``(B, N, 1)`` and ``(B, 1, K)`` that follow the matrix product."""
     inverse_patches = patches.norm(dim=-1, keepdim=True).reciprocal()
-    inverse_classes = classes.norm(dim=-1, keepdim=True).reciprocal()
-    unit_patches, unit_classes = patches * inverse_patches, classes * inverse_classes
-    return unit_patches @ unit_classes.mT, unit_patches, unit_classes, inverse_patches, inverse_classes
-
-
-def _normalize_backward(grad: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
-    return (grad - unit * (grad * unit).sum(-1, keepdim=True)) * inverse
+    inverse_classes = classes.norm(dim=-1, keepdim=True).reciprocal().mT
+    return (patches @ classes.mT).mul_(inverse_patches).mul_(inverse_classes), inverse_patches, inverse_classes
