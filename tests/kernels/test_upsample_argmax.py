@@ -126,9 +126,7 @@ def test_any_strides(backend) -> None:
         "expanded": whole[:1, :, :1].expand(2, -1, 4, -1),
         "tokens": torch.randn(2, 12, 5, device=backend.device).mT.unflatten(2, (3, 4)),
     }
-    for name, masks in views.items():
-        labels = kernels.upsample_argmax(masks, size)
-        assert torch.equal(labels, kernels.upsample_argmax(masks.contiguous(), size)), name
+    for masks in views.values():
         check(masks, size)
 
 
