@@ -14,9 +14,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(PY) -m segmenter_fast.cli demo
 
-# Two passes: the Triton kernels are interpreted on the CPU in the second.
+# Two passes: the Triton kernels are interpreted on the CPU in the second. What is marked slow, the compilation of every
+# build for every target, takes many minutes: python -m pytest -m slow
 test: $(VENV)/.installed
-	$(PY) -m pytest -m "not interpret"
+	$(PY) -m pytest -m "not interpret and not slow"
 	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret
 
 # mypy needs the installed layout, in which kernels, train and benchmarks lie below segmenter_fast.
