@@ -94,7 +94,7 @@ def _compare(
             device,
             seconds=seconds,
         )
-        equal = [(found == expected).float().mean().item() for found in (peer(low), labels)]
+        peer_equal, equal = ((found == expected).float().mean().item() for found in (peer(low), labels))
     good = {}
     for name, time in times.items():
         if isinstance(time, Failure):
@@ -104,7 +104,9 @@ def _compare(
     partial = path.with_suffix(".partial.png")
     overlay(pixels, labels[0].cpu().numpy(), default_palette(model.config.num_classes)).save(partial)
     partial.replace(path)
-    return Comparison(variant, dtype, good["reference"], good["peer"], good["fast"], difference, *equal, path)
+    return Comparison(
+        variant, dtype, good["reference"], good["peer"], good["fast"], difference, peer_equal, equal, path
+    )
 
 
 def table(comparisons: Sequence[Comparison]) -> Table:
