@@ -126,9 +126,10 @@ def test_refusals() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("family", ["mask_16", "dinov3"])
 @pytest.mark.parametrize("compile", [False, True])
-def test_cuda_graphs_replay_and_are_bounded(compile: bool) -> None:
-    model, _ = pair("mask_16", torch.float32)
+def test_cuda_graphs_replay_and_are_bounded(compile: bool, family: str) -> None:
+    model, _ = pair(family, torch.float32)
     model = model.cuda()
     fast = model.optimize(torch.float32, compile=compile, cuda_graph=True)
     with torch.no_grad():

@@ -133,7 +133,7 @@ def download(name: str, config: SegmenterConfig) -> Backbone:
 def _require_same_functions(model: Any, name: str, config: SegmenterConfig) -> None:
     """Compares what has no weights: the activation, and the kind of a rotary embedding."""
     points = torch.linspace(-4, 4, 33)
-    wanted = {"gelu": F.gelu, "swiglu": F.silu}[config.mlp](points)
+    wanted = F.gelu(points) if config.mlp == "gelu" else F.silu(points)
     activation = getattr(model.blocks[0].mlp, "act", None) if hasattr(model, "blocks") else None
     if activation is None or not torch.allclose(activation(points), wanted, rtol=0, atol=1e-6):
         raise CheckpointError(f"timm's {name} is no Vision Transformer with the activation of mlp={config.mlp!r}")
