@@ -1,0 +1,45 @@
+"""What a wheel holds: every package of the tree, under the name it installs as."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {
+    "segmenter_fast": "",
+    "kernels": "segmenter_fast.",
+    "train": "segmenter_fast.",
+    "benchmarks": "segmenter_fast.",
+}
+LISTED = set(
+    re.findall(
+        r'"(segmenter_fast[\w.]*)",', re.search(r"packages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.S)[1]
+    )
+)
+
+
+def packages() -> set[str]:
+    return {
+        prefix + ".".join(path.parent.relative_to(ROOT).parts)
+        for folder, prefix in FOLDERS.items()
+        for path in (ROOT / folder).rglob("__init__.py")
+    }
+
+
+def test_every_package_is_listed() -> None:
+    assert packages() == LISTED
+
+
+def test_every_folder_with_modules_is_a_package() -> None:
+    for folder in FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
+            assert (path.parent / "__init__.py").exists(), path
+
+
+@pytest.mark.parametrize("name", sorted(LISTED))
+def test_packages_import_under_their_installed_names(name: str) -> None:
+    assert importlib.import_module(name).__doc__
