@@ -47,7 +47,7 @@ class MaskTransformer(nn.Module):
 
     def tokens(self, patches: Tensor) -> Tensor:
         """``(B, N, D)`` patch features -> ``(B, N + K, D)``: projected patches, then class embeddings."""
-        return torch.cat([self.proj_dec(patches), self.cls_emb.expand(len(patches), -1, -1)], 1)
+        return torch.cat([self.proj_dec(patches), self.cls_emb.expand(patches.shape[0], -1, -1)], 1)
 
     def forward(self, patches: Tensor) -> Tensor:
         classes = self.cls_emb.shape[1]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch._dynamo.config
 import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,7 +87,7 @@ class InferenceSegmenter(nn.Module):
     def reset(self) -> None:
         """Forget what was derived from the weights; it is made again at the next call."""
         self._stems: dict[Any, _Stem] = {}
-        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled: dict[tuple[str, torch.dtype], Callable[..., Tensor]] = {}
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
@@ -125,20 +127,39 @@ class InferenceSegmenter(nn.Module):
                 self._stems.clear()
             self._stems[key] = _Stem.make(self.encoder, *key)
         stem = self._stems[key]
-        if self._compiled is None:
-            self._compiled = torch.compile(self._compute, fullgraph=True) if self.compile_graph else self._compute
-        if not images.is_cuda:
-            # On a CPU the compiler packs the weights for its matrix products, if told that they stay as they are.
-            with torch._inductor.config.patch(freezing=True) if self.compile_graph else contextlib.nullcontext():
-                return self._compiled(result, images, *stem.tensors())
-        if not self.cuda_graph or images.numel() == 0:
-            return self._compiled(result, images, *stem.tensors())
+        compute = self._function(result, images.dtype)
+        with self._compiler_settings():
+            if not (self.cuda_graph and images.is_cuda and images.numel()):
+                return compute(result, images, *stem.tensors())
+            return self._replay(compute, result, images, stem)
+
+    def _function(self, result: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+        """``_compute``, compiled for one kind of call if that is wanted."""
+        if not self.compile_graph:
+            return self._compute
+        if (result, dtype) not in self._compiled:
+            # A code object of its own: the compiler counts recompilations by it, and other models' must not add up.
+            code = InferenceSegmenter._compute.__code__.replace()
+            own = types.FunctionType(code, globals(), "_compute")
+            self._compiled[result, dtype] = torch.compile(types.MethodType(own, self), fullgraph=True)
+        return self._compiled[result, dtype]
+
+    @contextlib.contextmanager
+    def _compiler_settings(self) -> Iterator[None]:
+        """Room for many image sizes; on a CPU, leave to pack the weights for its matrix products: they are frozen."""
+        if not self.compile_graph:
+            yield
+            return
+        freezing = next(self.parameters()).device.type == "cpu"
+        with torch._dynamo.config.patch(recompile_limit=64), torch._inductor.config.patch(freezing=freezing):
+            yield
+
+    def _replay(self, compute: Callable[..., Tensor], result: str, images: Tensor, stem: _Stem) -> Tensor:
         graph_key = (result, images.shape, images.dtype)
         if graph_key not in self._graphs:
             if len(self._graphs) == _MAX_GRAPHS:
                 self._graphs.popitem(last=False)
-            compiled = self._compiled
-            self._graphs[graph_key] = _Graph.capture(lambda still: compiled(result, still, *stem.tensors()), images)
+            self._graphs[graph_key] = _Graph.capture(lambda still: compute(result, still, *stem.tensors()), images)
         self._graphs.move_to_end(graph_key)
         return self._graphs[graph_key].replay(images)
 
@@ -166,7 +187,7 @@ class InferenceSegmenter(nn.Module):
         patches = F.conv2d(images, weight, bias, stride=patch).flatten(2).mT  # (B, h w, D)
         if positions is not None:
             patches = patches + positions
-        x = torch.cat([prefix.expand(len(images), -1, -1), patches], 1)
+        x = torch.cat([prefix.expand(images.shape[0], -1, -1), patches], 1)
         for block in self.encoder.blocks:
             x = block(x, rotation)
         masks = self.decoder(self.encoder.patches(x)).mT.unflatten(2, grid)

@@ -229,7 +229,7 @@ class VisionTransformer(nn.Module):
         grid = images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size
         tokens = self.patch_embed(images)
         positions = self.positions(*grid)
-        prefix = [token.expand(len(images), -1, -1) for token in self.prefix_tokens()]
+        prefix = [token.expand(images.shape[0], -1, -1) for token in self.prefix_tokens()]
         if positions is None:
             tokens = torch.cat([*prefix, tokens], 1)
         elif self.config.pos_embed_prefix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
@@ -63,6 +64,17 @@ def test_compiled_in_one_graph_and_again_for_another_batch(family: str) -> None:
         pixels, images = images_of(model, batch, 40, 32)
         with torch.no_grad():
             torch.testing.assert_close(fast(pixels), model(images), rtol=0, atol=2e-4)
+
+
+def test_many_models_compile_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's limit of recompilations is one model's, not shared by all."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    images = torch.randn(1, 3, 16, 16)
+    for _ in range(torch._dynamo.config.recompile_limit + 2):
+        model = sf.create_model("seg_t_linear_16", image_size=16, num_classes=2, depth=1).eval()
+        with torch.no_grad():
+            found, expected = model.optimize(torch.float32).masks(images), model.masks(images)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
 def test_the_model_it_was_made_from_is_left_alone() -> None:
