@@ -7,15 +7,12 @@ Peer 2: the same model with PyTorch's own means: scaled_dot_product_attention, l
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from segmenter_fast.reference import Attention, ReferenceSegmenter, Rotation
-
-from .cases import compiled
 
 
 class SdpaAttention(Attention):
@@ -30,15 +27,9 @@ class SdpaAttention(Attention):
 
 
 def with_sdpa(reference: ReferenceSegmenter, dtype: torch.dtype) -> ReferenceSegmenter:
-    """A copy of the oracle in ``dtype`` whose attention is SDPA's."""
+    """Peer 2 before it is compiled: a copy of the oracle in ``dtype`` whose attention is SDPA's."""
     peer = copy.deepcopy(reference).to(dtype)
     for module in peer.modules():
         if isinstance(module, Attention):
             module.__class__ = SdpaAttention
     return peer
-
-
-def strong_peer(reference: ReferenceSegmenter, dtype: torch.dtype, device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Peer 2: ``(B, 3, H, W)`` normalised images -> labels, compiled: max-autotune on CUDA, the default elsewhere."""
-    peer = with_sdpa(reference, dtype)
-    return compiled(peer.segment, device)

@@ -22,8 +22,9 @@ def test_float32_agrees_and_the_overlay_is_there(tmp_path: Path) -> None:
     (row,) = demo.run_demo(
         tmp_path / "out", torch.device("cpu"), torch.float32, variants=["seg_t_mask_16"], seconds=0.1
     )
-    assert row.logit_difference < 1e-3
-    assert row.equal_labels > 0.999
+    assert row.agrees
+    assert row.error < 1e-3
+    assert row.labels > 0.999
     assert row.peer_labels > 0.999
     assert Image.open(row.overlay).size == (64, 64)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["seg_t_mask_16.png"]
@@ -32,7 +33,8 @@ def test_float32_agrees_and_the_overlay_is_there(tmp_path: Path) -> None:
 def test_a_wrong_kernel_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("segmenter_fast.vit.kernels.attention", lambda qkv: qkv[:, :, 2].contiguous())
     (row,) = demo.run_demo(tmp_path, torch.device("cpu"), torch.float32, variants=["seg_t_mask_16"], seconds=0.1)
-    assert row.logit_difference > 0.1
+    assert row.error > 0.01
+    assert not row.agrees
 
 
 def test_command_line(tmp_path: Path) -> None:
