@@ -221,9 +221,9 @@ def test_a_missing_package_is_named(package: str, tmp_path: Path, monkeypatch: p
         export(small("mask_16"), tmp_path / "model.onnx")
 
 
-def test_a_missing_compiler_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
-    with pytest.raises(ExportError, match=r"\.pt2 packages need a working C\+\+ compiler"):
+def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
+    without = torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)})
+    with without, pytest.raises(ExportError, match=r"\.pt2 packages need a working C\+\+ compiler"):
         export(small("linear_16"), tmp_path / "model.pt2")
     assert files(tmp_path) == []
 

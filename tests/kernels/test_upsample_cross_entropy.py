@@ -270,9 +270,10 @@ def test_offsets_beyond_32_bits(backend: Backend) -> None:
 
 
 MEASURE = """
-import resource, sys, time
+import time
 import torch, torch.nn.functional as F
 from segmenter_fast import kernels
+from segmenter_fast.benchmarks.timing import peak_memory
 
 def ours(masks, target):
     kernels.upsample_cross_entropy(masks, target).backward()
@@ -285,18 +286,17 @@ def problem(grid, size):
     return torch.randn(1, 150, grid, grid, requires_grad=True), torch.randint(0, 150, (1, size, size))
 
 torch.set_num_threads(1)  # a busy machine slows both alike
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 for step in (ours, eager):
     step(*problem(4, 16))
 arguments = problem(32, 512)
 report = []
 for step in (ours, eager):
-    before, times = peak(), []
+    memory, times = peak_memory(lambda: step(*arguments), torch.device("cpu")), []
     for _ in range(3):
         start = time.perf_counter()
         step(*arguments)
         times.append(time.perf_counter() - start)
-    report += [min(times), peak() - before]
+    report += [min(times), memory]
 print(*report)
 """
 
