@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..library import autocast_dtype, define, differentiable, once_differentiable
+from ..library import autocast_dtype, define, differentiable, once_differentiable, refuse_forward_mode
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TARGETS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -66,6 +66,7 @@ def upsample_softmax(masks: Tensor, size: Size, crop: Size | None = None, align_
     size, crop = _check_sizes(size, crop)
     if autocast_dtype(masks) is not None and masks.dtype != torch.float64:
         masks = masks.float()
+    refuse_forward_mode("upsample_softmax", masks)
     return torch.ops.segmenter_fast.upsample_softmax(masks, size, crop, align_corners)
 
 
@@ -119,6 +120,7 @@ def upsample_cross_entropy(
             raise ValueError(f"masks and weight must be on one device, got {masks.device} and {weight.device}")
         weight = weight.detach().to(_statistics_dtype(masks)).contiguous()
     with_grad = torch.is_grad_enabled() and masks.requires_grad and reduction != "none"
+    refuse_forward_mode("upsample_cross_entropy", masks)
     return torch.ops.segmenter_fast.upsample_cross_entropy(
         masks, target, size, ignore_index, weight, label_smoothing, reduction, align_corners, with_grad
     )[0]
