@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, Specialization, device_arch, dot_precision
+from .common import LOG2_E, Specialization, device_arch, dot_precision, refuse_float64
 
 HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 TAIL_N = 16
@@ -172,11 +172,7 @@ def table_arch(arch: str) -> str:
 
 def check(qkv: Tensor) -> None:
     """Refuse what the Triton kernels do not take."""
-    if qkv.dtype == torch.float64:
-        raise TypeError(
-            "attention on this device takes float32, bfloat16 or float16, got torch.float64; use "
-            "segmenter_fast.kernels.reference.attention for float64"
-        )
+    refuse_float64("attention", qkv)
     if qkv.shape[-1] not in HEAD_DIMS:
         raise ValueError(
             f"attention on this device takes head sizes {HEAD_DIMS}, got {qkv.shape[-1]} in qkv of shape "

@@ -49,3 +49,12 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     """``"tf32"`` where PyTorch's own float32 matrix products may use it, ``"ieee"`` elsewhere."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed and arch.startswith("sm_") else "ieee"
+
+
+def refuse_float64(op: str, tensor: Tensor) -> None:
+    """Raise where the Triton kernels of ``op`` have no float64 arithmetic."""
+    if tensor.dtype == torch.float64:
+        raise TypeError(
+            f"{op} on this device takes float32, bfloat16 or float16, got torch.float64; use "
+            f"segmenter_fast.kernels.reference.{op} for float64"
+        )

@@ -1,7 +1,7 @@
 """The operator library ``segmenter_fast``: definitions, and which backend serves which device.
 
-CUDA and ROCm tensors run Triton kernels, CPU tensors the plain formulations in ``cpu/``, everything else
-``reference``. ``TRITON_INTERPRET=1`` sends CPU tensors through the Triton kernels, interpreted. Where Triton does
+CUDA and ROCm tensors run Triton kernels, tensors of every other device the plain formulations in ``cpu/``.
+``TRITON_INTERPRET=1`` sends CPU tensors through the Triton kernels, interpreted. Where Triton does
 not exist the plain formulations serve every device, said once by a warning.
 """
 

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Specialization, device_arch, dot_precision
+from .common import Specialization, device_arch, dot_precision, refuse_float64
 
 
 @triton.jit
@@ -203,17 +203,9 @@ def launch_config(num_classes: int, dtype: torch.dtype, backward: bool, arch: st
     return Tiles(32 if block_k == 256 else 64, block_k, 32, 4 if block_k <= 64 else 8, 2)
 
 
-def _check(patches: Tensor) -> None:
-    if patches.dtype == torch.float64:
-        raise TypeError(
-            "mask_scores on this device takes float32, bfloat16 or float16, got torch.float64; use "
-            "segmenter_fast.kernels.reference.mask_scores for float64"
-        )
-
-
 def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """``(B, N, D), (B, K, D), (K,), (K,)`` -> ``(B, N, K)``, contiguous, in the wider dtype of patches and weight."""
-    _check(patches)
+    refuse_float64("mask_scores", patches)
     (b, n, dim), k = patches.shape, classes.shape[1]
     out = patches.new_empty((b, n, k), dtype=torch.promote_types(patches.dtype, weight.dtype))
     if out.numel() == 0:
@@ -242,7 +234,7 @@ def mask_scores_backward(
     grad: Tensor, patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of patches, classes, weight and bias, each in its tensor's dtype."""
-    _check(patches)
+    refuse_float64("mask_scores", patches)
     (b, n, dim), k = patches.shape, classes.shape[1]
     if b * n * k * dim == 0:
         return tuple(torch.zeros_like(tensor) for tensor in (patches, classes, weight, bias))  # type: ignore[return-value]
