@@ -1,0 +1,11 @@
+"""The command line. Commands parse and print here; what they do stands in modules of their own."""
+
+from . import bench, checkpoints, export, predict
+from .app import app
+
+__all__ = ["app", "bench", "checkpoints", "export", "main", "predict"]
+
+
+def main() -> None:
+    """Entry point of ``segmenter-fast``."""
+    app(prog_name="segmenter-fast")

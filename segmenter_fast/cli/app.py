@@ -1,0 +1,99 @@
+"""The application that the commands join, and what several of them share: options, models, messages."""
+
+from __future__ import annotations
+
+import warnings
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .. import VARIANTS, Segmenter, __version__, create_model, load
+from ..devices import choose_device, choose_dtype
+
+
+class _Group(TyperGroup):
+    """Turns the errors that users can cause into one line and exit code 2, an interrupt into exit code 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            say("interrupted", "yellow")
+            raise typer.Exit(130) from None
+        except BrokenPipeError:
+            raise  # the reader of our output went away; typer ends quietly
+        except (OSError, ValueError) as error:
+            say(f"error: {error}", "red")
+            raise typer.Exit(2) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="segmenter-fast",
+    help="Semantic segmentation with plain Vision Transformers (Segmenter, ICCV 2021).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Device(str, Enum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dtype(str, Enum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelOption = Annotated[
+    str,
+    typer.Option("--model", "-m", help="Checkpoint: folder, file or hub id; a variant's name gives random weights."),
+]
+DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU where there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware is fast in it.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"segmenter-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+def model_of(name: str, device: Device, dtype: Dtype) -> Segmenter:
+    """A checkpoint, or a variant with random weights and a warning that says so."""
+    place = choose_device(device.value)
+    if name in VARIANTS and not Path(name).exists():
+        say(f"WARNING: {name} has RANDOM weights. Its labels mean nothing; give a checkpoint for real ones.", "yellow")
+        model = create_model(name)
+    else:
+        model = loaded(name)
+    return model.to(place, choose_dtype(dtype.value, place)).eval()
+
+
+def loaded(name: str) -> Segmenter:
+    """A checkpoint, with the loader's warnings said in one line each."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = load(name)
+    for warning in caught:
+        say(f"warning: {warning.message}", "yellow")
+    return model
+
+
+def say(message: str, color: str) -> None:
+    typer.secho(message, fg=color, err=True)

@@ -1,0 +1,68 @@
+"""``segmenter-fast export``."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from ..devices import choose_device, choose_dtype
+from ..export import export as write_export
+from .app import Device, Dtype, app, model_of
+
+
+class Format(str, Enum):
+    onnx = "onnx"
+    pt2 = "pt2"
+
+
+class Output(str, Enum):
+    labels = "labels"
+    masks = "masks"
+    logits = "logits"
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or a variant's name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, ending in .onnx or .pt2.")],
+    format: Annotated[Format | None, typer.Option(help="The ending of OUT where it has none.")] = None,
+    size: Annotated[str | None, typer.Option(help="Of the images: 512 or 384x640 (HxW). Default: the model's.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at once.")] = 1,
+    dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Any number of images at once.")] = False,
+    output: Annotated[Output, typer.Option(help="Per pixel labels, per patch scores, or per pixel scores.")] = (
+        Output.labels
+    ),
+    uint8: Annotated[bool, typer.Option("--uint8", help="Take uint8 RGB and normalise inside.")] = False,
+    device: Annotated[Device, typer.Option(help="That a .pt2 package is compiled for.")] = Device.cpu,
+    dtype: Annotated[Dtype, typer.Option(help="Of weights and activations; bfloat16 for .pt2 only.")] = Dtype.float32,
+) -> None:
+    """Write an ONNX file or an AOTInductor package (.pt2), and check that it gives the model's labels."""
+    if format and not out.suffix:
+        out = out.with_suffix(f".{format.value}")
+    if format and out.suffix != f".{format.value}":
+        raise typer.BadParameter(f"OUT must end in .{format.value} for --format {format.value}, got {out}")
+    segmenter = model_of(model, device, Dtype.float32)
+    with Console(stderr=True).status(f"exporting to {out} ..."):
+        exported = write_export(
+            segmenter,
+            out,
+            size=_size(size) if size else None,
+            batch_size=None if dynamic_batch else batch_size,
+            output=output.value,
+            uint8=uint8,
+            dtype=choose_dtype(dtype.value, choose_device(device.value)),
+        )
+    found = f"{exported.differing:,} differ, all within rounding" if exported.differing else "all as the model's"
+    typer.echo(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB; labels of {exported.pixels:,} pixels: {found}")
+
+
+def _size(text: str) -> tuple[int, int]:
+    """ "384x640" -> (384, 640); "512" -> (512, 512)."""
+    sides = text.split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise typer.BadParameter(f"--size must be one side, or height x width as in 384x640, got {text!r}")
+    return int(sides[0]), int(sides[-1])

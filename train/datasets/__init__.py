@@ -1,0 +1,1 @@
+"""Images with labels: folders, and a procedural set."""
