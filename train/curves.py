@@ -1,0 +1,110 @@
+"""Loss and mIoU of one or several runs over their steps, drawn from the runs' ``log.jsonl``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .logs import LOG, read_log
+
+_STYLE: dict[Any, Any] = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "font.size": 9,
+    "figure.constrained_layout.use": True,
+}
+_SMOOTHING = 0.05
+"""Share of the curve that a point of the running mean looks back on."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a run logged, by step; of a step that was logged twice, the last."""
+
+    name: str
+    loss: dict[int, float]
+    miou: dict[int, float]
+
+
+def read_curves(run: Path) -> Curves:
+    """The curves of a run's folder, or of its ``log.jsonl``.
+
+    Raises:
+        FileNotFoundError: there is no log.
+        ValueError: the log holds no step and no evaluation, or is damaged.
+    """
+    file = run / LOG if run.is_dir() else run
+    if not file.is_file():
+        raise FileNotFoundError(f"{run} is no run: it has no {LOG}")
+    records = read_log(file)
+    loss = {record["step"]: record["loss"] for record in records if record["kind"] == "step"}
+    miou = {record["step"]: record["miou"] for record in records if record["kind"] == "evaluation"}
+    finite = {step: value for step, value in loss.items() if value is not None}
+    if not finite and not miou:
+        raise ValueError(f"{file} holds no loss and no evaluation to draw yet")
+    return Curves((run if run.is_dir() else run.parent).resolve().name, finite, miou)
+
+
+def read_runs(runs: Sequence[Path]) -> list[Curves]:
+    """``read_curves`` of each run, with a number behind names that several have."""
+    curves = [read_curves(run) for run in runs]
+    names = [run.name for run in curves]
+    return [
+        dataclasses.replace(run, name=f"{run.name} ({index})") if names.count(run.name) > 1 else run
+        for index, run in enumerate(curves, 1)
+    ]
+
+
+def draw_curves(runs: Sequence[Curves], path: Path) -> Path:
+    """Draw loss and mIoU side by side, a colour a run, to a PNG file; it is written beside and renamed.
+
+    Raises:
+        ValueError: no run, or a path that does not end in .png.
+        OSError: the file cannot be written.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if not runs:
+        raise ValueError("runs must name at least one run, got none")
+    if path.suffix != ".png":
+        raise ValueError(f"the plot must be a .png file, got {path}")
+    with plt.rc_context(_STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+        for index, run in enumerate(runs):
+            colour = f"C{index % 10}"
+            steps, losses = list(run.loss), list(run.loss.values())
+            left.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
+            left.plot(steps, running_mean(losses), color=colour, label=run.name)
+            right.plot(list(run.miou), list(run.miou.values()), color=colour, marker="o", markersize=3, label=run.name)
+        left.set(xlabel="step", ylabel="loss", title="training loss, and its running mean")
+        right.set(xlabel="step", ylabel="mIoU", title="mIoU of the evaluations", ylim=(0, 1))
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            figure.savefig(beside, dpi=110, format="png")
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
+            plt.close(figure)
+    return path
+
+
+def running_mean(values: Sequence[float]) -> list[float]:
+    """Exponential mean over about a twentieth of the curve, without the bias of its start."""
+    decay = 1 - 1 / max(1.0, _SMOOTHING * len(values))
+    total = weight = 0.0
+    means = []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        means.append(total / weight)
+    return means
