@@ -68,3 +68,23 @@ def upsample_cross_entropy(
         label_smoothing=label_smoothing,
         reduction=reduction,
     )
+
+
+def lattice_logits(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+    """``(N, K), (S, 2, H), (S, H), (S, 2, W), (S, W)`` -> ``(S, K, H, W)``: mixes of the points ``rows + cols``."""
+    v, u = row_weights[:, :, None, None], col_weights[:, None, :, None]
+    points = rows[:, :, None, :, None] + cols[:, None, :, None, :]  # (S, 2, 2, H, W)
+    top, bottom = (scores[points[:, i, 0].long()] * (1 - u) + scores[points[:, i, 1].long()] * u for i in range(2))
+    return (top * (1 - v) + bottom * v).permute(0, 3, 1, 2)
+
+
+def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+    """``(H, W)`` labels of the mean softmax, uint8 where K <= 256 and int32 otherwise."""
+    logits = lattice_logits(scores, rows, row_weights, cols, col_weights)
+    votes = logits[0] if len(logits) == 1 else logits.softmax(1).mean(0)  # the softmax is monotonic
+    return votes.argmax(0).to(torch.uint8 if scores.shape[1] <= 256 else torch.int32)
+
+
+def lattice_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+    """``(K, H, W)``: the mean over S of the softmaxes."""
+    return lattice_logits(scores, rows, row_weights, cols, col_weights).softmax(1).mean(0)

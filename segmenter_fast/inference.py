@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .composition import check_windows
 from .config import Pair
-
-_OUTPUTS = ("labels", "probabilities")
+from .sliding import WholeImage, slide_rows
 
 
 @torch.inference_mode()
@@ -55,24 +55,19 @@ def slide(
     """
     check_windows(window, stride, batch_size)
     _check_images(images, flips, size)
-    if output not in _OUTPUTS:
-        raise ValueError(f"output must be one of {', '.join(_OUTPUTS)}, got {output!r}")
-
     enlarge = enlarges_small_images(model)
-    total: Tensor | None = None
-    for image, flip in zip(images, flips, strict=True):
+    rows = []
+    for image in images:
         if enlarge:
             image = _resized(image, enlarged_size((image.shape[2], image.shape[3]), window))
-        logits = _resized(_window_mean(model, image, window, stride, batch_size)[None], size)[0]
-        if flip:
-            logits = logits.flip(2)
-        if output == "labels" and len(images) == 1:
-            return _labels(logits)  # the softmax is monotonic
-        probabilities = logits.softmax(0)
-        total = probabilities if total is None else total.add_(probabilities)
-    assert total is not None
-    total /= len(images)
-    return total if output == "probabilities" else _labels(total)
+        rows.append(WholeImage(image))
+    result: Tensor | None = None
+    for top, band in slide_rows(model, rows, flips, size, window, stride, batch_size, output):
+        if result is None:
+            result = band.new_empty((*band.shape[:-2], *size))
+        result[..., top : top + band.shape[-2], :] = band
+    assert result is not None
+    return result
 
 
 def scaled_and_flipped(image: Tensor, scales: Sequence[float], flip: bool) -> tuple[list[Tensor], list[bool]]:
@@ -116,69 +111,11 @@ def fits_one_window(model: object, size: Pair, window: int) -> bool:
     return max(size) <= window and not resized
 
 
-def check_windows(window: int, stride: int, batch_size: int) -> None:
-    """What ``slide`` says of these arguments.
-
-    Raises:
-        ValueError: one of them is below 1, or the stride above the window.
-    """
-    for name, given in (("window", window), ("stride", stride), ("batch_size", batch_size)):
-        if given < 1:
-            raise ValueError(f"{name} must be at least 1, got {given}")
-    if stride > window:
-        raise ValueError(
-            f"stride must be at most the window, {window}, or pixels between windows get no label; got {stride}"
-        )
-
-
-def _anchors(side: int, window: int, stride: int) -> list[int]:
-    """First pixels of the windows along one side: every stride below the last one, which ends at the border."""
-    last = max(side - window, 0)
-    return [*range(0, last, stride), last]
-
-
-def _window_mean(model: Callable[[Tensor], Tensor], image: Tensor, window: int, stride: int, batch_size: int) -> Tensor:
-    """``(1, 3, H, W)`` -> ``(K, H, W)``: for each pixel the mean of the logits of the windows that cover it."""
-    height, width = image.shape[2:]
-    tops, lefts = _anchors(height, window, stride), _anchors(width, window, stride)
-    anchors = [(top, left) for top in tops for left in lefts]
-    canvas = image.new_empty(0)
-    for start in range(0, len(anchors), batch_size):
-        batch = anchors[start : start + batch_size]
-        crops = torch.cat([image[..., top : top + window, left : left + window] for top, left in batch])
-        logits = model(crops)
-        if logits.ndim != 4 or logits.shape[0] != len(crops) or logits.shape[2:] != crops.shape[2:]:
-            wanted = f"({len(crops)}, K, {crops.shape[2]}, {crops.shape[3]})"
-            raise ValueError(f"model must give logits {wanted} for its windows, got {tuple(logits.shape)}")
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        if len(anchors) == 1:
-            return logits[0].to(dtype)
-        if start == 0:
-            canvas = logits.new_zeros((logits.shape[1], height, width), dtype=dtype)
-        for part, (top, left) in zip(logits, batch, strict=True):
-            canvas[:, top : top + window, left : left + window] += part
-    rows, columns = (_cover(*axis, window).to(canvas) for axis in ((tops, height), (lefts, width)))
-    return canvas.div_(rows[:, None] * columns)
-
-
-def _cover(anchors: list[int], side: int, window: int) -> Tensor:
-    """``(side,)``: the number of windows over each pixel along one side."""
-    cover = torch.zeros(side)
-    for anchor in anchors:
-        cover[anchor : anchor + window] += 1
-    return cover
-
-
 def _resized(images: Tensor, size: Pair) -> Tensor:
     """Bilinear, and nothing at all where the size is right already."""
     if tuple(images.shape[2:]) == tuple(size):
         return images
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-
-
-def _labels(scores: Tensor) -> Tensor:
-    """``(K, H, W)`` -> ``(H, W)``."""
-    return scores.argmax(0).to(torch.uint8 if scores.shape[0] <= 256 else torch.int32)
 
 
 def _check_images(images: Sequence[Tensor], flips: Sequence[bool], size: Pair) -> None:
