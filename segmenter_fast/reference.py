@@ -228,6 +228,21 @@ class ReferenceSegmenter(nn.Module):
         """``(B, 3, H, W)`` -> ``(B, H, W)`` labels."""
         return self(images).argmax(1)
 
-    def loss(self, images: Tensor, target: Tensor, ignore_index: int = 255) -> Tensor:
-        """Mean cross-entropy against ``(B, H, W)`` class indices."""
-        return F.cross_entropy(self(images), target, ignore_index=ignore_index)
+    def loss(
+        self,
+        images: Tensor,
+        target: Tensor,
+        ignore_index: int = 255,
+        weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> Tensor:
+        """Mean cross-entropy against ``(B, H, W)`` class indices, with PyTorch's options."""
+        return F.cross_entropy(
+            self(images),
+            target,
+            weight,
+            ignore_index=ignore_index,
+            reduction=reduction,
+            label_smoothing=label_smoothing,
+        )

@@ -80,6 +80,7 @@ class Segmenter(nn.Module, HubMixin):
         ignore_index: int = 255,
         weight: Tensor | None = None,
         label_smoothing: float = 0.0,
+        reduction: str = "mean",
     ) -> Tensor:
         """Mean cross-entropy of ``(B, 3, H, W)`` images against ``(B, H, W)`` class indices: a float32 scalar.
 
@@ -95,6 +96,7 @@ class Segmenter(nn.Module, HubMixin):
             ignore_index=ignore_index,
             weight=weight,
             label_smoothing=label_smoothing,
+            reduction=reduction,
         )
 
     def freeze_encoder(self, frozen: bool = True) -> Segmenter:

@@ -28,3 +28,14 @@ def written_whole(folder: Path) -> Iterator[Path]:
                 os.fsync(written.fileno())
         for file in files:
             os.replace(file, folder / file.name)
+    _sync_names(folder)
+
+
+def _sync_names(folder: Path) -> None:
+    """Lets new names in a folder survive a loss of power, where the system can open folders."""
+    if os.name == "posix":
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)

@@ -1,0 +1,238 @@
+"""How a model is trained: one frozen dataclass, and one table of recipes by data set.
+
+The recipes of ADE20K, Pascal Context and Cityscapes are the paper's (section 4.1, appendix) and the official program's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Annotated, Any, get_type_hints
+
+_CHOICES = {
+    "optimizer": ("sgd", "adamw"),
+    "freeze": ("nothing", "encoder"),
+    "precision": ("auto", "float32", "bfloat16", "float16"),
+    "parallel": ("ddp", "fsdp"),
+    "broken": ("skip", "raise"),
+}
+_AT_LEAST_ONE = ("batch_size", "accumulate", "crop", "resize", "window", "stride", "keep", "log_every", "max_bad_steps")
+_AT_LEAST_ZERO = (
+    "min_lr",
+    "power",
+    "warmup",
+    "weight_decay",
+    "clip",
+    "evaluate_every",
+    "save_every",
+    "workers",
+    "pictures",
+    "freeze_layers",
+)
+_RATES = ("momentum", "beta1", "beta2", "drop_path", "dropout", "decoder_dropout", "label_smoothing", "ema")
+# What may change when a run goes on: it decides how the run is carried out, not what it computes, up to rounding.
+_FREE = {
+    "accumulate",
+    "activation_checkpointing",
+    "broken",
+    "channels_last",
+    "compile",
+    "evaluate_every",
+    "keep",
+    "log_every",
+    "max_bad_steps",
+    "parallel",
+    "pictures",
+    "save_every",
+    "stride",
+    "window",
+    "workers",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides what a training run computes, and how it is carried out.
+
+    Raises:
+        ValueError: a field outside its range, naming the field, what was given and what is allowed.
+    """
+
+    epochs: Annotated[int, "Passes over the data, where steps does not say how long to train."] = 64
+    steps: Annotated[int, "Optimizer steps; 0: as many as the epochs have."] = 0
+    batch_size: Annotated[int, "Images of one optimizer step, over all processes."] = 8
+    accumulate: Annotated[int, "Parts that each process cuts its images of a step into, to save memory."] = 1
+    seed: Annotated[int, "All random numbers derive from it."] = 0
+
+    optimizer: Annotated[str, "sgd or adamw."] = "sgd"
+    lr: Annotated[float, "Learning rate at the start, or after the warm-up."] = 1e-3
+    min_lr: Annotated[float, "Learning rate at the end."] = 1e-5
+    power: Annotated[float, "Of the polynomial decay of the learning rate at every step."] = 0.9
+    warmup: Annotated[int, "Steps in which the learning rate rises linearly."] = 0
+    momentum: Annotated[float, "Of SGD."] = 0.9
+    beta1: Annotated[float, "Of AdamW."] = 0.9
+    beta2: Annotated[float, "Of AdamW."] = 0.999
+    weight_decay: Annotated[float, "Of weight matrices; biases, norms and tokens are spared."] = 0.0
+    clip: Annotated[float, "Largest norm of the gradient; 0: any."] = 0.0
+    ema: Annotated[float, "Decay of an exponential moving average of the weights, such as 0.999; 0: none."] = 0.0
+    label_smoothing: Annotated[float, "As in torch.nn.functional.cross_entropy."] = 0.0
+
+    resize: Annotated[int, "Side in pixels that the smaller side of an image is resized to, before the ratio."] = 512
+    crop: Annotated[int, "Side in pixels of the training crops, and of the model's position embedding."] = 512
+    min_ratio: Annotated[float, "Smallest random factor on the size of an image."] = 0.5
+    max_ratio: Annotated[float, "Largest random factor on the size of an image."] = 2.0
+    max_share: Annotated[float, "Largest share of a crop that one class may fill, if another crop can be found."] = 0.75
+    flip: Annotated[bool, "Whether to mirror half of the images."] = True
+    photometric: Annotated[bool, "Whether to change brightness, contrast, saturation and hue at random."] = True
+    broken: Annotated[str, "Of samples that cannot be read: skip or raise."] = "raise"
+    window: Annotated[int, "Side in pixels of the sliding window in evaluation."] = 512
+    stride: Annotated[int, "Step in pixels of the sliding window."] = 512
+
+    drop_path: Annotated[float, "Stochastic depth of the last encoder layer."] = 0.1
+    dropout: Annotated[float, "Of the encoder."] = 0.0
+    decoder_dropout: Annotated[
+        float, "Of the mask decoder; the official program has 0.1, the paper finds none best."
+    ] = 0.0
+    freeze: Annotated[str, "nothing, or encoder: train the decoder alone."] = "nothing"
+    freeze_layers: Annotated[int, "Encoder layers, from the first, that stay as they are, with the embeddings."] = 0
+
+    precision: Annotated[str, "Of the activations: auto, float32, bfloat16 or float16 (with a gradient scaler)."] = (
+        "auto"
+    )
+    compile: Annotated[bool, "Whether torch.compile compiles the model."] = False
+    activation_checkpointing: Annotated[bool, "Recompute the layers in the backward pass, to save memory."] = False
+    channels_last: Annotated[bool, "Whether images and the patch embedding lie channels-last in memory."] = False
+    parallel: Annotated[str, "With many processes: ddp, or fsdp, which shards weights and optimizer."] = "ddp"
+    workers: Annotated[int, "Processes that read data, for each training process."] = 4
+
+    evaluate_every: Annotated[int, "Steps between evaluations; 0: at the end of every epoch."] = 0
+    save_every: Annotated[int, "Steps between checkpoints; 0: at the end of every epoch."] = 0
+    keep: Annotated[int, "Checkpoints that are kept, beside the best."] = 2
+    log_every: Annotated[int, "Steps between lines of the log."] = 10
+    pictures: Annotated[int, "Validation images that are drawn after every evaluation."] = 4
+    max_bad_steps: Annotated[int, "Steps in a row with a loss that is not finite, after which a run stops."] = 10
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            _require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", repr(getattr(self, name)))
+        for name in _AT_LEAST_ONE:
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in _AT_LEAST_ZERO:
+            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+        for name in _RATES:
+            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
+        _require(self.steps >= 0 and self.epochs >= 0, "epochs, steps", "at least 0", (self.epochs, self.steps))
+        _require(self.steps or self.epochs, "epochs, steps", "above 0, one of them", (self.epochs, self.steps))
+        _require(self.lr > 0 and self.lr >= self.min_lr, "lr", f"positive and at least min_lr={self.min_lr}", self.lr)
+        fits = 0 < self.min_ratio <= self.max_ratio
+        _require(fits, "min_ratio, max_ratio", "positive and in this order", (self.min_ratio, self.max_ratio))
+        _require(0 < self.max_share <= 1, "max_share", "in (0, 1]", self.max_share)
+        _require(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
+
+    def replace(self, **fields: Any) -> Recipe:
+        """A copy with other values for some fields."""
+        return dataclasses.replace(self, **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready fields."""
+        return dataclasses.asdict(self)
+
+    def model_fields(self) -> dict[str, Any]:
+        """The fields of a ``SegmenterConfig`` that the recipe decides."""
+        return {
+            "image_size": self.crop,
+            "drop_path_rate": self.drop_path,
+            "dropout": self.dropout,
+            "decoder_dropout": self.decoder_dropout,
+            "window_size": self.window,
+            "window_stride": self.stride,
+        }
+
+    def epoch_steps(self, length: int) -> int:
+        """Optimizer steps of about one pass over ``length`` samples; a batch may reach into the next pass."""
+        return max(round(length / self.batch_size), 1)
+
+    def total_steps(self, length: int) -> int:
+        """Optimizer steps of the whole run on ``length`` samples, each of which is seen in every epoch."""
+        return self.steps or math.ceil(self.epochs * length / self.batch_size)
+
+    def differences(self, other: dict[str, Any]) -> list[str]:
+        """What differs from the fields of another recipe and changes what a run computes, one line for each."""
+        mine = self.to_dict()
+        return [
+            f"{name} is {mine.get(name)!r}, was {other.get(name)!r}"
+            for name in {**mine, **other}
+            if name not in _FREE and mine.get(name) != other.get(name)
+        ]
+
+
+def field_help() -> dict[str, tuple[type, str]]:
+    """Type and one sentence for every field of ``Recipe``, in their order."""
+    hints = get_type_hints(Recipe, include_extras=True)
+    return {
+        field.name: (hints[field.name].__origin__, hints[field.name].__metadata__[0])
+        for field in dataclasses.fields(Recipe)
+    }
+
+
+def _require(holds: object, name: str, allowed: str, given: object) -> None:
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, got {given}")
+
+
+PRESETS: dict[str, Recipe] = {
+    "ade20k": Recipe(epochs=64, batch_size=8, evaluate_every=5000, save_every=2500),
+    "pascal_context": Recipe(
+        epochs=256, batch_size=16, resize=520, crop=480, window=480, stride=320, evaluate_every=2500, save_every=1250
+    ),
+    "cityscapes": Recipe(
+        epochs=216,
+        batch_size=8,
+        lr=1e-2,
+        resize=1024,
+        crop=768,
+        window=768,
+        stride=512,
+        evaluate_every=1500,
+        save_every=750,
+    ),
+    # A folder of one's own, from trained weights: AdamW forgives a learning rate that nobody has searched for.
+    "folder": Recipe(
+        epochs=50, batch_size=8, optimizer="adamw", lr=1e-4, min_lr=1e-6, warmup=100, weight_decay=0.01, clip=1.0
+    ),
+    # Small images, small model, random weights, minutes on a CPU.
+    "shapes": Recipe(
+        steps=2000,
+        batch_size=16,
+        optimizer="adamw",
+        lr=1e-3,
+        warmup=100,
+        weight_decay=0.05,
+        clip=1.0,
+        resize=128,
+        crop=128,
+        min_ratio=1.0,
+        max_ratio=1.0,
+        max_share=1.0,
+        photometric=False,
+        window=128,
+        stride=128,
+        drop_path=0.0,
+        ema=0.99,
+        workers=1,
+        evaluate_every=500,
+        save_every=250,
+    ),
+}
+
+
+def preset(name: str) -> Recipe:
+    """A recipe by name.
+
+    Raises:
+        ValueError: no such preset, listing those there are.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
+    return PRESETS[name]
