@@ -9,7 +9,6 @@ DINOv2 and DINOv3 (1e-5 there, too) have timm's numerics.
 from __future__ import annotations
 
 import functools
-import importlib
 import math
 import re
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from ..config import SegmenterConfig, Triple
+from ..vision import import_torchvision
 from ..vit import resize_positions
 from .reading import CheckpointError
 
@@ -144,30 +144,16 @@ def _require_same_functions(model: Any, name: str, config: SegmenterConfig) -> N
 
 @functools.cache
 def import_timm() -> ModuleType:
-    """timm, also where torch is a CPU build and torchvision is not.
-
-    There, torchvision's import fails because its compiled operators are missing; timm uses none of them.
+    """timm, which imports torchvision and so needs ``import_torchvision`` first.
 
     Raises:
         ImportError: timm or torchvision is not installed, saying how to install both.
     """
     try:
-        try:
-            importlib.import_module("torchvision")
-        except RuntimeError:
-            _declare_torchvision_operators()
+        import_torchvision()
         import timm
     except ImportError as error:
         raise ImportError(
             f"timm weights need timm and torchvision: pip install 'segmenter-fast[train]' ({error})"
         ) from error
     return timm
-
-
-@functools.cache
-def _declare_torchvision_operators() -> torch.library.Library:
-    """The schemas that torchvision's Python files expect; the cache keeps them alive."""
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return library
