@@ -48,7 +48,8 @@ class Variant:
 class Case:
     """``variants`` maps a name to a Variant, or to the reason why it is absent. ``judge(inputs)`` gives a function
     from an output to its error. ``bytes_moved`` and ``flops`` (of matrix products, 0 if there
-    are none) are the least that any implementation needs.
+    are none) are the least that any implementation needs; ``bytes_moved`` is 0 where nobody counted them, ``images``
+    where a call is no whole model's.
     """
 
     parameters: dict[str, Any]
@@ -57,8 +58,9 @@ class Case:
     make_inputs: Callable[[torch.Generator], tuple[Any, ...]]
     judge: Callable[[tuple[Any, ...]], Callable[[Any], float]]
     variants: dict[str, Variant | str]
-    bytes_moved: int
+    bytes_moved: int = 0
     flops: int = 0
+    images: int = 0
 
     @property
     def name(self) -> str:
@@ -82,6 +84,7 @@ class Row:
     gb_s: float | None = None
     tflops: float | None = None
     share: float | None = None
+    images_s: float | None = None
 
 
 def run_case(case: Case, ceilings: Ceilings, seconds: float, min_samples: int = 5) -> list[Row]:
@@ -154,18 +157,26 @@ def _check(
                 note = f"error {error:.2g} of the largest value, allowed {TOLERANCE[case.dtype]:.2g}"
                 rows[name] = Row(name, "disagrees", note)
         release(case.device)
-    if OURS in rows and rows[OURS].status in {"disagrees", "failed"}:
-        raise DisagreementError(f"{case.name}: {OURS} {rows[OURS].status}: {rows[OURS].note}")
+    for name, row in rows.items():
+        if is_ours(name) and row.status in {"disagrees", "failed"}:
+            raise DisagreementError(f"{case.name}: {name} {row.status}: {row.note}")
     return rows, errors
 
 
 def _figures(case: Case, name: str, error: float, timing: Timing, ceilings: Ceilings) -> Row:
-    gb_s = case.bytes_moved / timing.median_ms / 1e6
-    if not case.flops:
-        return Row(name, "ok", "", error, timing, gb_s, None, gb_s / ceilings.copy_gb_s)
-    tflops = case.flops / timing.median_ms / 1e9
-    rate = ceilings.matmul_tflops.get(name_of(case.dtype))
-    return Row(name, "ok", "", error, timing, gb_s, tflops, tflops / rate if rate else None)
+    ms = timing.median_ms
+    gb_s = case.bytes_moved / ms / 1e6 if case.bytes_moved else None
+    tflops = case.flops / ms / 1e9 if case.flops else None
+    share = gb_s / ceilings.copy_gb_s if gb_s else None
+    if tflops:
+        rate = ceilings.matmul_tflops.get(name_of(case.dtype))
+        share = tflops / rate if rate else None
+    return Row(name, "ok", "", error, timing, gb_s, tflops, share, case.images * 1e3 / ms if case.images else None)
+
+
+def is_ours(variant: str) -> bool:
+    """Whether a variant's name says that it is ours: ``ours``, ``ours compiled``."""
+    return variant.split()[0] == OURS
 
 
 def relative_error(output: torch.Tensor, oracle: torch.Tensor) -> float:

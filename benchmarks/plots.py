@@ -19,10 +19,13 @@ from .cases import Row
 from .results import Result, read
 
 UPSAMPLE = ("upsample_argmax", "upsample_softmax", "upsample_cross_entropy")
+DRAWN = (*UPSAMPLE, "attention", "training")
 COLOURS = {
     "ours": "#d62728",
+    "ours compiled": "#8c1a1b",
     "eager": "#7f7f7f",
     "eager float32": "#bcbd22",
+    "eager AMP": "#bcbd22",
     "compile": "#1f77b4",
     "SDPA default": "#1f77b4",
     "SDPA flash": "#17becf",
@@ -53,15 +56,18 @@ def main(arguments: list[str] | None = None) -> int:
     return 0 if written else 1
 
 
-def draw(folder: Path) -> list[Path]:
-    """Draw ``upsample.png`` and ``attention.png`` beside the result files that are there; return their paths."""
-    results = {path.stem: read(path) for path in sorted(folder.glob("*.json")) if path.stem in (*UPSAMPLE, "attention")}
+def draw(folder: Path, ops: tuple[str, ...] = DRAWN) -> list[Path]:
+    """Draw ``upsample.png``, ``attention.png`` and ``training.png``, as far as ``ops`` and the result files beside
+    which they go call for them; return their paths."""
+    results = {path.stem: read(path) for path in sorted(folder.glob("*.json")) if path.stem in ops}
     written = []
     with plt.rc_context(STYLE):
         if upsample := [results[op] for op in UPSAMPLE if op in results]:
             written.append(_upsample(upsample, folder / "upsample.png"))
         if "attention" in results:
             written.append(_attention(results["attention"], folder / "attention.png"))
+        if "training" in results:
+            written.append(_training(results["training"], folder / "training.png"))
     return written
 
 
@@ -97,6 +103,20 @@ def _attention(result: Result, path: Path) -> Path:
             panel.set(xlabel="tokens", ylabel="TFLOP/s", ylim=(0, None), title=f"{pass_}, {dtype}, {batch}")
             if rate := result.ceilings.matmul_tflops.get(dtype):
                 panel.axhline(rate, color="black", linestyle=":", linewidth=1, label="matrix product, measured")
+    return _save(figure, panels[0][0], result, path)
+
+
+def _training(result: Result, path: Path) -> Path:
+    """Time of a step and its memory, against the patch size and against the classes."""
+    figure, panels = plt.subplots(2, 2, figsize=(9, 6.8))
+    first = result.cases[0][0]
+    for column, (axis, label) in zip(panels.T, (("patch", "patch size"), ("classes", "classes")), strict=True):
+        _lines(column[0], result, axis, first, _milliseconds)
+        _lines(column[1], result, axis, first, _mebibytes)
+        fixed = f"{first['classes']} classes" if axis == "patch" else f"patch {first['patch']}"
+        model = f"{first['model']}, {fixed}, {first['size']} px, batch {first['batch']}, {first['dtype']}"
+        column[0].set(xlabel=label, ylabel="training step, ms", yscale="log", title=model)
+        column[1].set(xlabel=label, ylabel="peak extra memory, MiB", yscale="log", title=model)
     return _save(figure, panels[0][0], result, path)
 
 

@@ -168,7 +168,7 @@ def _inputs(
     masks = (smooth_map if map_ == "smooth" else _noise)(shape, generator).to(dtype).contiguous()
     masks.requires_grad_(backward)
     if op == "upsample_cross_entropy":
-        return masks, _target(shape, size, generator)
+        return masks, block_target(shape, size, generator)
     if backward:
         return masks, size, _noise((*shape[:2], *size), generator).to(dtype)
     return masks, size
@@ -196,8 +196,8 @@ def smooth_map(shape: tuple[int, int, int, int], generator: torch.Generator) -> 
     return soft + F.interpolate(coarse, size=(h, w), mode="bicubic") + 0.1 * _noise(shape, generator)
 
 
-def _target(shape: tuple[int, int, int, int], size: tuple[int, int], generator: torch.Generator) -> Tensor:
-    """``(B, H, W)`` int64 labels in squares of eight pixels; one square in twenty is ignored."""
+def block_target(shape: tuple[int, ...], size: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """``(B, H, W)`` int64 labels of ``(B, K, ...)`` scores, in squares of eight pixels; one in twenty is ignored."""
     grid = (shape[0], -(-size[0] // 8), -(-size[1] // 8))
     labels = torch.randint(shape[1], grid, generator=generator, device=generator.device)
     # A class that shares its number with the ignored label is one more ignored square.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,15 @@ app.add_typer(bench, name="bench")
 
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; each device has its own below.")]
 BudgetOption = Annotated[float | None, typer.Option(min=0, help="Seconds; the most valuable cases go first.")]
+
+
+class Size(str, Enum):
+    t = "t"
+    s = "s"
+    b = "b"
+    l = "l"  # noqa: E741
+
+
 RESULTS = Path("benchmarks") / "results"
 
 
@@ -52,3 +62,41 @@ def kernels(
     if budget is not None:
         options += ["--budget", str(budget)]
     raise typer.Exit(command.main([*(op or OPS), *options]))
+
+
+@bench.command()
+def train(
+    model: Annotated[list[Size] | None, typer.Option(help="Size of the model; this and the next two repeat.")] = None,
+    patch: Annotated[list[int] | None, typer.Option(min=1, help="Patch size.")] = None,
+    classes: Annotated[list[int] | None, typer.Option(min=1, help="Number of classes.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Of the images: pixels a side.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.auto,
+    compile: Annotated[bool, typer.Option(help="Whether to measure what torch.compile makes of the step.")] = True,
+    quick: Annotated[bool, typer.Option("--quick", help="A few small steps, made for two CPU cores.")] = False,
+    out: OutOption = RESULTS,
+    budget: BudgetOption = None,
+) -> None:
+    """Training steps of whole models: time, images per second and memory, against patch size and classes."""
+    from ..benchmarks import training
+
+    given = {"model": model and [choice.value for choice in model], "patch": patch, "classes": classes}
+    options = [f"--{name}={value}" for name, values in given.items() for value in values or ()]
+    scalars = {"size": size, "batch": batch, "budget": budget}
+    options += [f"--{name}={value}" for name, value in scalars.items() if value is not None]
+    options += ["--quick"] * quick + ["--no-compile"] * (not compile)
+    options += ["--device", device.value, "--dtype", dtype.value, "--out", str(out)]
+    raise typer.Exit(training.main(options))
+
+
+@bench.command()
+def compare(
+    before: Annotated[Path, typer.Argument(metavar="A", help="Folder of results, such as benchmarks/results/DEVICE.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Folder of results to hold against them.")],
+    force: Annotated[bool, typer.Option("--force", help="Compare results of different devices.")] = False,
+) -> None:
+    """What got slower or faster from A to B by more than the noise of both; exit code 1 if anything got slower."""
+    from ..benchmarks import compare as command
+
+    raise typer.Exit(command.main([str(before), str(after), *(["--force"] if force else [])]))

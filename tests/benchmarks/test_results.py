@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from segmenter_fast.benchmarks import kernels as command
+from segmenter_fast.benchmarks import run
 from segmenter_fast.benchmarks.cases import OURS, Case, Row, Variant
 from segmenter_fast.benchmarks.device import Ceilings, describe, resolve
 from segmenter_fast.benchmarks.ops import OPS, upsample
@@ -77,7 +78,7 @@ def tiny(op: str, device: torch.device, quick: bool) -> list[Case]:
 
 @pytest.fixture
 def tiny_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command, "measure_ceilings", lambda *args, **kwargs: Ceilings(10.0, {"float32": 0.3}))
+    monkeypatch.setattr(run, "measure_ceilings", lambda *args, **kwargs: Ceilings(10.0, {"float32": 0.3}))
     monkeypatch.setitem(OPS, "upsample_argmax", lambda device, quick: tiny("upsample_argmax", device, quick))
 
 

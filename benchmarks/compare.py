@@ -1,0 +1,160 @@
+"""What got slower between two result folders: ``python -m segmenter_fast.benchmarks.compare A B``.
+
+A and B are folders of one device, such as ``results/<device>`` of two checkouts. Rows are matched by op, parameters and
+variant. A row differs only where the two spreads, p20 to p80, do not touch: what is within the noise of both is not
+news. Peak memory is compared, too, where both have it: more than 5 % and 1 MiB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .cases import Row, is_ours
+from .results import Result, read
+from .timing import Timing
+
+MEMORY_SHARE, MEMORY_BYTES = 1.05, 2**20
+Key = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Change:
+    """One variant of one case in both folders; ``case`` names op and parameters. ``figure`` is time or memory."""
+
+    case: str
+    variant: str
+    figure: str
+    before: str
+    after: str
+    ratio: float
+    """After over before: above 1 is worse."""
+
+    @property
+    def worse(self) -> bool:
+        return self.ratio > 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """``lost`` are rows of ours without figures in B, and why; ``only`` counts rows of one folder alone."""
+
+    changes: list[Change]
+    lost: list[str]
+    same: int
+    only: int
+
+    @property
+    def regressed(self) -> bool:
+        """Whether anything of ours got worse. A peer may: it came with another version of PyTorch."""
+        return any(change.worse and is_ours(change.variant) for change in self.changes) or bool(self.lost)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0; 1 where something of ours got slower, larger or lost its figures; 2 where the folders cannot be compared."""
+    parser = argparse.ArgumentParser(prog="segmenter_fast.benchmarks.compare", description=__doc__)
+    parser.add_argument("before", type=Path, metavar="A")
+    parser.add_argument("after", type=Path, metavar="B")
+    parser.add_argument("--force", action="store_true", help="compare results of different devices")
+    options = parser.parse_args(arguments)
+    try:
+        found = compare(options.before, options.after, options.force)
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    if found.changes:
+        console.print(table(found.changes))
+    for line in found.lost:
+        console.print(f"[red]no figures any more[/] {line}", highlight=False)
+    slower, faster = (sum(change.worse is worse for change in found.changes) for worse in (True, False))
+    console.print(
+        f"{slower} worse, {faster} better, {found.same} within the noise of both; {found.only} in one folder only"
+    )
+    return 1 if found.regressed else 0
+
+
+def compare(before: Path, after: Path, force: bool = False) -> Comparison:
+    """Hold the result files of ``after`` against those of ``before``.
+
+    Raises:
+        OSError: a folder without result files.
+        ValueError: results of different devices without ``force``, of another schema, or with nothing in common.
+    """
+    results = [_results(folder) for folder in (before, after)]
+    devices = [{result.device.slug for result in found} for found in results]
+    if devices[0] != devices[1] and not force:
+        names = [", ".join(sorted(slugs)) for slugs in devices]
+        raise ValueError(
+            f"{before} was measured on {names[0]}, {after} on {names[1]}; --force compares them all the same"
+        )
+    old, new = (_rows(found) for found in results)
+    common = old.keys() & new.keys()
+    if not common:
+        raise ValueError(f"{before} and {after} have no case and variant in common")
+    changes: list[Change] = []
+    lost = [f"refused: {reason}" for result in results[1] for reason in result.refused]
+    same = 0
+    for case, variant in sorted(common):
+        a, b = old[case, variant], new[case, variant]
+        if a.timing is None or b.timing is None:
+            if a.timing and is_ours(variant):
+                lost.append(f"{case}, {variant}: {b.status}: {b.note}")
+            continue
+        found = list(_changes(case, variant, a.timing, b.timing))
+        changes += found
+        same += not found
+    changes.sort(key=lambda change: -change.ratio)
+    return Comparison(changes, lost, same, len(old.keys() ^ new.keys()))
+
+
+def table(changes: list[Change]) -> Table:
+    """The changes, the worst first."""
+    result = Table()
+    for heading in ("case", "variant", "figure", "A", "B", "B / A"):
+        result.add_column(heading, overflow="fold")
+    for change in changes:
+        colour = "red" if change.worse else "green"
+        cells = (change.case, change.variant, change.figure, change.before, change.after)
+        result.add_row(*cells, f"[{colour}]{change.ratio:.2f}x[/]")
+    return result
+
+
+def _results(folder: Path) -> list[Result]:
+    found = [read(path) for path in sorted(folder.glob("*.json")) if "cases" in json.loads(path.read_text())]
+    if not found:
+        raise FileNotFoundError(f"{folder} has no result files (<op>.json of the benchmarks)")
+    return found
+
+
+def _rows(results: list[Result]) -> dict[Key, Row]:
+    return {
+        (", ".join(f"{k}={v}" for k, v in case.items()), row.variant): row
+        for result in results
+        for case, rows in result.cases
+        for row in rows
+    }
+
+
+def _changes(case: str, variant: str, a: Timing, b: Timing) -> Iterator[Change]:
+    if b.p20_ms > a.p80_ms or b.p80_ms < a.p20_ms:
+        texts = [f"{t.median_ms:.4g} ms ({t.p20_ms:.4g} .. {t.p80_ms:.4g})" for t in (a, b)]
+        yield Change(case, variant, "time", *texts, ratio=b.median_ms / a.median_ms)
+    if a.peak_bytes and b.peak_bytes:
+        low, high = sorted((a.peak_bytes, b.peak_bytes))
+        if high > MEMORY_SHARE * low and high - low > MEMORY_BYTES:
+            texts = [f"{t.peak_bytes / 2**20:.1f} MiB" for t in (a, b) if t.peak_bytes]
+            yield Change(case, variant, "peak memory", *texts, ratio=b.peak_bytes / a.peak_bytes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
