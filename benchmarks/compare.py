@@ -147,13 +147,13 @@ def _rows(results: list[Result]) -> dict[Key, Row]:
 
 def _changes(case: str, variant: str, a: Timing, b: Timing) -> Iterator[Change]:
     if b.p20_ms > a.p80_ms or b.p80_ms < a.p20_ms:
-        texts = [f"{t.median_ms:.4g} ms ({t.p20_ms:.4g} .. {t.p80_ms:.4g})" for t in (a, b)]
-        yield Change(case, variant, "time", *texts, ratio=b.median_ms / a.median_ms)
+        old, new = (f"{t.median_ms:.4g} ms ({t.p20_ms:.4g} .. {t.p80_ms:.4g})" for t in (a, b))
+        yield Change(case, variant, "time", old, new, b.median_ms / a.median_ms)
     if a.peak_bytes and b.peak_bytes:
         low, high = sorted((a.peak_bytes, b.peak_bytes))
         if high > MEMORY_SHARE * low and high - low > MEMORY_BYTES:
-            texts = [f"{t.peak_bytes / 2**20:.1f} MiB" for t in (a, b) if t.peak_bytes]
-            yield Change(case, variant, "peak memory", *texts, ratio=b.peak_bytes / a.peak_bytes)
+            old, new = (f"{peak / 2**20:.1f} MiB" for peak in (a.peak_bytes, b.peak_bytes))
+            yield Change(case, variant, "peak memory", old, new, b.peak_bytes / a.peak_bytes)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -35,7 +35,7 @@ class Run:
     console: Console
 
     @classmethod
-    def begin(cls, device: torch.device, dtypes: Sequence[torch.dtype], out: Path, quick: bool, seconds: float) -> Run:
+    def begin(cls, device: torch.device, dtypes: Iterable[torch.dtype], out: Path, quick: bool, seconds: float) -> Run:
         """Measure the ceilings of ``dtypes`` on ``device`` and print what is there."""
         console = Console()
         if not console.is_terminal:  # a log has no width to keep to

@@ -81,8 +81,8 @@ def train(
     """Training steps of whole models: time, images per second and memory, against patch size and classes."""
     from ..benchmarks import training
 
-    given = {"model": model and [choice.value for choice in model], "patch": patch, "classes": classes}
-    options = [f"--{name}={value}" for name, values in given.items() for value in values or ()]
+    options = [f"--model={choice.value}" for choice in model or ()]
+    options += [f"--patch={count}" for count in patch or ()] + [f"--classes={count}" for count in classes or ()]
     scalars = {"size": size, "batch": batch, "budget": budget}
     options += [f"--{name}={value}" for name, value in scalars.items() if value is not None]
     options += ["--quick"] * quick + ["--no-compile"] * (not compile)
