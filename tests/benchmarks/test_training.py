@@ -124,9 +124,11 @@ def test_what_cannot_fit_is_a_row() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--patch", "0"], ["--size", "8"], ["--classes", "0"], ["--batch", "0"]])
-def test_sizes_that_no_model_has_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_sizes_that_no_model_has_are_refused(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
-        training.main(arguments)
+        training.main([*arguments, "--device", "cpu", "--out", str(tmp_path)])
     assert "must be" in capsys.readouterr().err
 
 
