@@ -1,0 +1,232 @@
+"""A procedural data set: textured objects on photographic and procedural backgrounds, with exact labels.
+
+Every scene is a function of (seed, index) alone. All objects of a scene take their colours from one small palette, so
+that colour tells nothing; a class is a shape together with a texture, in any size and turn, partly hidden by others.
+A plain disc is a *disc* wherever it stands, but a *button* where it lies wholly on a square or a triangle: nothing but
+what surrounds it tells. Crosses in the same colours and textures are clutter: they belong to the background.
+
+A pixel's label is the topmost object that contains the pixel's centre. Its colour is mixed by the share of the pixel
+that the object covers, so edges are smooth and the label is that of the larger share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from . import drawing
+
+BACKGROUND, BUTTON = 0, 10
+SHAPES = ("disc", "square", "triangle")
+TEXTURES = ("plain", "striped", "checked")
+# Training seeds lie below; that of validation is the training seed plus this.
+HELD_OUT = 2**31
+# Scenes of a split: so many that a short training never sees one twice.
+LENGTHS = {"train": 100_000, "val": 500}
+
+_NAMES = tuple(f"{texture} {shape}".removeprefix("plain ") for shape in SHAPES for texture in TEXTURES)
+_COLORS = (
+    *((230, 60, 60), (245, 130, 50), (250, 190, 90)),
+    *((50, 110, 230), (60, 170, 240), (120, 220, 240)),
+    *((40, 140, 70), (110, 190, 60), (190, 225, 110)),
+)
+
+
+@dataclass(frozen=True)
+class Thing:
+    """An object of a scene; lengths in shares of the scene's side."""
+
+    shape: str
+    texture: str
+    x: float
+    y: float
+    radius: float
+    turn: float
+    """Share of a full turn, roughly; see ``drawing.turned``."""
+    period: float
+    phase: float
+    colors: tuple[int, int]
+    """Of the scene's palette: the ground and the pattern."""
+    label: int
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """Scenes of ``size`` x ``size`` pixels with labels 0 to 10; see ``SegmentationDataset``.
+
+    Args:
+        size: side of the scenes.
+        length: how many there are.
+        seed: of all of them; scene ``index`` is the same whatever ``length`` is.
+
+    Raises:
+        ValueError: a size outside 32 to 4096, a length below 1, or a seed that is negative or beyond 64 bits.
+    """
+
+    size: int = 128
+    length: int = LENGTHS["train"]
+    seed: int = 0
+
+    # Not fields: the same for all.
+    class_names = ("background", *_NAMES, "button")
+    palette = ((40, 40, 48), *_COLORS, (215, 80, 215))
+    ignore_index = 255
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("size", 32, 4096), ("length", 1, 2**63 - 1), ("seed", 0, 2**64 - 1)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be within {low} to {high}, got {value}")
+
+    @classmethod
+    def of_split(cls, split: str, seed: int = 0, size: int = 128) -> Shapes:
+        """The scenes to train on, "train", or those held out, "val": their seeds never meet.
+
+        Raises:
+            ValueError: another split, or a seed outside 0 to 2**31 - 1.
+        """
+        if split not in LENGTHS:
+            raise ValueError(f"split must be train or val, got {split!r}")
+        if not 0 <= seed < HELD_OUT:
+            raise ValueError(f"seed must be within 0 to {HELD_OUT - 1}: those above are held out; got {seed}")
+        return cls(size, LENGTHS[split], seed + (HELD_OUT if split == "val" else 0))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def name(self, index: int) -> str:
+        """Such as "shapes-0-000012": seed and index."""
+        return f"shapes-{self.seed}-{index:06}"
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """``(size, size, 3)`` uint8 RGB and ``(size, size)`` uint8 labels.
+
+        Raises:
+            IndexError: an index outside 0 to ``length - 1``.
+        """
+        generator = self._generator(index)
+        things, colors, light = scene(generator), _colors(generator), generator.random()
+        planes, labels = _background(generator, self.size), np.zeros((self.size, self.size), np.uint8)
+        for thing in things:
+            _paint(planes, labels, thing, colors, light)
+        grain = generator.random((self.size, self.size), np.float32) - 0.5
+        planes += (0.12 * generator.random()) * grain
+        pixels = (np.clip(planes, 0, 1) * 255 + 0.5).astype(np.uint8)
+        return np.ascontiguousarray(pixels.transpose(1, 2, 0)), labels
+
+    def things(self, index: int) -> list[Thing]:
+        """The objects of a scene, the topmost last."""
+        return scene(self._generator(index))
+
+    def _generator(self, index: int) -> np.random.Generator:
+        if not 0 <= index < self.length:
+            raise IndexError(f"index must be within 0 to {self.length - 1}, got {index}")
+        return np.random.Generator(np.random.PCG64((self.seed, index)))
+
+
+def scene(generator: np.random.Generator) -> list[Thing]:
+    """Objects from the lowest to the topmost; those on the ground leave most of each other visible."""
+    ground: list[Thing] = []
+    for _ in range(3 + int(3 * generator.random())):
+        for _ in range(8):
+            thing = _thing(generator)
+            if all(_apart(thing, other) for other in ground):
+                ground.append(thing)
+                break
+    things = []
+    for thing in ground:
+        things.append(thing)
+        if thing.shape in ("square", "triangle") and thing.radius > 0.17 and generator.random() < 0.5:
+            things.append(_button(generator, thing))
+    return things
+
+
+def _thing(generator: np.random.Generator) -> Thing:
+    draws = generator.random(10).tolist()
+    kind = int(11 * draws[0])
+    # Two of eleven kinds are clutter, so that a cross is as likely as a texture of disc, square or triangle.
+    shape = SHAPES[kind // 3] if kind < 9 else "cross"
+    texture = TEXTURES[kind % 3] if kind < 9 else TEXTURES[int(3 * draws[1])]
+    small = shape == "disc" and texture == "plain" and draws[2] < 0.5
+    first = int(4 * draws[8])
+    return Thing(
+        shape,
+        texture,
+        x=0.08 + 0.84 * draws[3],
+        y=0.08 + 0.84 * draws[4],
+        radius=0.09 + 0.05 * draws[5] if small else 0.15 + 0.11 * draws[5],
+        turn=draws[6],
+        period=0.09 + 0.05 * draws[7],
+        phase=draws[2],
+        colors=(first, (first + 1 + int(3 * draws[9])) % 4),
+        label=kind + 1 if kind < 9 else BACKGROUND,
+    )
+
+
+def _button(generator: np.random.Generator, host: Thing) -> Thing:
+    """A plain disc wholly on its host, in a colour that the host lacks."""
+    draws = generator.random(4).tolist()
+    radius = min(0.09 + 0.05 * draws[0], 0.55 * host.radius)
+    room = 0.68 * host.radius - radius
+    free = [color for color in range(4) if color not in host.colors]
+    return replace(
+        host,
+        shape="disc",
+        texture="plain",
+        x=host.x + room * (draws[1] - 0.5),
+        y=host.y + room * (draws[2] - 0.5),
+        radius=radius,
+        colors=(free[int(2 * draws[3])],) * 2,
+        label=BUTTON,
+    )
+
+
+def _apart(first: Thing, second: Thing) -> bool:
+    across, along = first.x - second.x, first.y - second.y
+    return across * across + along * along > (0.8 * (first.radius + second.radius)) ** 2
+
+
+def _colors(generator: np.random.Generator) -> np.ndarray:
+    """``(4, 3)`` colours that differ: the best of some draws."""
+    draws = 0.05 + 0.9 * generator.random((12, 4, 3), np.float32)
+    apart = _difference(draws[:, :, None], draws[:, None]) + 9 * np.eye(4, dtype=np.float32)
+    return draws[np.argmax(apart.min((1, 2)))]
+
+
+def _difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Sum of the channels' absolute differences."""
+    channels = np.abs(first - second)
+    return channels[..., 0] + channels[..., 1] + channels[..., 2]
+
+
+def _background(generator: np.random.Generator, side: int) -> np.ndarray:
+    """``(3, side, side)`` float32: crops of a photograph and procedural ones, half each."""
+    draws = generator.random(14).tolist()
+    if draws[0] < 0.5:
+        return drawing.photographic(draws[2:], side)
+    cells = 2 + int(7 * draws[1])
+    return drawing.procedural(draws[2:], generator.random((cells, cells, 3)), side)
+
+
+def _paint(planes: np.ndarray, labels: np.ndarray, thing: Thing, colors: np.ndarray, light: float) -> None:
+    """Draws one object, and its shadow, over what is there."""
+    side = len(labels)
+    x, y, radius, shadow = thing.x * side, thing.y * side, thing.radius * side, 0.04 * side
+    reach = drawing.REACH[thing.shape] * radius + shadow
+    top, left = (max(0, int(centre - reach)) for centre in (y, x))
+    bottom, right = (min(side, int(centre + reach) + 2) for centre in (y, x))
+    across, down = drawing.grid(top, left, bottom, right)
+    u, v = drawing.turned(across - x, down - y, thing.turn)
+    distance = drawing.outline(thing.shape, u, v, radius)
+    first, second = colors[thing.colors[0]], colors[thing.colors[1]]
+    ground = planes[:, int(y), int(x)]
+    if thing.texture == "plain" and _difference(first, ground) < 0.5:
+        first = second = colors[np.argmax(_difference(colors, ground))]
+    painted = drawing.texture(thing.texture, u, v, thing.period * side, thing.phase)
+    painted = painted * (second - first)[:, None, None] + first[:, None, None]
+    painted *= 1 + (0.2 / radius) * drawing.turned(across - x, down - y, light)[0]
+    box = planes[:, top:bottom, left:right]
+    box *= 1 - 0.35 * np.clip(1 - distance / shadow, 0, 1)
+    box += np.clip(0.5 - distance, 0, 1) * (painted - box)
+    labels[top:bottom, left:right][distance < 0] = thing.label
