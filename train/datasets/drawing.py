@@ -1,8 +1,8 @@
 """Pixels of procedural scenes: signed distances of outlines, textures within them, backgrounds.
 
-Arrays are float32. All is computed element by element with additions, products, divisions, square roots and comparisons,
-which IEEE 754 rounds alike on every machine, and with Pillow's fixed-point resampling. Lengths are in pixels. Colours are
-planes ``(3, H, W)``.
+Arrays are float32. All is computed element by element with additions, products, divisions, square roots and
+comparisons, which IEEE 754 rounds alike on every machine, and with Pillow's fixed-point resampling. Lengths are in
+pixels, colours are planes ``(3, H, W)``.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def photographic(draws: list[float], side: int) -> Array:
     pixels = np.rot90(pixels[:, :: 1 if draws[3] < 0.5 else -1], int(4 * draws[4]))
     planes = pixels.transpose(2, 0, 1)[np.argsort(draws[5:8])].astype(np.float32)
     gains = np.asarray([(0.6 + 0.6 * draw) / 255 for draw in draws[8:11]], np.float32)
-    return planes * gains[:, None, None] + 0.25 * (draws[11] - 0.3)
+    return _muted(planes * gains[:, None, None] + 0.25 * (draws[11] - 0.3))
 
 
 def procedural(draws: list[float], clouds: Array, side: int) -> Array:
@@ -108,7 +108,13 @@ def procedural(draws: list[float], clouds: Array, side: int) -> Array:
         u, v = turned(*grid(0, 0, side, side), draws[2])
         kind = "striped" if draws[3] < 0.5 else "checked"
         planes *= 0.75 + 0.4 * texture(kind, u, v, side * (0.1 + 0.2 * draws[4]), draws[5])
-    return planes
+    return _muted(planes)
+
+
+def _muted(planes: Array) -> Array:
+    """The planes with two thirds of their saturation gone."""
+    grey = (planes[0] + planes[1] + planes[2]) / 3
+    return grey + (planes - grey) / 3
 
 
 def grid(top: int, left: int, bottom: int, right: int) -> tuple[Array, Array]:
@@ -117,7 +123,7 @@ def grid(top: int, left: int, bottom: int, right: int) -> tuple[Array, Array]:
 
 
 def turned(x: Array, y: Array, turn: float) -> tuple[Array, Array]:
-    """Coordinates along axes turned by about ``turn`` of a full turn, without a sine: a rational point on the circle."""
+    """Coordinates along axes turned by about ``turn`` of a full turn: a rational point on the circle."""
     quarter = int(4 * turn)
     t = 4 * turn - quarter
     cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)

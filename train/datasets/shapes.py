@@ -1,9 +1,10 @@
 """A procedural data set: textured objects on photographic and procedural backgrounds, with exact labels.
 
-Every scene is a function of (seed, index) alone. All objects of a scene take their colours from one small palette, so
-that colour tells nothing; a class is a shape together with a texture, in any size and turn, partly hidden by others.
-A plain disc is a *disc* wherever it stands, but a *button* where it lies wholly on a square or a triangle: nothing but
-what surrounds it tells. Crosses in the same colours and textures are clutter: they belong to the background.
+Every scene is a function of (seed, index) alone. All objects of a scene take their vivid colours from one small
+palette, so that colour tells things from the muted ground, but not one class from another; a class is a shape together
+with a texture, in any size and turn, partly hidden by others. A plain disc is a *disc* wherever it stands, but a
+*button* where it lies wholly on a square or a triangle: nothing but what surrounds it tells. Crosses in the same
+colours and textures are clutter: they belong to the background.
 
 A pixel's label is the topmost object that contains the pixel's centre. Its colour is mixed by the share of the pixel
 that the object covers, so edges are smooth and the label is that of the larger share.
@@ -16,10 +17,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from . import drawing
+from .base import IGNORE
 
-BACKGROUND, BUTTON = 0, 10
+BACKGROUND, BUTTON = 0, 7
 SHAPES = ("disc", "square", "triangle")
-TEXTURES = ("plain", "striped", "checked")
+TEXTURES = ("plain", "striped")
 # Training seeds lie below; that of validation is the training seed plus this.
 HELD_OUT = 2**31
 # Scenes of a split: so many that a short training never sees one twice.
@@ -27,9 +29,9 @@ LENGTHS = {"train": 100_000, "val": 500}
 
 _NAMES = tuple(f"{texture} {shape}".removeprefix("plain ") for shape in SHAPES for texture in TEXTURES)
 _COLORS = (
-    *((230, 60, 60), (245, 130, 50), (250, 190, 90)),
-    *((50, 110, 230), (60, 170, 240), (120, 220, 240)),
-    *((40, 140, 70), (110, 190, 60), (190, 225, 110)),
+    *((230, 60, 60), (250, 165, 70)),
+    *((50, 110, 230), (110, 205, 240)),
+    *((40, 140, 70), (165, 215, 90)),
 )
 
 
@@ -53,7 +55,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Shapes:
-    """Scenes of ``size`` x ``size`` pixels with labels 0 to 10; see ``SegmentationDataset``.
+    """Scenes of ``size`` x ``size`` pixels with labels 0 to 7; see ``SegmentationDataset``.
 
     Args:
         size: side of the scenes.
@@ -71,7 +73,7 @@ class Shapes:
     # Not fields: the same for all.
     class_names = ("background", *_NAMES, "button")
     palette = ((40, 40, 48), *_COLORS, (215, 80, 215))
-    ignore_index = 255
+    ignore_index = IGNORE
 
     def __post_init__(self) -> None:
         for name, low, high in (("size", 32, 4096), ("length", 1, 2**63 - 1), ("seed", 0, 2**64 - 1)):
@@ -144,10 +146,9 @@ def scene(generator: np.random.Generator) -> list[Thing]:
 
 def _thing(generator: np.random.Generator) -> Thing:
     draws = generator.random(10).tolist()
-    kind = int(11 * draws[0])
-    # Two of eleven kinds are clutter, so that a cross is as likely as a texture of disc, square or triangle.
-    shape = SHAPES[kind // 3] if kind < 9 else "cross"
-    texture = TEXTURES[kind % 3] if kind < 9 else TEXTURES[int(3 * draws[1])]
+    kind = int(7 * draws[0])  # the seventh is clutter
+    shape = SHAPES[kind // 2] if kind < 6 else "cross"
+    texture = TEXTURES[kind % 2] if kind < 6 else TEXTURES[int(2 * draws[1])]
     small = shape == "disc" and texture == "plain" and draws[2] < 0.5
     first = int(4 * draws[8])
     return Thing(
@@ -160,7 +161,7 @@ def _thing(generator: np.random.Generator) -> Thing:
         period=0.09 + 0.05 * draws[7],
         phase=draws[2],
         colors=(first, (first + 1 + int(3 * draws[9])) % 4),
-        label=kind + 1 if kind < 9 else BACKGROUND,
+        label=kind + 1 if kind < 6 else BACKGROUND,
     )
 
 
@@ -188,8 +189,10 @@ def _apart(first: Thing, second: Thing) -> bool:
 
 
 def _colors(generator: np.random.Generator) -> np.ndarray:
-    """``(4, 3)`` colours that differ: the best of some draws."""
-    draws = 0.05 + 0.9 * generator.random((12, 4, 3), np.float32)
+    """``(4, 3)`` vivid colours that differ: the best of some draws."""
+    draws = generator.random((12, 4, 3), np.float32)
+    low, high = draws.min(2, keepdims=True), draws.max(2, keepdims=True)
+    draws = 0.1 + 0.85 * (draws - low) / (high - low + 1e-3)
     apart = _difference(draws[:, :, None], draws[:, None]) + 9 * np.eye(4, dtype=np.float32)
     return draws[np.argmax(apart.min((1, 2)))]
 
