@@ -84,7 +84,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if min(image.size) < 1:
         raise ValueError(f"image must have at least one pixel, got {image.width} x {image.height}")
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return np.stack([_eight_bits(np.asarray(image))] * 3, 2)
+        return np.stack([to_eight_bits(np.asarray(image))] * 3, 2)
     if image.mode == "F":
         raise ValueError("image has mode F, whose floating point values have no defined range; convert it to uint8")
     try:
@@ -93,7 +93,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         raise ValueError(f"image has mode {image.mode}, which cannot be converted to RGB: {error}") from error
 
 
-def _eight_bits(values: np.ndarray) -> np.ndarray:
+def to_eight_bits(values: np.ndarray) -> np.ndarray:
     """Grey values of 16 bits -> uint8, rounded to nearest."""
     low, high = values.min(), values.max()
     if low < 0 or high > 65535:
