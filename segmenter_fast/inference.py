@@ -76,18 +76,28 @@ def scaled_and_flipped(image: Tensor, scales: Sequence[float], flip: bool) -> tu
     Raises:
         ValueError: no scale, or one that is not positive or leaves nothing of the image.
     """
-    if not scales:
-        raise ValueError("scales must name at least one scale, got none")
+    check_scales(scales, (image.shape[2], image.shape[3]))
     images, flips = [], []
     for scale in scales:
-        if not 0 < scale < float("inf") or min(image.shape[2:]) * scale < 1:
-            given = f"{scale} for an image of {image.shape[2]} x {image.shape[3]} pixels"
-            raise ValueError(f"scales must be positive, finite and leave at least one pixel, got {given}")
         # scale_factor and not the size: the sampling points depend on it where the side is not a multiple
         scaled = image if scale == 1 else F.interpolate(image, scale_factor=scale, mode="bilinear", align_corners=False)
         images += [scaled, scaled.flip(3)] if flip else [scaled]
         flips += [False, True] if flip else [False]
     return images, flips
+
+
+def check_scales(scales: Sequence[float], size: Pair) -> None:
+    """What ``scaled_and_flipped`` says of the scales of an image of ``size``.
+
+    Raises:
+        ValueError: no scale, or one that is not positive or leaves nothing of the image.
+    """
+    if not scales:
+        raise ValueError("scales must name at least one scale, got none")
+    for scale in scales:
+        if not 0 < scale < float("inf") or min(size) * scale < 1:
+            given = f"{scale} for an image of {size[0]} x {size[1]} pixels"
+            raise ValueError(f"scales must be positive, finite and leave at least one pixel, got {given}")
 
 
 def enlarged_size(size: Pair, window: int) -> Pair:

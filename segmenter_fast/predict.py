@@ -12,10 +12,37 @@ from PIL import Image
 from torch import Tensor, nn
 
 from . import visualize
-from .images import ImageSource, normalise, read_image
-from .inference import check_windows, fits_one_window, scaled_and_flipped, slide
+from .composition import check_windows
+from .config import SegmenterConfig
+from .images import ImageSource
+from .inference import check_scales, enlarges_small_images, fits_one_window
+from .rasters import Raster, open_raster
+from .rasters.rows import NormalisedRows, scaled_rows
 from .segmenter import Segmenter
+from .sliding import Progress, slide_rows
 from .visualize import Color
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an image is segmented; the arguments of ``predict``. None is what the model's configuration says."""
+
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    window: int | None = None
+    stride: int | None = None
+    batch_size: int = 2
+
+    def windows(self, config: SegmenterConfig) -> tuple[int, int]:
+        """Window and stride in pixels.
+
+        Raises:
+            ValueError: one of them or the batch size is out of range.
+        """
+        window = config.window_size if self.window is None else self.window
+        stride = min(config.window_stride, window) if self.stride is None else self.stride
+        check_windows(window, stride, self.batch_size)
+        return window, stride
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +51,17 @@ class Prediction:
 
     labels: np.ndarray
     """``(H, W)`` class indices, uint8 up to 256 classes and int32 above."""
-    image: np.ndarray
-    """``(H, W, 3)`` uint8: the RGB pixels that were segmented, upright."""
+    raster: Raster
+    """The pixels that were segmented, by bands of rows; see ``image``."""
     class_names: tuple[str, ...]
     """One name per class; "class 0", "class 1", ... where the model has none."""
     palette: tuple[Color, ...]
     """RGB per class, the model's own or ``visualize.default_palette``."""
+
+    @property
+    def image(self) -> np.ndarray:
+        """``(H, W, 3)`` uint8: the RGB pixels that were segmented, upright; of a large file read again."""
+        return self.raster.read(0, self.raster.height)
 
     def overlay(self, alpha: float = 0.5) -> Image.Image:
         """The image under the labels' colours; ``alpha`` 0 shows the image only, 1 the colours only."""
@@ -50,7 +82,6 @@ class Prediction:
         return shares
 
 
-@torch.inference_mode()
 def predict(
     model: Segmenter,
     image: ImageSource,
@@ -63,8 +94,9 @@ def predict(
 ) -> Prediction:
     """Segments one image on the model's device, in the dtype of its weights, in evaluation mode.
 
-    Where a single window covers the image as it is, the labels come from ``model.segment``, without any logits;
-    otherwise from ``inference.slide``.
+    Where a single window covers the image as it is, the labels come from ``model.segment``; otherwise from
+    ``sliding.slide_rows``. Neither builds logits of the image's size. A large file is read by rows, so that labels
+    are all that has its size; see ``rasters.open_raster``.
 
     Args:
         model: a model with its configuration.
@@ -79,27 +111,54 @@ def predict(
         TypeError, ValueError: an image or an option that cannot be used, naming it.
         OSError: an image file that does not exist or cannot be decoded.
     """
-    config = model.config
-    pixels = read_image(image)
-    size = pixels.shape[0], pixels.shape[1]
-    window = config.window_size if window is None else window
-    stride = min(config.window_stride, window) if stride is None else stride
-    check_windows(window, stride, batch_size)
-    weights = next(model.parameters())
-    whole = normalise(pixels, config.mean, config.std, weights.device)
+    settings = Settings(tuple(scales), flip, window, stride, batch_size)
+    settings.windows(model.config)
+    return predict_raster(model, open_raster(image), settings)
+
+
+def predict_raster(
+    model: Segmenter, raster: Raster, settings: Settings, progress: Progress | None = None
+) -> Prediction:
+    """``predict`` for an image that is open; ``progress`` as in ``sliding.slide_rows``."""
+    labels: np.ndarray | None = None
+    for top, band in label_bands(model, raster, settings, progress=progress):
+        if labels is None:
+            labels = np.empty((raster.height, raster.width), band.dtype)
+        labels[top : top + len(band)] = band
+    assert labels is not None
+    names, palette = classes(model.config)
+    return Prediction(labels, raster, names, palette)
+
+
+@torch.inference_mode()
+def label_bands(
+    model: Segmenter, raster: Raster, settings: Settings, start: int = 0, progress: Progress | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(top, labels ``(h, W)``) of the rows of an image from ``start`` on, downwards; see ``predict``.
+
+    The model is in evaluation mode from the first band to the last.
+    """
+    config, size = model.config, (raster.height, raster.width)
+    window, stride = settings.windows(config)
+    check_scales(settings.scales, size)
+    device = next(model.parameters()).device
+    rows = NormalisedRows(raster, config.mean, config.std, device)
+    plain = settings.scales == (1.0,) and not settings.flip
     with _evaluating(model):
-        plain = tuple(scales) == (1.0,) and not flip
         if plain and fits_one_window(model, size, window):
-            labels = model.segment(whole)[0]
-        else:
-            images, flips = scaled_and_flipped(whole, scales, flip)
-            labels = slide(model, images, flips, size, window, stride, batch_size)
-    return Prediction(
-        labels=_to_array(labels, config.num_classes),
-        image=pixels,
-        class_names=config.class_names or tuple(f"class {index}" for index in range(config.num_classes)),
-        palette=config.palette or visualize.default_palette(config.num_classes),
-    )
+            yield start, _to_array(model.segment(rows.read(0, size[0]))[0, start:], config.num_classes)
+            return
+        enlarge_to = window if enlarges_small_images(model) else None
+        images, flips = scaled_rows(rows, settings.scales, settings.flip, enlarge_to, device)
+        options = window, stride, settings.batch_size
+        for top, labels in slide_rows(model, images, flips, size, *options, start=start, progress=progress):
+            yield top, _to_array(labels, config.num_classes)
+
+
+def classes(config: SegmenterConfig) -> tuple[tuple[str, ...], tuple[Color, ...]]:
+    """A name and a colour for each class: the model's own, or made ones."""
+    names = config.class_names or tuple(f"class {index}" for index in range(config.num_classes))
+    return names, config.palette or visualize.default_palette(config.num_classes)
 
 
 def _to_array(labels: Tensor, num_classes: int) -> np.ndarray:

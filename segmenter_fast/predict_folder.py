@@ -7,14 +7,19 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from PIL import Image
-
-from .predict import predict
+from . import rasters
+from .predict import Settings, predict_raster
+from .predict_rows import run_by_rows
+from .rasters.label_tiff import check_label_tiff
+from .saving import write_png
 from .segmenter import Segmenter
+from .sliding import Progress
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jp2", ".avif")
 LABELS, OVERLAYS = "labels", "overlays"
+LabelFormat = Literal["auto", "png", "tiff"]
 
 
 @dataclass(frozen=True)
@@ -23,16 +28,24 @@ class Job:
 
     source: Path
     labels: Path
+    """PNG, or TIFF where that is the format; with "auto" a large image has ``tiled`` instead."""
     overlay: Path | None
+    format: LabelFormat = "auto"
+
+    @property
+    def tiled(self) -> Path:
+        """The labels as TIFF."""
+        return self.labels.with_suffix(".tif")
 
     @property
     def finished(self) -> bool:
         """Whether every output is there; outputs appear under their names only when complete."""
-        return self.labels.exists() and (self.overlay is None or self.overlay.exists())
+        labels = self.labels.exists() or (self.format == "auto" and self.tiled.exists())
+        return labels and (self.overlay is None or self.overlay.exists())
 
 
-def plan(inputs: Sequence[Path], out: Path, overlay: bool = True) -> list[Job]:
-    """The images of files and folders, and their outputs ``out/labels/*.png`` and ``out/overlays/*.png``.
+def plan(inputs: Sequence[Path], out: Path, overlay: bool = True, format: LabelFormat = "auto") -> list[Job]:
+    """The images of files and folders, and their outputs ``out/labels/*.png`` (or ``.tif``) and ``out/overlays/*.png``.
 
     Folders are walked; files in them count by ``IMAGE_SUFFIXES``, hidden ones and what is in the two output folders
     do not. Outputs keep the tree below the deepest folder that all inputs share, so that inputs of one name from
@@ -41,8 +54,11 @@ def plan(inputs: Sequence[Path], out: Path, overlay: bool = True) -> list[Job]:
 
     Raises:
         FileNotFoundError: an input that does not exist.
-        ValueError: no image in the inputs, inputs without a common folder, or an output that is itself an input.
+        ValueError: no image in the inputs, inputs without a common folder, an output that is itself an input, or TIFF
+            without tifffile.
     """
+    if format == "tiff":
+        check_label_tiff()
     absolute = [Path(os.path.abspath(path)) for path in inputs]
     out = Path(os.path.abspath(out))
     sources = list(dict.fromkeys(source for path in absolute for source in _images(path, out)))
@@ -60,8 +76,9 @@ def plan(inputs: Sequence[Path], out: Path, overlay: bool = True) -> list[Job]:
     for source in sources:
         name = (source.name if source.parent in ambiguous else source.stem) + ".png"
         place = source.parent.relative_to(root) / name
-        jobs.append(Job(source, out / LABELS / place, out / OVERLAYS / place if overlay else None))
-    if overwritten := {path for job in jobs for path in (job.labels, job.overlay)} & set(sources):
+        labels = place.with_suffix(".tif") if format == "tiff" else place
+        jobs.append(Job(source, out / LABELS / labels, out / OVERLAYS / place if overlay else None, format))
+    if overwritten := {path for job in jobs for path in (job.labels, job.tiled, job.overlay)} & set(sources):
         raise ValueError(f"the output {min(map(str, overwritten))} is itself an input; choose another output folder")
     return jobs
 
@@ -83,27 +100,41 @@ def make_writable(out: Path, overlay: bool = True) -> None:
             raise OSError(f"output folder {out} cannot be written: {error.strerror or error}") from error
 
 
-def run(model: Segmenter, job: Job, scales: Sequence[float] = (1.0,), flip: bool = False) -> None:
+def run(
+    model: Segmenter,
+    job: Job,
+    settings: Settings = Settings(),  # noqa: B008, frozen
+    *,
+    name: str = "",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> str | None:
     """Segments one image and writes its outputs, the labels last.
 
+    Images above ``rasters.LARGE_PIXELS``, and all where the format is "tiff", go through ``run_by_rows``: finished rows
+    are kept on disk, and with ``resume`` a run that was interrupted goes on below them.
+
+    Args:
+        name: of the model, for the note on an interrupted run.
+        progress: called with the windows done and the windows of the image; not where a single window is all.
+
+    Returns:
+        Why an interrupted run could not go on, or None.
+
     Raises:
-        OSError, ValueError: the image cannot be used or an output cannot be written; nothing half-written stays.
+        OSError, ValueError: the image cannot be used or an output cannot be written; nothing half-written stays but
+            the rows of an interrupted run.
     """
-    prediction = predict(model, job.source, scales=scales, flip=flip)
+    raster = rasters.open_raster(job.source)
+    large = raster.height * raster.width > rasters.LARGE_PIXELS
+    if large or job.format == "tiff":
+        labels = job.tiled if job.format == "auto" else job.labels
+        return run_by_rows(model, raster, job.source, labels, job.overlay, settings, name, resume, progress)
+    prediction = predict_raster(model, raster, settings, progress)
     if job.overlay is not None:
         write_png(prediction.overlay(), job.overlay)
     write_png(prediction.label_image(), job.labels)
-
-
-def write_png(image: Image.Image, path: Path) -> None:
-    """Writes beside ``path`` and renames, so that ``path`` is never half a file; makes the folders above."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        image.save(part, format="PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    return None
 
 
 def _images(path: Path, out: Path) -> Iterator[Path]:

@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import segmenter_fast as sf
-from segmenter_fast import predict_folder
+from segmenter_fast import rasters
 from segmenter_fast.cli import app
 from segmenter_fast.config import PUBLISHED_MIOU
 
@@ -147,14 +147,14 @@ def test_random_weights_are_called_random() -> None:
 def test_an_interrupt_between_files_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.png", "b.png", "c.png"):
         photo(tmp_path / "in" / name)
-    real = predict_folder.predict
+    real = rasters.open_raster
 
-    def interrupted(model: sf.Segmenter, image: Path, **options: object) -> sf.Prediction:
+    def interrupted(image: Path) -> rasters.Raster:
         if image.name == "b.png":
             raise KeyboardInterrupt
-        return real(model, image, **options)
+        return real(image)
 
-    monkeypatch.setattr(predict_folder, "predict", interrupted)
+    monkeypatch.setattr(rasters, "open_raster", interrupted)
     result = predict(tmp_path / "in", "--out", tmp_path / "out")
     assert result.exit_code == 130
     assert "interrupted: 1 of 3 images done; --resume goes on from here" in result.stderr

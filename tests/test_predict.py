@@ -13,6 +13,7 @@ import segmenter_fast as sf
 from segmenter_fast.images import normalise
 from segmenter_fast.inference import scaled_and_flipped, slide
 from segmenter_fast.predict import Prediction
+from segmenter_fast.rasters import Pixels
 from segmenter_fast.reference import ReferenceSegmenter
 from segmenter_fast.visualize import default_palette
 
@@ -155,7 +156,7 @@ def test_names_and_palette_come_from_the_model_or_are_made() -> None:
 def test_a_prediction_shows_itself() -> None:
     labels = np.array([[2, 2, 0, 2]], np.uint8)
     image = np.zeros((1, 4, 3), np.uint8)
-    result = Prediction(labels, image, ("sky", "tree", "road"), ((10, 0, 0), (0, 10, 0), (0, 0, 10)))
+    result = Prediction(labels, Pixels(image), ("sky", "tree", "road"), ((10, 0, 0), (0, 10, 0), (0, 0, 10)))
     assert result.share_by_class() == {"road": 0.75, "sky": 0.25}
     assert np.array_equal(np.asarray(result.label_image()), labels)
     assert np.array_equal(np.asarray(result.overlay(1.0))[0], [[0, 0, 10], [0, 0, 10], [10, 0, 0], [0, 0, 10]])

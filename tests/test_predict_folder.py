@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segmenter_fast.predict_folder import Job, make_writable, plan, write_png
+from segmenter_fast.predict_folder import Job, make_writable, plan
+from segmenter_fast.saving import write_png
 
 
 def touch(*paths: Path) -> None:

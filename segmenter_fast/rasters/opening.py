@@ -11,7 +11,7 @@ from PIL import Image
 
 from ..images import ImageSource, read_image
 from .pixels import Pixels
-from .tiff import NotByRows, TiffRaster, is_tiff
+from .tiff import NotByRowsError, TiffRaster, is_tiff
 from .vips import VipsRaster
 
 LARGE_PIXELS = 1 << 26
@@ -57,12 +57,12 @@ def open_raster(image: ImageSource) -> Raster:
             raster = TiffRaster(path)
             if raster.height * raster.width > LARGE_PIXELS:
                 return raster
-        except NotByRows as reason:
+        except NotByRowsError as reason:
             reasons.append(str(reason))
     if _is_large(path):
         try:
             return VipsRaster(path)
-        except NotByRows as reason:
+        except NotByRowsError as reason:
             reasons.append(str(reason))
         try:
             return Pixels(_whole(path))

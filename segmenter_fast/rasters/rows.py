@@ -6,7 +6,6 @@ Scales are those of ``F.interpolate(scale_factor=..., mode="bilinear", align_cor
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from ..config import Pair
 from ..images import normalise
-from ..inference import enlarged_size
+from ..inference import check_scales, enlarged_size
 from ..sliding import Rows
 from .opening import Raster
 
@@ -109,13 +108,9 @@ def scaled_rows(
     Raises:
         ValueError: no scale, or one that is not positive or leaves nothing of the image.
     """
-    if not scales:
-        raise ValueError("scales must name at least one scale, got none")
+    check_scales(scales, (rows.height, rows.width))
     images: list[Rows] = []
     for scale in scales:
-        if not 0 < scale < math.inf or min(rows.height, rows.width) * scale < 1:
-            given = f"{scale} for an image of {rows.height} x {rows.width} pixels"
-            raise ValueError(f"scales must be positive, finite and leave at least one pixel, got {given}")
         scaled = rows if scale == 1 else ResizedRows(rows, float(scale), device)
         size = scaled.height, scaled.width
         larger = size if enlarge_to is None else enlarged_size(size, enlarge_to)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import lzma
 import struct
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +19,20 @@ _MINISWHITE, _MINISBLACK, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _SAMPLES = {_MINISWHITE: 1, _MINISBLACK: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}
 _JPEG = (6, 7, 33007, 34892)
 _ORIENTATION, _ASSOCIATED_ALPHA = 274, 1
+# What codecs and tifffile raise for broken data, beside an error of tifffile's own.
+_BROKEN = (
+    ValueError,
+    RuntimeError,
+    IndexError,
+    EOFError,
+    NotImplementedError,
+    struct.error,
+    zlib.error,
+    lzma.LZMAError,
+)
 
 
-class NotByRows(Exception):
+class NotByRowsError(Exception):
     """Why a file cannot be read by rows; another reader may hold it as a whole."""
 
 
@@ -40,20 +53,12 @@ class TiffRaster:
         """Opens ``path``.
 
         Raises:
-            NotByRows: tifffile is not installed or lacks the codec, a strip or tile is too large, or pixels are of a
-                kind that has no rule.
+            NotByRowsError: tifffile is not installed or lacks the codec, a strip or tile is too large, or pixels are
+                of a kind that has no rule.
         """
-        try:
-            import tifffile
-        except ImportError as error:
-            raise NotByRows("tifffile is not installed") from error
         self.path = path
-        try:
-            self._file = tifffile.TiffFile(path)
-            self._page: Any = self._file.pages[0]
-        except (tifffile.TiffFileError, ValueError, IndexError, struct.error) as error:
-            raise NotByRows(f"tifffile cannot open it: {error}") from error
-        page = self._page
+        self._file, page = self._opened()
+        self._page = page
         self._rows, self._columns = int(page.imagelength), int(page.imagewidth)
         self._chunk = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
         self._planes = page.samplesperpixel if page.planarconfig == 2 else 1
@@ -61,7 +66,6 @@ class TiffRaster:
         self._orientation = int(tag.value) if tag is not None and 1 <= tag.value <= 8 else 1
         upright = (self._rows, self._columns) if self._orientation < 5 else (self._columns, self._rows)
         self.height, self.width = upright
-        self._errors = (tifffile.TiffFileError, ValueError, struct.error, RuntimeError, *_codec_errors())
         self._check()
 
     def read(self, top: int, bottom: int) -> np.ndarray:
@@ -80,31 +84,44 @@ class TiffRaster:
         # rows were counted from the far end for these, and columns are for those
         return np.ascontiguousarray(pixels[:: -1 if o in (3, 4, 7, 8) else 1, :: -1 if o in (2, 3, 6, 7) else 1])
 
+    def _opened(self) -> tuple[Any, Any]:
+        """The file and its first page."""
+        try:
+            import tifffile
+        except ImportError as error:
+            raise NotByRowsError("tifffile is not installed") from error
+        self._errors: tuple[type[Exception], ...] = (tifffile.TiffFileError, *_BROKEN)
+        try:
+            file = tifffile.TiffFile(self.path)
+            return file, file.pages[0]
+        except self._errors as error:
+            raise NotByRowsError(f"tifffile cannot open it: {error}") from error
+
     def _check(self) -> None:
         page = self._page
         bits, kind = page.bitspersample, page.photometric
         wanted = _SAMPLES.get(kind)
         if wanted is None or page.samplesperpixel < wanted:
-            raise NotByRows(f"no rule for {page.samplesperpixel} samples of photometric {kind}")
+            raise NotByRowsError(f"no rule for {page.samplesperpixel} samples of photometric {kind}")
         deep = bits == 16 and page.dtype is not None and page.dtype.kind == "u" and kind in (_MINISBLACK, _RGB)
         if not (bits == 8 and page.dtype is not None and page.dtype.kind == "u") and not deep and page.dtype != bool:
-            raise NotByRows(f"no rule for samples of {bits} bits, {page.dtype}, photometric {kind}")
+            raise NotByRowsError(f"no rule for samples of {bits} bits, {page.dtype}, photometric {kind}")
         if page.dtype == bool and (kind not in (_MINISWHITE, _MINISBLACK) or page.samplesperpixel != 1):
-            raise NotByRows(f"no rule for samples of 1 bit, photometric {kind}")
+            raise NotByRowsError(f"no rule for samples of 1 bit, photometric {kind}")
         if kind == _YCBCR and page.compression not in _JPEG:
-            raise NotByRows("no rule for YCbCr that is not compressed as JPEG")
+            raise NotByRowsError("no rule for YCbCr that is not compressed as JPEG")
         if page.tiledepth > 1 or page.imagedepth > 1:
-            raise NotByRows("the page is a volume")
+            raise NotByRowsError("the page is a volume")
         if self._by_offset():
             return
         size = self._chunk[0] * self._chunk[1] * page.samplesperpixel // self._planes * page.dtype.itemsize
         if size > _MOST_BYTES_AT_ONCE:
-            raise NotByRows(f"a strip or tile is {size / 1e6:,.0f} MB, more than {_MOST_BYTES_AT_ONCE / 1e6:,.0f}")
+            raise NotByRowsError(f"a strip or tile is {size / 1e6:,.0f} MB, more than {_MOST_BYTES_AT_ONCE / 1e6:,.0f}")
         try:
             page.decode(None, 0)
             next(self._chunks(0, 1, 0, 1))
         except self._errors as error:
-            raise NotByRows(f"tifffile cannot decode it: {error}") from error
+            raise NotByRowsError(f"tifffile cannot decode it: {error}") from error
 
     def _by_offset(self) -> bool:
         """Whether rows lie in the file as they are."""
@@ -181,11 +198,3 @@ class TiffRaster:
         if stored.shape[2] == 4 and _ASSOCIATED_ALPHA in self._page.extrasamples:
             return np.asarray(Image.frombytes("RGBA", size, stored.tobytes(), "raw", "RGBa").convert("RGB"))
         return stored[..., :3]
-
-
-def _codec_errors() -> tuple[type[Exception], ...]:
-    """What decoders raise for broken data, apart from ValueError and RuntimeError."""
-    import lzma
-    import zlib
-
-    return zlib.error, lzma.LZMAError, EOFError, IndexError, NotImplementedError

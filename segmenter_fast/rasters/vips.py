@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from ..images import to_eight_bits
-from .tiff import NotByRows
+from .tiff import NotByRowsError
 
 
 class VipsRaster:
@@ -16,21 +16,21 @@ class VipsRaster:
         """Opens ``path``.
 
         Raises:
-            NotByRows: pyvips is not installed, or libvips knows no such pixels or format.
+            NotByRowsError: pyvips is not installed, or libvips knows no such pixels or format.
         """
         try:
             import pyvips
         except (ImportError, OSError) as error:  # OSError: the package without its library
-            raise NotByRows("pyvips is not installed") from error
+            raise NotByRowsError("pyvips is not installed") from error
         self.path, self._error = path, pyvips.Error
         try:
             self._image = pyvips.Image.new_from_file(path, access="random", fail_on="error").autorot()
         except pyvips.Error as error:
-            raise NotByRows(f"libvips cannot open it: {_first_line(error)}") from error
+            raise NotByRowsError(f"libvips cannot open it: {_first_line(error)}") from error
         self.height, self.width = int(self._image.height), int(self._image.width)
         kind = self._image.format, self._image.interpretation
         if self._image.format not in ("uchar", "ushort") or kind[1] in ("lab", "labs", "labq", "xyz", "multiband"):
-            raise NotByRows(f"libvips gives pixels of {kind[0]} {kind[1]}, which have no defined RGB of 8 bits")
+            raise NotByRowsError(f"libvips gives pixels of {kind[0]} {kind[1]}, which have no defined RGB of 8 bits")
 
     def read(self, top: int, bottom: int) -> np.ndarray:
         try:

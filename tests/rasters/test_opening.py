@@ -14,7 +14,7 @@ from PIL import Image
 
 from segmenter_fast.images import read_image
 from segmenter_fast.rasters import Pixels, open_raster, opening
-from segmenter_fast.rasters.tiff import NotByRows, TiffRaster
+from segmenter_fast.rasters.tiff import NotByRowsError, TiffRaster
 from segmenter_fast.rasters.vips import VipsRaster
 
 RGB = np.random.default_rng(0).integers(0, 256, (70, 53, 3), dtype=np.uint8)
@@ -198,7 +198,7 @@ def test_what_has_no_rule_is_not_read_by_rows(tmp_path: Path) -> None:
         "signed": (RGB[..., 0].astype(np.int16), "no rule for samples of 16 bits"),
     }.values():
         tifffile.imwrite(path, values, photometric="minisblack", **TILED)
-        with pytest.raises(NotByRows, match=message):
+        with pytest.raises(NotByRowsError, match=message):
             TiffRaster(str(path))
     tifffile.imwrite(path, np.zeros((9, 9, 2), np.uint8), photometric="minisblack", planarconfig="contig")
     assert TiffRaster(str(path)).read(0, 9).shape == (9, 9, 3)
