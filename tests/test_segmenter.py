@@ -229,3 +229,16 @@ def test_every_variant_builds_with_the_official_keys(name: str) -> None:
         k: v.shape for k, v in reference.state_dict().items()
     }
     assert model.masks(torch.empty(1, 3, 64, 64, device="meta")).shape[1] == 19
+
+
+def test_a_summed_loss_is_the_mean_times_the_labelled_pixels() -> None:
+    model, reference = pair("mask_16")
+    images, target = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.randint(0, 5, (2, 32, 32))
+    target[:, :7] = 255
+    for each in (model, reference):
+        summed = each.loss(images, target, reduction="sum")
+        torch.testing.assert_close(summed, each.loss(images, target) * (target != 255).sum())
+    ignored = model.loss(images, torch.full_like(target, 255), reduction="sum")
+    ignored.backward()
+    assert ignored == 0
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())

@@ -84,6 +84,8 @@ def gathered(training: Training) -> dict[str, Any]:
 def restore(training: Training, content: dict[str, Any] | None, world: World) -> None:
     """Puts the content of a checkpoint, which only the first process needs to have, into every process's training.
 
+    The content is used up.
+
     Raises:
         CheckpointError: it holds another model, or an average where the recipe wants none, or the other way round.
     """

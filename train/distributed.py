@@ -119,7 +119,7 @@ def _lost(error: RuntimeError) -> bool:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
 def same_weights(model: nn.Module, world: World) -> None:

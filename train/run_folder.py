@@ -46,7 +46,7 @@ class Standing:
 
 
 def open_run(run: Path, recipe: Recipe, config: SegmenterConfig, samples: int, resume: bool) -> bool:
-    """Makes the folder of a new run, or finds that of one to go on with.
+    """Makes the folder of a new run, or finds that of one to go on with: one that holds a checkpoint.
 
     Returns:
         Whether there is a run to go on with.
@@ -56,12 +56,13 @@ def open_run(run: Path, recipe: Recipe, config: SegmenterConfig, samples: int, r
         ValueError: the run there has another recipe, model or data, saying what differs.
         OSError: the folder cannot be written, or has no room for the checkpoints.
     """
-    known = (run / RUN).exists()
-    if known and not resume:
-        steps = checkpoints.steps_kept(run)
-        state = f"its last checkpoint is of step {steps[-1]}" if steps else "without a checkpoint"
-        raise FileExistsError(f"{run} holds a run, {state}; go on with it by --resume auto, or choose another --out")
-    if known:
+    steps = checkpoints.steps_kept(run)
+    if steps and not resume:
+        raise FileExistsError(
+            f"{run} holds a run, its last checkpoint is of step {steps[-1]}; go on with it by --resume auto, or choose "
+            "another --out"
+        )
+    if steps and (run / RUN).exists():
         _require_same(run, recipe, config, samples)
     try:
         (run / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,7 @@ def open_run(run: Path, recipe: Recipe, config: SegmenterConfig, samples: int, r
         _write_json(run, RUN, description)
     except OSError as error:
         raise OSError(f"the run's folder {run} cannot be written: {error.strerror or error}") from error
-    return known
+    return bool(steps)
 
 
 def _require_same(run: Path, recipe: Recipe, config: SegmenterConfig, samples: int) -> None:

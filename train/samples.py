@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .datasets.base import SampleError, SegmentationDataset
+from .signals import deaf
 
 Transform = Callable[[np.ndarray, np.ndarray, torch.Generator], tuple[Tensor, Tensor]]
 ATTEMPTS = 10
@@ -156,6 +157,7 @@ def batches(samples: Samples, sampler: EpochSampler, workers: int = 0, pin_memor
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
+        worker_init_fn=deaf,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     for batch in loader:

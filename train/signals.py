@@ -1,15 +1,20 @@
-"""SIGTERM and SIGINT ask a run to stop after its step; a second one stops it at once."""
+"""SIGTERM and SIGINT ask a run to stop after its step; another one, a second later or more, stops it at once.
+
+Launchers and terminals may deliver one request twice, hence the second.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_ECHO = 1.0  # seconds
 
 
 class StopRequest:
@@ -17,6 +22,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
+        self._since = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -33,13 +39,17 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.signal is None:
-            self.signal = signal.Signals(number)
+            self.signal, self._since = signal.Signals(number), time.monotonic()
+        if time.monotonic() - self._since < _ECHO:
             return
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
 
-def deaf() -> None:
-    """Lets a helper process leave both signals to the process that started it and will end it."""
+def deaf(worker: int = 0) -> None:
+    """Lets a process that reads data leave both signals to the process that started it and will end it.
+
+    A signal to the whole group, as a terminal or a batch system sends it, would end it before the step is done.
+    """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,163 @@
+"""A small data set, model and recipe for tests of training; run as a program, the processes of a distributed test.
+
+``torchrun ... training.py gradients OUT`` saves the gradients of one step, by DDP and FSDP2, with and without parts.
+``torchrun ... training.py train OUT FIELDS`` trains with the recipe's fields replaced, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import segmenter_fast as sf
+from segmenter_fast.train import checkpoints
+from segmenter_fast.train.distributed import World, joined
+from segmenter_fast.train.engine import train
+from segmenter_fast.train.preparing import prepare
+from segmenter_fast.train.presets import Recipe
+from segmenter_fast.train.stepping import Stepper
+
+RECIPE = Recipe(
+    steps=6,
+    batch_size=4,
+    lr=0.05,
+    resize=32,
+    crop=32,
+    window=32,
+    stride=32,
+    min_ratio=1.0,
+    max_ratio=1.0,
+    workers=0,
+    precision="float32",
+    evaluate_every=4,
+    save_every=2,
+    log_every=1,
+    pictures=0,
+)
+
+
+@dataclass(frozen=True)
+class Squares:
+    """Noise with a bright square, labels 0 and 1, ragged shares of ignored pixels; exact by (seed, index)."""
+
+    length: int = 10
+    seed: int = 0
+    class_names: tuple[str, ...] = ("ground", "square")
+    palette: tuple[tuple[int, int, int], ...] = ((0, 0, 0), (255, 255, 255))
+    ignore_index: int = 255
+
+    def __len__(self) -> int:
+        return self.length
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        draw = np.random.default_rng([self.seed, index])
+        image = draw.integers(0, 160, (32, 32, 3), dtype=np.uint8)
+        labels = np.zeros((32, 32), np.uint8)
+        top, left, side = draw.integers(2, 16, 3)
+        image[top : top + side, left : left + side] += 90
+        labels[top : top + side, left : left + side] = 1
+        labels[: 1 + 3 * index % 29] = self.ignore_index
+        return image, labels
+
+    def name(self, index: int) -> str:
+        return f"square-{index}"
+
+
+class Signalled(Squares):
+    """Squares that send this process a signal when so many have been read."""
+
+    def __init__(self, reads: int, number: signal.Signals) -> None:
+        super().__init__()
+        self.__dict__.update(left=reads, number=number)
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        self.__dict__["left"] -= 1
+        if self.__dict__["left"] == 0:
+            os.kill(os.getpid(), self.__dict__["number"])
+        return super().read(index)
+
+
+def small_model(recipe: Recipe = RECIPE, **fields: Any) -> sf.Segmenter:
+    """The same random weights every time."""
+    torch.manual_seed(0)
+    small = {"depth": 2, "embed_dim": 32, "num_heads": 2, "decoder_depth": 1, "decoder_num_heads": 2, "num_classes": 2}
+    return sf.create_model("seg_t_mask_16", **{**small, "patch_size": 8, **recipe.model_fields(), **fields})
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """The model in a checkpoint, or in a run's last one."""
+    return checkpoints.read(path if path.is_file() else checkpoints.path_of(path, checkpoints.steps_kept(path)[-1]))[
+        "model"
+    ]
+
+
+def step_gradients(world: World, recipe: Recipe) -> dict[str, torch.Tensor]:
+    """Gradients of one step on the first batch, whole, by name."""
+    model, data = small_model(recipe), Squares()
+    module, training = prepare(model, 255, recipe, 10, torch.float32, world)
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                grad = parameter.grad
+                found[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
+
+    training.optimizer.register_step_pre_hook(keep)
+    images, labels = zip(*(data.read(index) for index in range(recipe.batch_size)), strict=True)
+    pixels = torch.tensor(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    target = torch.tensor(np.stack(labels)).long()
+    mine = slice(world.rank * recipe.batch_size // world.size, (world.rank + 1) * recipe.batch_size // world.size)
+    parts = zip(pixels[mine].chunk(recipe.accumulate), target[mine].chunk(recipe.accumulate), strict=True)
+    Stepper(module, training, recipe, world, torch.float32).step(list(parts), 255, lambda: False)
+    return found
+
+
+def _save_slowly() -> None:
+    """From the second checkpoint on, half a file is written, its path is printed, and nothing more happens."""
+    whole = torch.save
+
+    def half(content: dict[str, Any], path: Path) -> None:
+        whole(content, path)
+        if content["step"] > RECIPE.save_every:
+            with path.open("r+b") as file:
+                file.truncate(path.stat().st_size // 2)
+            print(path, flush=True)
+            time.sleep(600)
+
+    torch.save = half
+
+
+def _main() -> None:
+    task, out = sys.argv[1], Path(sys.argv[2])
+    torch.set_num_threads(1)
+    if task == "gradients":
+        with joined("cpu", 60) as world:
+            for kind in ("ddp", "fsdp"):
+                for accumulate in (1, 2):
+                    recipe = RECIPE.replace(parallel=kind, accumulate=accumulate, drop_path=0.0)
+                    found = step_gradients(world, recipe)
+                    if world.first:
+                        torch.save(found, out / f"{kind}-{accumulate}.pt")
+        return
+    recipe = RECIPE.replace(**json.loads(sys.argv[3]))
+    data = Squares()
+    for variable, number in (("KILL_RANK", signal.SIGKILL), ("STOP_RANK", signal.SIGTERM)):
+        if os.environ.get(variable) == os.environ.get("RANK", "0"):
+            data = Signalled(reads=6, number=number)
+    if "SLOW_SAVE" in os.environ:
+        _save_slowly()
+    train(small_model(recipe), data, Squares(4, 1), recipe, out, resume="auto", device="cpu", timeout=60)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,113 @@
+"""Many processes compute what one computes, and a lost one ends the run without losing it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from segmenter_fast.train import checkpoints
+from segmenter_fast.train.batches import Batches
+from segmenter_fast.train.distributed import World, joined
+from segmenter_fast.train.engine import train
+from support import training as support
+from support.training import RECIPE, Squares, small_model, step_gradients, weights
+
+HERE = World(torch.device("cpu"))
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs a PyTorch with torch.distributed")
+
+
+def torchrun(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Two processes of the support program."""
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    path = str(Path(support.__file__).parents[1])
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
+    return subprocess.run(
+        [*program, support.__file__, *arguments], env=variables, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_gradients_of_two_processes_are_those_of_one_with_the_double_batch(tmp_path: Path) -> None:
+    done = torchrun("gradients", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    wanted = step_gradients(HERE, RECIPE.replace(drop_path=0.0))
+    # As many ignored pixels in one half of the batch as in the other would hide a mean of means.
+    shares = [sum(int((Squares().read(index)[1] != 255).sum()) for index in half) for half in ((0, 1), (2, 3))]
+    assert shares[0] > 1.2 * shares[1]
+    for name in ("ddp-1", "ddp-2", "fsdp-1", "fsdp-2"):
+        found = torch.load(tmp_path / f"{name}.pt")
+        assert found.keys() == wanted.keys()
+        assert max((found[key] - wanted[key]).abs().max() for key in wanted) < 1e-6, name
+
+
+FIELDS = {"drop_path": 0.0, "ema": 0.9, "optimizer": "adamw", "lr": 1e-3, "clip": 0.5}
+
+
+def test_a_killed_process_ends_the_run_and_another_number_of_processes_goes_on(tmp_path: Path) -> None:
+    recipe = RECIPE.replace(**FIELDS)
+    train(small_model(recipe), Squares(), Squares(4, 1), recipe, tmp_path / "whole", device="cpu")
+    fields = json.dumps({**FIELDS, "parallel": "fsdp"})
+    killed = torchrun("train", str(tmp_path / "parts"), fields, KILL_RANK="1")
+    assert killed.returncode != 0
+    assert "SIGKILL" in killed.stderr  # torchrun's report of the rank
+    assert checkpoints.steps_kept(tmp_path / "parts") == [2]
+    stopped = torchrun("train", str(tmp_path / "parts"), fields, STOP_RANK="1")
+    assert stopped.returncode == 0, stopped.stderr
+    assert checkpoints.steps_kept(tmp_path / "parts")[-1] == 5
+    result = train(
+        small_model(recipe), Squares(), Squares(4, 1), recipe, tmp_path / "parts", device="cpu", resume="auto"
+    )
+    assert result.finished
+    found, wanted = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert all(torch.allclose(found[key], wanted[key], atol=2e-5) for key in wanted)
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def join(**environment: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, str(value))
+        with joined("cpu", timeout=2):
+            pass
+
+
+def test_a_rendezvous_that_nobody_answers_is_told_in_time() -> None:
+    start = time.perf_counter()
+    with pytest.raises(ConnectionError, match=r"rank 1 of 2 cannot meet the others at 127.0.0.1:\d+ within 2 s"):
+        join(RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=unused_port())
+    assert time.perf_counter() - start < 30
+
+
+def test_an_environment_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ValueError, match="the environment's WORLD_SIZE must be a whole number, got 'two'"):
+        join(RANK=0, WORLD_SIZE="two")
+    with pytest.raises(ValueError, match=r"RANK must be in \[0, WORLD_SIZE=2\), got 2"):
+        join(RANK=2, WORLD_SIZE=2)
+    with pytest.raises(ConnectionError, match=r"no MASTER_ADDR.*MASTER_ADDR expected"):
+        join(RANK=0, WORLD_SIZE=2)
+
+
+def test_a_batch_must_be_divisible() -> None:
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes, got 4"):
+        Batches(Squares(), RECIPE, small_model().config, World(torch.device("cpu"), 0, 3))
+
+
+def test_processes_share_a_batch_as_one_would_have_it() -> None:
+    config = small_model().config
+    [whole] = Batches(Squares(), RECIPE, config, HERE).between(3, 4)
+    shares = [next(Batches(Squares(), RECIPE, config, World(HERE.device, rank, 2)).between(3, 4)) for rank in (0, 1)]
+    assert torch.equal(torch.cat([share.parts[0][0] for share in shares]), whole.parts[0][0])
+    assert torch.equal(torch.cat([share.parts[0][1] for share in shares]), whole.parts[0][1])

@@ -1,0 +1,198 @@
+"""The loop: what it leaves in the run's folder, and that no interruption changes what comes out."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import segmenter_fast as sf
+from segmenter_fast.train import checkpoints
+from segmenter_fast.train.engine import DivergedError, train
+from segmenter_fast.train.logs import read_log
+from segmenter_fast.train.presets import Recipe
+from support.training import RECIPE, Signalled, Squares, small_model, weights
+
+VALIDATION = Squares(4, 1)
+
+
+def run(out: Path, recipe: Recipe = RECIPE, data: Any = None, **options: Any) -> Any:
+    return train(small_model(recipe), data or Squares(), VALIDATION, recipe, out, device="cpu", **options)
+
+
+def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
+def test_a_run_leaves_checkpoints_models_scores_and_a_log(tmp_path: Path) -> None:
+    result = run(tmp_path)
+    assert (result.steps, result.finished, result.skipped) == (6, True, 0)
+    assert checkpoints.steps_kept(tmp_path) == [4, 6]
+    assert same(sf.load(tmp_path / "last").state_dict(), weights(tmp_path))
+    assert sf.load(tmp_path / "best").config.num_classes == 2
+    assert json.loads((tmp_path / "scores.json").read_text())["last_step"] == 6
+    records = read_log(tmp_path)
+    assert [record["step"] for record in records if record["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+    assert [record["step"] for record in records if record["kind"] == "evaluation"] == [4, 6]
+    assert result.scores.miou == pytest.approx(records[-1]["miou"])
+
+
+def test_training_learns(tmp_path: Path) -> None:
+    recipe = RECIPE.replace(optimizer="adamw", lr=3e-3, steps=60, save_every=60, evaluate_every=60, drop_path=0.0)
+    run(tmp_path, recipe)
+    losses = [record["loss"] for record in read_log(tmp_path) if record["kind"] == "step"]
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"drop_path": 0.5, "ema": 0.9},
+        {"optimizer": "adamw", "lr": 1e-3, "warmup": 2, "weight_decay": 0.1, "clip": 0.5, "accumulate": 2},
+        {"workers": 2, "batch_size": 3},
+    ],
+    ids=lambda fields: ",".join(fields),
+)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, fields: dict[str, Any], number: signal.Signals) -> None:
+    recipe = RECIPE.replace(**fields)
+    run(tmp_path / "whole", recipe)
+    interrupted = Signalled(reads=recipe.batch_size * 2 + 1, number=number) if not recipe.workers else None
+    if interrupted is None:
+        short = recipe.replace(save_every=3)
+        first = _stopped_after_save(tmp_path / "parts", short, number)
+    else:
+        first = run(tmp_path / "parts", recipe, interrupted)
+        assert first.steps == 3  # the step in which the signal came is finished
+        assert checkpoints.steps_kept(tmp_path / "parts") == [2, 3]
+    assert not first.finished
+    second = run(tmp_path / "parts", recipe, resume="auto")
+    assert (second.steps, second.finished) == (6, True)
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    for name in ("last", "best"):
+        assert same(*(sf.load(tmp_path / part / name).state_dict() for part in ("parts", "whole")))
+    losses = [
+        [record["loss"] for record in read_log(tmp_path / part) if record["kind"] == "step"]
+        for part in ("parts", "whole")
+    ]
+    assert losses[0] == losses[1]
+
+
+def _stopped_after_save(out: Path, recipe: Recipe, number: signal.Signals) -> Any:
+    """Workers read ahead of the steps, so the signal comes with a save instead."""
+    write = checkpoints.save
+
+    def saved(folder: Path, content: dict[str, Any]) -> Path:
+        path = write(folder, content)
+        if content["step"] == 3:
+            signal.raise_signal(number)
+        return path
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "save", saved)
+        return run(out, recipe)
+
+
+def test_a_signal_during_evaluation_stops_there_and_the_evaluation_is_made_up_for(tmp_path: Path) -> None:
+    signalled = Signalled(reads=2, number=signal.SIGTERM)
+    first = train(small_model(), Squares(), signalled, RECIPE, tmp_path, device="cpu")
+    assert (first.steps, first.finished, first.scores) == (4, False, None)
+    assert not (tmp_path / "best").exists()
+    second = run(tmp_path, resume="auto")
+    assert (second.steps, second.finished) == (6, True)
+    assert [record["step"] for record in read_log(tmp_path) if record["kind"] == "evaluation"] == [4, 6]
+
+
+def test_float16_goes_on_with_its_scale(tmp_path: Path) -> None:
+    recipe = RECIPE.replace(precision="float16", drop_path=0.0)
+    run(tmp_path / "whole", recipe)
+    run(tmp_path / "parts", recipe, Signalled(reads=9, number=signal.SIGTERM))
+    run(tmp_path / "parts", recipe, resume="auto")
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    content = checkpoints.read(checkpoints.path_of(tmp_path / "parts", 6))
+    assert content["scaler"]["scale"] > 0
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _spoil(monkeypatch, steps={2})
+    result = run(tmp_path)
+    assert (result.steps, result.skipped) == (6, 1)
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
+    [told] = [record for record in read_log(tmp_path) if record["kind"] == "skipped"]
+    assert told["message"].startswith("step 3: loss nan")
+    assert told["message"].count("square-") == RECIPE.batch_size
+
+
+def test_a_loss_that_stays_not_finite_ends_the_run_and_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _spoil(monkeypatch, steps=set(range(3, 100)))
+    recipe = RECIPE.replace(steps=20, max_bad_steps=4)
+    with pytest.raises(DivergedError, match=r"4 steps in a row, up to step 7 .*square-\d"):
+        run(tmp_path, recipe)
+    assert all(torch.isfinite(value).all() for value in weights(tmp_path).values())
+
+
+def _spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Makes the loss of some steps NaN."""
+    loss, calls = sf.Segmenter.loss, iter(range(1000))
+
+    def spoilt(*arguments: Any, **options: Any) -> torch.Tensor:
+        value = loss(*arguments, **options)
+        return value * float("nan") if next(calls) in steps else value
+
+    monkeypatch.setattr(sf.Segmenter, "loss", spoilt)
+
+
+def test_activation_checkpointing_and_parts_change_nothing_but_rounding(tmp_path: Path) -> None:
+    plain = RECIPE.replace(drop_path=0.0)
+    run(tmp_path / "plain", plain)
+    wanted = weights(tmp_path / "plain")
+    for name, fields in {
+        "recomputed": {"activation_checkpointing": True},
+        "parts": {"accumulate": 4},
+        "channels_last": {"channels_last": True},
+    }.items():
+        run(tmp_path / name, plain.replace(**fields))
+        found = weights(tmp_path / name)
+        assert all(torch.allclose(found[key], wanted[key], atol=1e-5) for key in wanted), name
+
+
+def test_a_frozen_encoder_stays_as_it_is(tmp_path: Path) -> None:
+    before = small_model().state_dict()
+    run(tmp_path / "encoder", RECIPE.replace(freeze="encoder"))
+    run(tmp_path / "layers", RECIPE.replace(freeze_layers=1))
+    changed = {
+        name: {key for key, value in weights(tmp_path / name).items() if not torch.equal(value, before[key])}
+        for name in ("encoder", "layers")
+    }
+    assert all(key.startswith("decoder.") for key in changed["encoder"])
+    assert "encoder.blocks.1.attn.qkv.weight" in changed["layers"]
+    assert not any(key.startswith(("encoder.blocks.0.", "encoder.pos", "encoder.patch")) for key in changed["layers"])
+
+
+def test_another_run_in_the_folder_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    with pytest.raises(FileExistsError, match=r"last checkpoint is of step 6; go on with it by --resume auto"):
+        run(tmp_path)
+    with pytest.raises(ValueError, match=r"seed is 3, was 0; lr is 0\.5, was 0\.05\. Go on"):
+        run(tmp_path, RECIPE.replace(lr=0.5, seed=3, keep=5), resume="auto")
+    with pytest.raises(ValueError, match="the model's embed_dim is 64, was 32"):
+        train(small_model(embed_dim=64), Squares(), None, RECIPE, tmp_path, resume="auto", device="cpu")
+    with pytest.raises(ValueError, match="the data has 11 samples, had 10"):
+        run(tmp_path, data=Squares(11), resume="auto")
+
+
+def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="the model has 3 classes, the training data 2"):
+        train(small_model(num_classes=3), Squares(), None, RECIPE, tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="the validation data has no samples"):
+        train(small_model(), Squares(), Squares(0), RECIPE, tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="accumulate must be at most 4"):
+        run(tmp_path, RECIPE.replace(accumulate=5))
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,93 @@
+"""Schedule, groups of parameters, and what stays frozen."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from segmenter_fast.train.optimization import freeze, gradient_norm, make_optimizer, make_schedule, recomputed
+from segmenter_fast.train.presets import Recipe
+from support.training import RECIPE, small_model
+
+
+def rates(recipe: Recipe, steps: int) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], recipe.lr)
+    schedule = make_schedule(optimizer, recipe, steps)
+    found = []
+    for _ in range(steps + 1):
+        found.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_the_rate_falls_as_the_official_polynomial() -> None:
+    recipe = Recipe(lr=1e-3, min_lr=1e-5, power=0.9)
+    found = rates(recipe, 10)
+    assert found == pytest.approx([(1e-3 - 1e-5) * (1 - step / 10) ** 0.9 + 1e-5 for step in range(11)])
+    assert found[0] == 1e-3
+    assert found[-1] == pytest.approx(1e-5)
+
+
+def test_the_rate_rises_in_the_warm_up() -> None:
+    found, plain = rates(Recipe(warmup=4), 20), rates(Recipe(), 20)
+    assert found[:4] == pytest.approx([plain[step] * (step + 1) / 5 for step in range(4)])
+    assert found[4:] == pytest.approx(plain[4:])
+
+
+def test_weight_decay_spares_biases_norms_and_tokens() -> None:
+    model = small_model()
+    decayed, spared = make_optimizer(model, Recipe(optimizer="adamw", weight_decay=0.1)).param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    first, second = ({names[id(parameter)] for parameter in group["params"]} for group in (decayed, spared))
+    assert first | second == set(names.values())
+    assert {"encoder.patch_embed.proj.weight", "decoder.proj_patch", "encoder.blocks.0.mlp.fc1.weight"} <= first
+    assert {"encoder.cls_token", "encoder.pos_embed", "decoder.cls_emb", "decoder.mask_norm.weight"} <= second
+
+
+def test_the_optimizers_take_the_recipes_numbers() -> None:
+    model = small_model()
+    sgd = make_optimizer(model, Recipe(lr=0.2, momentum=0.7))
+    adamw = make_optimizer(model, Recipe(optimizer="adamw", lr=0.2, beta1=0.8, beta2=0.95))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert (sgd.defaults["lr"], sgd.defaults["momentum"]) == (0.2, 0.7)
+    assert adamw.defaults["betas"] == (0.8, 0.95)
+
+
+def test_frozen_layers_are_in_evaluation_mode_and_out_of_the_optimizer() -> None:
+    model = small_model()
+    freeze(model, RECIPE.replace(freeze_layers=1))
+    assert [block.training for block in model.encoder.blocks] == [False, True]
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert not any(name.startswith(("encoder.blocks.0.", "encoder.pos_embed", "encoder.cls")) for name in trained)
+    assert len([p for group in make_optimizer(model, RECIPE).param_groups for p in group["params"]]) == len(trained)
+
+
+def test_freezing_too_much_is_refused() -> None:
+    with pytest.raises(ValueError, match="freeze_layers must be at most 2, got 3"):
+        freeze(small_model(), RECIPE.replace(freeze_layers=3))
+    model = small_model().requires_grad_(False)
+    with pytest.raises(ValueError, match="there is nothing to train"):
+        make_optimizer(model, RECIPE)
+
+
+def test_layers_are_recomputed_inside_the_block_only() -> None:
+    model = small_model()
+    images, target = torch.randn(2, 3, 32, 32), torch.zeros(2, 32, 32, dtype=torch.long)
+    model.loss(images, target).backward()
+    wanted = gradient_norm(model)
+    model.zero_grad()
+    calls = []
+    model.encoder.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(1))
+    torch.manual_seed(0)
+    with recomputed(model, True):
+        model.eval()
+        model.loss(images, target).backward()
+    assert len(calls) == 2
+    model.eval().zero_grad()
+    model.loss(images, target).backward()
+    assert len(calls) == 3
+    assert wanted > 0
+    assert list(model.state_dict()) == list(small_model().state_dict())
