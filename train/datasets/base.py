@@ -19,10 +19,16 @@ class SampleError(OSError):
 class SegmentationDataset(Protocol):
     """Images with a class for every pixel."""
 
-    class_names: tuple[str, ...]
-    palette: tuple[Color, ...]
-    """RGB, 0 to 255, one for each class."""
-    ignore_index: int
+    @property
+    def class_names(self) -> tuple[str, ...]: ...
+
+    @property
+    def palette(self) -> tuple[Color, ...]:
+        """RGB, 0 to 255, one for each class."""
+        ...
+
+    @property
+    def ignore_index(self) -> int: ...
 
     def __len__(self) -> int: ...
 

@@ -1,0 +1,125 @@
+"""Images and label images in files, and how the values of the label images become classes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ...datasets import Color
+from ...images import read_image
+from .base import IGNORE, SampleError
+
+INVALID = -1
+"""In a table of values: neither a class nor ignored."""
+# Of one value for each pixel; Pillow reads 16-bit PNG files as I;16, older versions as I.
+_INDEX_MODES = ("L", "P", "1", "I", "I;16")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The files of one sample, and the name that stands for both."""
+
+    name: str
+    image: Path
+    labels: Path
+
+
+@dataclass(frozen=True, eq=False)
+class PairedFiles:
+    """A split of a data set in files; see ``SegmentationDataset``."""
+
+    class_names: tuple[str, ...]
+    palette: tuple[Color, ...]
+    pairs: tuple[Pair, ...]
+    strays: tuple[Path, ...]
+    """Label files that belong to no image."""
+    table: np.ndarray
+    """``(256,)`` int16: the class of each value of the label files, ``ignore_index`` or ``INVALID``."""
+    ignore_index: int = IGNORE
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def name(self, index: int) -> str:
+        """The image's path below the folder of images, without suffix."""
+        return self.pairs[index].name
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """``(H, W, 3)`` uint8 RGB, turned upright as EXIF says, and ``(H, W)`` uint8.
+
+        Raises:
+            SampleError: a file is missing or unreadable, or the sizes differ, naming the file.
+            ValueError: a value of the label file is neither a class nor ignored.
+        """
+        pair = self.pairs[index]
+        image, values = read_pixels(pair.image), read_values(pair.labels)
+        if message := differing_sizes(pair, image, values):
+            raise SampleError(message)
+        if invalid := self.invalid(self.counts(values)):
+            raise ValueError(f"labels {pair.labels} hold {invalid}; segmenter-fast dataset check finds all such files")
+        return image, self.table.astype(np.uint8)[values]
+
+    def counts(self, values: np.ndarray) -> np.ndarray:
+        """How many pixels have each value of a label file, ``(256,)`` or more."""
+        return np.bincount(values.reshape(-1), minlength=len(self.table))
+
+    def invalid(self, counts: np.ndarray) -> str:
+        """Which of the values that occur are no classes, in words; empty if there are none."""
+        known = np.flatnonzero(self.table != INVALID)
+        bad = np.setdiff1d(np.flatnonzero(counts), known)
+        if not len(bad):
+            return ""
+        some = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
+        ignored = ", ".join(map(str, np.flatnonzero(self.table == self.ignore_index)))
+        classes = np.flatnonzero((self.table != INVALID) & (self.table != self.ignore_index))
+        return f"{some}, but classes are {classes.min()} to {classes.max()}, and ignored is {ignored}"
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """As ``read_image``, with every failure a ``SampleError`` that names the file."""
+    try:
+        return read_image(path)
+    except FileNotFoundError:
+        raise SampleError(f"image {path} does not exist") from None
+    except ValueError as error:
+        raise SampleError(f"image {path}: {error}") from error
+    except OSError as error:
+        raise SampleError(str(error)) from error
+
+
+def read_values(path: Path) -> np.ndarray:
+    """``(H, W)`` uint8 or int32: the values of a label file as they stand there.
+
+    Raises:
+        SampleError: missing, unreadable, or an image of colours, naming the file.
+    """
+    try:
+        with Image.open(path) as opened:
+            if opened.mode not in _INDEX_MODES:
+                raise SampleError(
+                    f"labels {path} have mode {opened.mode}; one class index for each pixel is needed: "
+                    "a grey or palette PNG"
+                )
+            values = np.asarray(opened)
+    except FileNotFoundError:
+        raise SampleError(f"labels {path} do not exist") from None
+    except SampleError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise SampleError(f"labels {path} cannot be read: {error}") from error
+    if values.dtype in (np.uint8, np.bool_):
+        return values.astype(np.uint8)
+    if values.min() < 0 or values.max() > 65535:
+        raise SampleError(f"labels {path} hold values outside 0 to 65535, {values.min()} to {values.max()}")
+    return values.astype(np.int32)
+
+
+def differing_sizes(pair: Pair, image: np.ndarray, values: np.ndarray) -> str:
+    """What is wrong with the sizes, in words; empty if they agree."""
+    if image.shape[:2] == values.shape:
+        return ""
+    (height, width), (rows, columns) = image.shape[:2], values.shape
+    return f"image {pair.image} is {width} x {height} pixels, its labels {pair.labels} are {columns} x {rows}"
