@@ -28,8 +28,9 @@ lint: $(VENV)/.installed
 	ln -s $(CURDIR)/segmenter_fast/* $(CURDIR)/kernels $(CURDIR)/train $(CURDIR)/benchmarks build/types/segmenter_fast/
 	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p segmenter_fast
 
+# Whole models in less than ten minutes on two cores; `segmenter-fast bench --help` says what else there is to measure.
 bench: $(VENV)/.installed
-	$(PY) -m segmenter_fast.benchmarks.kernels upsample_argmax upsample_softmax upsample_cross_entropy attention mask_scores --quick
+	$(PY) -m segmenter_fast.cli bench --out build/bench
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info

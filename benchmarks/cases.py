@@ -70,7 +70,8 @@ class Case:
 
 @dataclass(frozen=True)
 class Row:
-    """One variant of a case. ``status`` is ok, absent, out of memory, failed or disagrees; figures only with ok.
+    """One variant of a case. ``status`` is ok, absent, out of memory, failed, disagrees, refused or not run; figures
+    only with ok. A whole model's ``error`` is that of its logits, ``labels`` the share that equals the reference's.
 
     ``error`` is the judge's. ``gb_s`` counts the least bytes, ``tflops`` the counted FLOPs; ``share`` is the fraction
     of the measured ceiling, of the matrix-product rate where FLOPs are counted and of the copy bandwidth elsewhere.
@@ -85,6 +86,7 @@ class Row:
     tflops: float | None = None
     share: float | None = None
     images_s: float | None = None
+    labels: float | None = None
 
 
 def run_case(case: Case, ceilings: Ceilings, seconds: float, min_samples: int = 5) -> list[Row]:
@@ -189,12 +191,12 @@ def relative_error(output: torch.Tensor, oracle: torch.Tensor) -> float:
     return difference.item()
 
 
-def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], device: torch.device, autotune: bool = True) -> Callable[..., Any]:
     """``function`` under torch.compile as the strong peer uses it.
 
-    On CUDA with max-autotune but without its own CUDA graphs, because ``timing`` captures every variant alike.
+    On CUDA with max-autotune, if wanted, but without its own CUDA graphs: ``timing`` captures every variant alike.
     """
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" else None
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" and autotune else None
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 

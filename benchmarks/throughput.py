@@ -1,118 +1,217 @@
-"""Whole models on the demo's photograph: reference, strong peer and ours, throughput against patch size.
+"""Whole models: images per second of the reference, strong peers and ours, over variants and what they are fed.
 
-``python -m segmenter_fast.benchmarks.throughput [VARIANT ...] [--out DIR] [--dtype D]`` writes ``throughput.json`` and
-``throughput.png`` to the device's folder below DIR and prints the table that the README shows. A variant is refused
-where our logits err more than twice as much as the peer's in the same dtype, or our labels are not their argmax.
+``segmenter-fast bench`` is this. A script calls ``python -m segmenter_fast.benchmarks.throughput --device cuda --budget
+SECONDS --out DIR``. After each case ``throughput.json`` (the matrix), ``split.json`` (time of the parts) and
+``classes.json`` (memory against classes) are written to the device's folder below DIR, at the end their plots. Cases
+that the budget has no time for are rows that say "not run".
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import sys
-import tempfile
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
 
 from segmenter_fast import VARIANTS
 from segmenter_fast.devices import choose_dtype
 
-from .demo import SIDE, Comparison, run_demo
-from .device import describe, resolve
-from .plots import COLOURS, STYLE
-from .results import write_json
+from .board import Board
+from .cases import Row
+from .device import describe, measure_ceilings, resolve
+from .models import MODELS, PEER, REFERENCE, Point, run_point
+from .results import Result, write
+from .split import PARTS, split_point
+from .throughput_plots import draw
 
-DEFAULT = ("seg_t_mask_16", "seg_s_mask_16", "seg_b_mask_16", "seg_s_mask_32", "seg_s_mask_8")
-MODELS = {"reference": "eager", "peer": "compile", "fast": "ours"}
+RESULTS = Path(__file__).resolve().parent / "results"
+# Most valuable first; the cases about parts and classes come after the third.
+DEFAULT = tuple(f"seg_{size}_mask_{patch}" for size, patch in (
+    ("s", 16), ("t", 16), ("b", 16), ("s", 32), ("s", 8), ("t", 32), ("t", 8), ("b", 32), ("b", 8),
+))  # fmt: skip
+BEFORE_EXTRAS = 3
+CLASSES = (19, 60, 150, 1000)
+OPS = ("throughput", "split", "classes")
+# Calls of a case in units of the reference's, before anything is known of how fast peers and ours are.
+CALLS = 12
+Found = list[tuple[dict[str, Any], list[Row]]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case, or for "split" one for each part."""
+
+    op: str
+    point: Point
+
+    def run(self, device: torch.device, ceilings: Any, seconds: float, tell: Callable[[str], None]) -> Found:
+        if self.op == "split":
+            tell("encoder, decoder, upsampling one by one")
+            return split_point(self.point, device, seconds / 3)
+        return [(self.point.parameters, run_point(self.point, device, ceilings, seconds, tell))]
+
+    def not_run(self, note: str) -> Found:
+        names = (REFERENCE, PEER, "ours") if self.op == "split" else MODELS
+        rows = [Row(name, "not run", note) for name in names]
+        if self.op == "split":
+            return [(self.point.parameters | {"part": part}, rows) for part in PARTS]
+        return [(self.point.parameters, rows)]
+
+
+@dataclass
+class Pace:
+    """How long a case takes: ``overhead`` seconds, mostly of the compiler, and the models' calls at ``tflops``."""
+
+    tflops: float
+    overhead: float
+
+    def expects(self, job: Job, seconds: float) -> float:
+        models = CALLS * job.point.flops / self.tflops / 1e12
+        return max(models, seconds) + (self.overhead if job.point.compile else 0)
+
+    def learn(self, job: Job, found: Found, took: float) -> None:
+        reference = found[0][1][0]
+        if job.op == "split" or reference.timing is None or reference.tflops is None:
+            return
+        self.tflops = reference.tflops
+        if job.point.compile:
+            self.overhead = max(5.0, took - CALLS * reference.timing.median_ms / 1e3)
+
+
+@dataclass
+class Matrix:
+    """Jobs on one device, until ``deadline`` (of ``time.monotonic``), and the result files that they fill."""
+
+    device: torch.device
+    out: Path
+    seconds: float
+    deadline: float | None
+    console: Console
+    results: dict[str, Result] = field(default_factory=dict)
+
+    def run(self, jobs: Sequence[Job]) -> int:
+        """Run all jobs there is time for. Returns how many were refused because our output was wrong."""
+        record = describe(self.device)
+        self.console.print(f"{record.name}, {record.threads} threads, PyTorch {record.torch}, commit {record.commit}")
+        dtypes = tuple({torch.float32, *(job.point.dtype for job in jobs)})
+        ceilings = measure_ceilings(self.device, dtypes, seconds=0.3)
+        rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in ceilings.matmul_tflops.items())
+        self.console.print(f"measured ceilings: copy {ceilings.copy_gb_s:.4g} GB/s, matrix product {rates}")
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        for op in dict.fromkeys(job.op for job in jobs):
+            self.results[op] = Result(op, record, ceilings, started, False)
+        pace = Pace(ceilings.matmul_tflops["float32"] / 2, 60.0)
+        board = Board(len(jobs), self.deadline)
+        with Live(console=self.console, get_renderable=board.render, refresh_per_second=2) as live:
+            for index, job in enumerate(jobs):
+                board.begin(f"{job.op}: {job.point.name}")
+                start = time.monotonic()
+                expected = pace.expects(job, self.seconds)
+                if self.deadline is not None and start + expected > self.deadline:
+                    left = max(0.0, self.deadline - start)
+                    found = job.not_run(f"takes about {expected:.0f} s, {left:.0f} s of the budget were left")
+                else:
+                    found = job.run(self.device, ceilings, self.seconds, board.tell)
+                    pace.learn(job, found, time.monotonic() - start)
+                self._keep(job, found, jobs[index + 1 :])
+                line = board.end(job.op, found)
+                if not self.console.is_terminal:  # a log shows no live table
+                    live.console.print(line, highlight=False)
+        if not self.console.is_terminal:
+            self.console.print(board.table())
+        return sum(len(result.refused) for result in self.results.values())
+
+    def _keep(self, job: Job, found: Found, later: Sequence[Job]) -> None:
+        """Write the file of the job's result; what is still to come stands in it as not run."""
+        result = self.results[job.op]
+        result.cases += found
+        for status, names in (("refused", result.refused), ("not run", result.not_run)):
+            rows = [row for _, rows in found for row in rows if row.status == status]
+            if rows:
+                names.append(f"{job.point.name}: {rows[0].note}")
+        rest = [other for other in later if other.op == job.op]
+        waiting = [case for other in rest for case in other.not_run("the run ended before it")]
+        names = result.not_run + [f"{other.point.name}: the run ended before it" for other in rest]
+        write(Result(**(vars(result) | {"cases": result.cases + waiting, "not_run": names})), self.out)
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """0; 1 where a case was refused because our output was wrong."""
     parser = argparse.ArgumentParser(prog="segmenter_fast.benchmarks.throughput", description=__doc__)
-    parser.add_argument("variants", nargs="*", default=DEFAULT, metavar="VARIANT", help=f"default: {' '.join(DEFAULT)}")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--variant", action="append", help=f"may repeat, as the next four; default: {' '.join(DEFAULT)}"
+    )
+    parser.add_argument("--size", action="append", type=int, help="pixels a side (512)")
+    parser.add_argument("--batch", action="append", type=int, help="images at once (1; on a GPU also 32)")
+    parser.add_argument("--classes", action="append", type=int, help="number of classes (150)")
+    parser.add_argument("--dtype", action="append", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out, for peers and ours")
+    parser.add_argument("--no-extras", action="store_true", help="the matrix only, without parts and classes")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for the timing of a case (%(default)s)")
+    parser.add_argument("--budget", type=float, help="seconds for everything; the most valuable cases go first")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
     options = parser.parse_args(arguments)
-    if unknown := set(options.variants) - set(VARIANTS):
-        parser.error(f"unknown variants {', '.join(sorted(unknown))}; known are {', '.join(VARIANTS)}")
-    device = resolve(options.device)
-    dtype = choose_dtype(options.dtype, device)
-    record = describe(device)
-    rows: list[dict[str, Any]] = []
-    refused = 0
-    with tempfile.TemporaryDirectory() as overlays:
-        for row in run_demo(Path(overlays), device, dtype, variants=options.variants):
-            if not row.agrees:
-                errors = f"error {row.error:.2g}, the peer's {row.peer_error:.2g}"
-                print(f"refused: {row.variant}: {errors}; {row.own_labels:.2%} of the labels are the logits' argmax")
-                refused += 1
-                continue
-            rows.append(_json_ready(row))
-            content = {"device": asdict(record), "side": SIDE, "batch": 1, "rows": rows}
-            path = write_json(content, options.out / record.slug / "throughput.json")
-            print(f"{row.variant}: done", file=sys.stderr)
-    if rows:
-        plot(path)
-        print(markdown(path))
-    return 1 if refused else 0
+    start = time.monotonic()
+    try:
+        jobs = chosen(options, device := resolve(options.device))
+    except ValueError as error:
+        parser.error(str(error))
+    console = Console()
+    if not console.is_terminal:  # a log has no width to keep to
+        console.width = 140
+    deadline = None if options.budget is None else start + options.budget
+    matrix = Matrix(device, options.out, options.seconds, deadline, console)
+    wrong = matrix.run(jobs)
+    for reason in (reason for result in matrix.results.values() for reason in result.refused):
+        console.print(f"refused: {reason}", style="bold red", markup=False)
+    folder = options.out / next(iter(matrix.results.values())).device.slug
+    console.print(f"results in {folder}: {', '.join(path.name for path in draw(folder)) or 'nothing to draw'}")
+    return 1 if wrong else 0
 
 
-def markdown(path: Path) -> str:
-    """The README's table of a ``throughput.json``."""
-    content = json.loads(path.read_text())
-    device = content["device"]
-    dtype = content["rows"][0]["dtype"]
-    lines = [
-        f"Images per second, one {content['side']} x {content['side']} photograph at a time, 150 classes, {dtype}, on "
-        f"{device['name']} with {device['threads']} threads (PyTorch {device['torch']}):",
-        "",
-        "| | reference | peer | ours | over reference | over peer | error of the logits, peer / ours |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in content["rows"]:
-        times = [row[name]["median_ms"] for name in MODELS]
-        rates = " | ".join(f"{1000 / time:.2f}" for time in times)
-        gains = " | ".join(f"{time / times[-1]:.1f}x" for time in times[:-1])
-        errors = f"{row['peer_error']:.3f} / {row['error']:.3f}"
-        lines.append(f"| `{row['variant']}` | {rates} | {gains} | {errors} |")
-    return "\n".join(lines)
+def chosen(options: argparse.Namespace, device: torch.device) -> list[Job]:
+    """The jobs that the options ask for, most valuable first.
+
+    Raises:
+        ValueError: an unknown variant, or numbers that are not positive.
+    """
+    variants = options.variant or DEFAULT
+    if unknown := sorted(set(variants) - set(VARIANTS)):
+        raise ValueError(f"unknown variants {', '.join(unknown)}; known are {', '.join(VARIANTS)}")
+    batches = options.batch or ((1, 32) if device.type == "cuda" else (1,))
+    sizes, classes = options.size or (512,), options.classes or (150,)
+    if min(*sizes, *batches, *classes, 1) < 1:
+        raise ValueError(f"sizes, batches and classes must be positive, got {sizes}, {batches}, {classes}")
+    dtypes = list(dict.fromkeys(choose_dtype(name, device) for name in options.dtype or ["auto"]))
+    grid = itertools.product(dtypes, batches, sizes, classes, variants)
+    points = [Point(v, d, s, b, k, not options.no_compile) for d, b, s, k, v in grid]
+    matrix = [Job("throughput", point) for point in points]
+    if options.no_extras:
+        return matrix
+    first = points[0]
+    about = [Point(first.variant, first.dtype, first.size, first.batch, k, compile=False) for k in CLASSES]
+    same = [p for p in points if (p.dtype, p.size, p.batch, p.classes) == vars_of(first)][:BEFORE_EXTRAS]
+    parts = [Point(p.variant, p.dtype, p.size, p.batch, p.classes, compile=False) for p in same]
+    extras = [Job("classes", point) for point in about] + [Job("split", point) for point in parts]
+    return matrix[:BEFORE_EXTRAS] + extras + matrix[BEFORE_EXTRAS:]
 
 
-def plot(path: Path) -> Path:
-    """Draw ``throughput.png`` beside a ``throughput.json``: images/s of the three models, a group a variant."""
-    import matplotlib.pyplot as plt
-
-    content = json.loads(path.read_text())
-    rows = content["rows"]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(1.6 + 1.3 * len(rows), 3.2))
-        for index, (name, colour) in enumerate(MODELS.items()):
-            rates = [1000 / row[name]["median_ms"] for row in rows]
-            low, high = (
-                [abs(1000 / row[name][p] - rate) for row, rate in zip(rows, rates, strict=True)]
-                for p in ("p80_ms", "p20_ms")
-            )
-            at = [position + (index - 1) * 0.27 for position in range(len(rows))]
-            bars = axes.bar(
-                at, rates, 0.25, yerr=(low, high), color=COLOURS[colour], label=name if name != "fast" else "ours"
-            )
-            axes.bar_label(bars, fmt="%.3g", fontsize=7)
-        axes.set_xticks(range(len(rows)), [row["variant"] for row in rows])
-        axes.set_yscale("log")
-        axes.set_ylabel("images/s")
-        axes.set_title(f"{content['device']['name']}, {content['side']} px, batch 1; median, bars from p20 to p80")
-        figure.legend(loc="outside lower center", ncols=3, frameon=False)
-        figure.savefig(path.with_suffix(".png"), dpi=110)
-        plt.close(figure)
-    return path.with_suffix(".png")
-
-
-def _json_ready(row: Comparison) -> dict[str, Any]:
-    fields = asdict(row) | {"dtype": str(row.dtype).removeprefix("torch.")}
-    del fields["overlay"]
-    return fields
+def vars_of(point: Point) -> tuple[torch.dtype, int, int, int]:
+    return point.dtype, point.size, point.batch, point.classes
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit("interrupted: the cases that were finished are written")

@@ -25,23 +25,41 @@ class Size(str, Enum):
 
 
 RESULTS = Path("benchmarks") / "results"
+# Seconds; with the end of the last case it is less than ten minutes on two cores.
+MODELS_BUDGET = 540.0
 
 
 @bench.callback(invoke_without_command=True)
 def models(
     context: typer.Context,
-    variant: Annotated[list[str] | None, typer.Option(help="Variant to run; may be given more than once.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="May be repeated, as size, batch, classes, dtype.")] = None,
+    size: Annotated[list[int] | None, typer.Option(min=1, help="Pixels a side; default 512.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once; default 1, on a GPU also 32.")] = None,
+    classes: Annotated[list[int] | None, typer.Option(min=1, help="Number of classes; default 150.")] = None,
+    dtype: Annotated[list[Dtype] | None, typer.Option(help="Default: bfloat16 where it is fast.")] = None,
     device: DeviceOption = Device.auto,
-    dtype: DtypeOption = Dtype.auto,
+    compile: Annotated[bool, typer.Option(help="Whether peers and ours are compiled.")] = True,
+    extras: Annotated[bool, typer.Option(help="Whether to measure parts, and memory against classes, too.")] = True,
+    seconds: Annotated[float, typer.Option(min=0, help="For the timing of one case.")] = 3.0,
+    budget: Annotated[float, typer.Option(min=0, help="Seconds for everything; the most valuable cases go first.")] = (
+        MODELS_BUDGET
+    ),
     out: OutOption = RESULTS,
 ) -> None:
-    """Images per second of whole models: the reference, strong peers and ours."""
+    """Images per second of whole models, T, S and B at patch 8, 16, 32: the reference, strong peers and ours.
+
+    Every output is checked before it is timed. Exit code 1 says that an output of ours was wrong.
+    """
     if context.invoked_subcommand is not None:
         return
     from ..benchmarks import throughput
 
-    options = ["--device", device.value, "--dtype", dtype.value, "--out", str(out)]
-    raise typer.Exit(throughput.main([*(variant or throughput.DEFAULT), *options]))
+    repeated = {"variant": variant, "size": size, "batch": batch, "classes": classes}
+    options = [f"--{name}={value}" for name, values in repeated.items() for value in values or ()]
+    options += [f"--dtype={choice.value}" for choice in dtype or ()]
+    options += ["--no-compile"] * (not compile) + ["--no-extras"] * (not extras)
+    options += [f"--device={device.value}", f"--seconds={seconds}", f"--budget={budget}", f"--out={out}"]
+    raise typer.Exit(throughput.main(options))
 
 
 @bench.command()
