@@ -40,5 +40,6 @@ def with_sdpa(
     for module in peer.modules():
         if isinstance(module, Attention):
             module.__class__ = SdpaAttention
+            assert isinstance(module, SdpaAttention)
             module.backend = backend
     return peer

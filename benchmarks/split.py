@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -79,10 +80,10 @@ def _calls(point: Point, device: torch.device) -> tuple[dict[str, dict[str, Call
         features = whole.encoder(padded)
         # Contiguous for everyone: F.interpolate copies channels-last results twice on a CPU.
         masks = whole.decoder(features).mT.unflatten(2, (grid, grid)).contiguous()
-        calls["encoder"][name] = lambda whole=whole, padded=padded: whole.encoder(padded)
-        calls["decoder"][name] = lambda whole=whole, features=features: whole.decoder(features)
+        calls["encoder"][name] = partial(whole.encoder, padded)
+        calls["decoder"][name] = partial(whole.decoder, features)
         upsample = _fused if name == OURS else _plain
-        calls["upsample"][name] = lambda upsample=upsample, masks=masks: upsample(masks, size, crop)
+        calls["upsample"][name] = partial(upsample, masks, size, crop)
         ends[name] = masks, upsample(masks, size, crop)
     oracle = _logits(ends[REFERENCE][0], size, crop)
     yardstick = Yardstick(Agreement.of(_logits(ends[PEER][0], size, crop), oracle), point.dtype)
