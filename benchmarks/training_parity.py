@@ -202,8 +202,8 @@ def plot(path: Path) -> Path:
         for run, colour in (("reference bfloat16", "#7f7f7f"), ("fast bfloat16", "#d62728")):
             distance = np.sqrt(((curves[run] - reference) ** 2).mean(0))
             right.plot(steps[1:], distance[1:], color=colour, label=run)
-        right.set(xlabel="step", yscale="log", title="bfloat16 to float32, absolute, over the seeds")
-        right.legend(frameon=False)
+        right.set(xlabel="step", yscale="log", ylim=(1e-5, None), title="bfloat16 to float32, absolute, over the seeds")
+        right.legend(frameon=False, loc="lower left")
         figure.suptitle(f"{content['device']['name']}, PyTorch {content['device']['torch']}", fontsize=10)
         figure.savefig(path.with_suffix(".png"), dpi=110)
         plt.close(figure)
