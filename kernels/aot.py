@@ -46,7 +46,7 @@ CHIPS = {
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
-MODULES = ("attention", "mask_scores", "upsample_argmax", "upsample_softmax", "upsample_cross_entropy")
+MODULES = ("attention", "lattice", "mask_scores", "upsample_argmax", "upsample_softmax", "upsample_cross_entropy")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""Labels and probabilities of pixels that mix four lattice points, in plain PyTorch, tile by tile.
+"""Labels and probabilities of pixels that mix four lattice points, in plain PyTorch.
 
-The rows of a tile mix a few lattice rows only, each of which is resized along x once.
+Labels of one lattice: pixels that mix the same four points are a cell, and classes are pruned in it as in
+``upsample_argmax``. All else goes tile by tile: the rows of a tile mix a few lattice rows, each resized along x once.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .upsample_argmax import LARGEST, SMALLEST, TILE, Cells, settle
 
 # Logits of a tile: 4 MB of float32, two cores' second-level caches.
 _TILE = 1 << 20
@@ -21,6 +24,16 @@ def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tens
     """``(H, W)`` labels, uint8 where K <= 256 and int32 otherwise."""
     lattices = _Lattices(scores, rows, row_weights, cols, col_weights)
     labels = scores.new_empty(lattices.size, dtype=torch.uint8 if scores.shape[1] <= 256 else torch.int32)
+    if len(rows) == 1:
+        ys, xs = _Runs.grouped(rows[0], row_weights[0]), _Runs.grouped(cols[0], col_weights[0])
+        cells = sum(len(y.lower) for y in ys) * sum(len(x.lower) for x in xs)
+        smallest, largest = scores.aminmax()
+        # NaN fails the comparison, too.
+        if labels.numel() >= SMALLEST * cells and torch.maximum(-smallest, largest) < LARGEST:
+            for y in ys:
+                for x in xs:
+                    _prune(scores, y, x, labels)
+            return labels
     for tile in lattices.tiles():
         votes = lattices.logits(0, tile) if len(rows) == 1 else lattices.probabilities(tile)
         labels[tile] = votes.max(1).indices  # faster than argmax
@@ -77,3 +90,55 @@ class _Lattices:
         for out, upper, lower, weight in zip(logits, *row_of.tolist(), weights, strict=True):
             torch.mul(wide[upper], 1 - weight, out=out).add_(wide[lower], alpha=weight)
         return logits
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Outputs of one axis that mix the same two points, in runs that are padded to one length by their last output."""
+
+    lower: Tensor  # (runs,) points
+    upper: Tensor  # (runs,)
+    weights: Tensor  # (runs, length) of the upper points
+    outputs: Tensor  # (runs, length)
+
+    @classmethod
+    def grouped(cls, pairs: Tensor, weights: Tensor) -> list[_Runs]:
+        """``(2, n)`` points and ``(n,)`` weights, in groups of runs whose lengths differ by less than a factor of 2."""
+        changes = (pairs[:, 1:] != pairs[:, :-1]).any(0).nonzero()[:, 0] + 1
+        first = torch.cat([changes.new_zeros(1), changes])
+        length = torch.cat([changes, changes.new_tensor([pairs.shape[1]])]) - first
+        kind = length.double().log2().floor()
+        groups = []
+        for one in kind.unique():
+            begin, longest = first[kind == one], length[kind == one]
+            slots = torch.arange(int(longest.max()), device=pairs.device)
+            outputs = begin[:, None] + torch.minimum(slots, longest[:, None] - 1)
+            groups.append(cls(pairs[0, begin], pairs[1, begin], weights[outputs], outputs))
+        return groups
+
+    def split(self, count: int) -> Iterator[_Runs]:
+        """At most ``count`` runs at a time."""
+        parts = (tensor.split(count) for tensor in (self.lower, self.upper, self.weights, self.outputs))
+        return (_Runs(*part) for part in zip(*parts, strict=True))
+
+
+def _prune(scores: Tensor, ys: _Runs, xs: _Runs, labels: Tensor) -> None:
+    """Write the labels of all cells of these runs."""
+    classes, rows, cols = scores.shape[1], ys.weights.shape[1], xs.weights.shape[1]
+    most = max(TILE // max(rows * cols, classes), 1)
+    for x in xs.split(most):
+        for y in ys.split(max(most // len(x.lower), 1)):
+            points = [row[:, None] + column for row in (y.lower, y.upper) for column in (x.lower, x.upper)]
+            corners = scores[torch.stack(points).flatten(1)]  # (4, cells, K)
+            count, across = corners.shape[1], len(x.lower)
+            lower, upper = corners.amin(0), corners.amax(0)
+            flat = corners.view(-1)
+
+            def gather(cells: Tensor, flat: Tensor = flat, count: int = count, y: _Runs = y, x: _Runs = x) -> Cells:
+                row, column = cells.div(len(x.lower), rounding_mode="floor"), cells % len(x.lower)
+                right = count * classes
+                return Cells(flat, cells * classes, right, 2 * right, y.weights[row].T, x.weights[column].T)
+
+            found = settle(lower, upper, gather, rows * cols, labels.dtype)
+            image = found.view(-1, across, rows, cols).transpose(1, 2).reshape(-1, across * cols)
+            labels[y.outputs.flatten()[:, None], x.outputs.flatten()] = image

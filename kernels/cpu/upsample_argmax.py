@@ -7,7 +7,7 @@ compared. Many left (noise): all classes are, a few cells at a time, so that the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,15 +17,15 @@ from torch import Tensor
 from ..bilinear import Axis
 
 # Corners, and pixels, of the cells that are treated at once: about what the caches take.
-_TILE = 1 << 19
+TILE = 1 << 19
 # Logits of the cells without pruning that are held at once.
 _CHUNK = 1 << 20
 # The same for the path that knows no cells.
 _UNPRUNED_CHUNK = 32 << 20
 # Cells smaller than this, in pixels, are not worth their bounds.
-_SMALLEST = 4
+SMALLEST = 4
 # Beyond it, differences of corners may overflow.
-_LARGEST = 1e38
+LARGEST = 1e38
 # A pair of cell and class costs as much to find as this many pixels to compare.
 _PAIR = 200
 
@@ -41,7 +41,7 @@ def upsample_argmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], ali
         image = image if image.dtype == torch.float64 else image.float()
         smallest, largest = image.aminmax()
         # NaN fails the comparison, too.
-        if ys.longest_cell * xs.longest_cell >= _SMALLEST and torch.maximum(-smallest, largest) < _LARGEST:
+        if ys.longest_cell * xs.longest_cell >= SMALLEST and torch.maximum(-smallest, largest) < LARGEST:
             _pruned(image.permute(1, 2, 0), ys, xs, out)
         else:
             _unpruned(image, size, align_corners, out)
@@ -66,7 +66,7 @@ def _unpruned(image: Tensor, size: Sequence[int], align_corners: bool, out: Tens
 def _pruned(grid: Tensor, ys: Axis, xs: Axis, out: Tensor) -> None:
     """Labels of ``(h, w, K)`` corners, tile by tile."""
     rows, cols = ys.longest_cell, xs.longest_cell
-    tile_cells = max(_TILE // max(rows * cols, grid.shape[2]), 1)
+    tile_cells = max(TILE // max(rows * cols, grid.shape[2]), 1)
     tile_x = min(tile_cells, xs.cells)
     tile_y = max(tile_cells // tile_x, 1)
     across = [_Strip.make(xs, first, tile_x, grid) for first in range(-1, xs.cells - 1, tile_x)]
@@ -119,34 +119,40 @@ def _labels(grid: Tensor, wy: Tensor, wx: Tensor, dtype: torch.dtype) -> Tensor:
     upper = torch.maximum(upper[:, 1:], upper[:, :-1]).view(-1, num_classes)  # (cells, K)
     lower = torch.minimum(grid[1:], grid[:-1])
     lower = torch.minimum(lower[:, 1:], lower[:, :-1]).view(-1, num_classes)
-    bound, winner = lower.max(1, keepdim=True)
-    labels = winner.to(dtype).expand(-1, rows * cols).contiguous()  # (cells, slots)
-    alive = upper >= bound
-    ties = upper == bound
-    if ties.any():  # the lowest class wins: one above the winner has to exceed the bound
-        alive &= ~(ties & (torch.arange(num_classes, device=grid.device) > winner))
-    counts, order = alive.sum(1, dtype=torch.int32).sort(descending=True, stable=True)
-    unsettled = int((counts > 1).sum())
-    few = num_classes * rows * cols // (rows * cols + _PAIR)
-    many = min(int((counts > few).sum()), unsettled)
 
-    def gather(cells: Tensor) -> _Cells:
+    def gather(cells: Tensor) -> Cells:
         row, column = cells.div(w, rounding_mode="floor"), cells % w
         corner = (row * (w + 1) + column) * num_classes
         right, below = num_classes, (w + 1) * num_classes
-        return _Cells(grid.view(-1), corner, right, below, wy[row].T, wx[column].T)
+        return Cells(grid.view(-1), corner, right, below, wy[row].T, wx[column].T)
 
+    return settle(lower, upper, gather, rows * cols, dtype).view(h, w, rows, cols)
+
+
+def settle(lower: Tensor, upper: Tensor, gather: Callable[[Tensor], Cells], pixels: int, dtype: torch.dtype) -> Tensor:
+    """Labels ``(cells, pixels)`` where the smallest and the largest corners of the classes are ``(cells, K)``."""
+    num_classes = lower.shape[1]
+    bound, winner = lower.max(1, keepdim=True)
+    labels = winner.to(dtype).expand(-1, pixels).contiguous()
+    alive = upper >= bound
+    ties = upper == bound
+    if ties.any():  # the lowest class wins: one above the winner has to exceed the bound
+        alive &= ~(ties & (torch.arange(num_classes, device=lower.device) > winner))
+    counts, order = alive.sum(1, dtype=torch.int32).sort(descending=True, stable=True)
+    unsettled = int((counts > 1).sum())
+    few = num_classes * pixels // (pixels + _PAIR)
+    many = min(int((counts > few).sum()), unsettled)
     if many:
-        for cells in order[:many].split(max(_CHUNK // (num_classes * rows * cols), 1)):
+        for cells in order[:many].split(max(_CHUNK // (num_classes * pixels), 1)):
             labels.index_copy_(0, cells, _compare_all(gather(cells), num_classes).to(dtype))
     if many < unsettled:
         cells = order[many:unsettled]
         labels.index_copy_(0, cells, _compare(gather(cells), alive[cells], counts[many:unsettled], dtype))
-    return labels.view(h, w, rows, cols)
+    return labels
 
 
 @dataclass(frozen=True)
-class _Cells:
+class Cells:
     """Cells to compare classes in: where their corners lie among the flat scores, and the weights of their pixels."""
 
     scores: Tensor  # (corners * K,)
@@ -164,7 +170,7 @@ class _Cells:
         return left, right - left
 
 
-def _compare_all(cells: _Cells, num_classes: int) -> Tensor:
+def _compare_all(cells: Cells, num_classes: int) -> Tensor:
     """Labels ``(cells, slots)`` by comparing all classes."""
     at = cells.corner[:, None] + torch.arange(num_classes, device=cells.corner.device)
     left, slope = cells.edges(at, cells.wy[:, :, None])  # (rows, cells, K)
@@ -173,7 +179,7 @@ def _compare_all(cells: _Cells, num_classes: int) -> Tensor:
     return logits.max(3).indices.flatten(0, 1).T.contiguous()  # twice as fast as argmax
 
 
-def _compare(cells: _Cells, alive: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
+def _compare(cells: Cells, alive: Tensor, counts: Tensor, dtype: torch.dtype) -> Tensor:
     """Labels ``(cells, slots)`` by comparing the classes that are ``alive`` ``(cells, K)``.
 
     ``counts`` ``(cells,)`` of them are, and fall from cell to cell.

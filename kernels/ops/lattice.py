@@ -75,13 +75,13 @@ def _fake_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tenso
 _ARGUMENTS = "(Tensor scores, Tensor rows, Tensor row_weights, Tensor cols, Tensor col_weights) -> Tensor"
 define(
     f"lattice_argmax{_ARGUMENTS}",
-    triton=None,
+    triton=".lattice:lattice_argmax",
     plain=".cpu.lattice:lattice_argmax",
     fake=_fake_argmax,
 )
 define(
     f"lattice_softmax{_ARGUMENTS}",
-    triton=None,
+    triton=".lattice:lattice_softmax",
     plain=".cpu.lattice:lattice_softmax",
     fake=_fake_softmax,
 )

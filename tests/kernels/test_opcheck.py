@@ -18,9 +18,16 @@ def target(b: int, h: int, w: int) -> torch.Tensor:
     return torch.randint(0, 3, (b, h, w))
 
 
+def lattices(scores: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    rows, cols = torch.randint(0, 3, (2, 2, 5)), torch.randint(0, 3, (2, 2, 6))
+    return scores, rows, torch.rand(2, 5), cols, torch.rand(2, 6)
+
+
 CASES = {
     "attention": lambda: (ops.attention, (masks(2, 5, 3, 2, 16), 0.25, True)),
     "attention without grad": lambda: (ops.attention, (masks(2, 5, 3, 2, 16, grad=False), 0.25, False)),
+    "lattice_argmax": lambda: (ops.lattice_argmax, lattices(torch.randn(5, 7))),
+    "lattice_softmax": lambda: (ops.lattice_softmax, lattices(torch.randn(5, 7))),
     "mask_scores": lambda: (ops.mask_scores, (masks(2, 5, 8), masks(2, 3, 8), masks(3), masks(3), 1e-5)),
     "upsample_argmax": lambda: (ops.upsample_argmax, (masks(2, 3, 4, 5, grad=False), [16, 20], [13, 17], False)),
     "upsample_softmax": lambda: (ops.upsample_softmax, (masks(2, 3, 4, 5), [16, 20], [13, 17], False)),

@@ -190,7 +190,7 @@ def test_tiles_of_the_cpu_change_nothing(limit, monkeypatch) -> None:
     for masks in (smooth(1, 12, 6, 7), torch.randn(1, 12, 6, 7), unpruned):
         arguments = (masks, (50, 61), (47, 61), False)
         whole = module.upsample_argmax(*arguments)
-        for name in ("_TILE", "_CHUNK", "_UNPRUNED_CHUNK"):
+        for name in ("TILE", "_CHUNK", "_UNPRUNED_CHUNK"):
             monkeypatch.setattr(module, name, limit)
         assert torch.equal(module.upsample_argmax(*arguments), whole)
         monkeypatch.undo()

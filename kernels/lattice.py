@@ -1,0 +1,320 @@
+"""Labels and mean probabilities of pixels that mix four lattice points, in Triton; the logits never reach memory.
+
+With S lattices of points (N, K), of which pixel (y, x) mixes four in each, the weights separable in y and x:
+    l_s(y, x) = sum over i, j of  v_si(y) u_sj(x) scores[rows_si(y) + cols_sj(x)]
+    votes = 1 / S sum_s softmax_k(l_s)       label = argmax_k votes, of one lattice argmax_k l
+A first kernel leaves the softmax's shift max_k l_s and log2 sum_k 2^((l_s - shift) / ln 2) of each pixel and lattice,
+(S, 2, H, W). The second one walks the classes in blocks, all lattices for each, and keeps the best class, or stores the
+probabilities. Labels of one lattice need no first kernel. One program owns BLOCK_Y x BLOCK_X pixels; neighbours share
+points, so that most of what is loaded comes from the first-level cache. Not differentiable, nothing is saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import LOG2_E, Specialization
+
+SIZES = ["num_classes", "lattices", "height", "width"]
+
+
+@triton.jit
+def tile_outputs(height, width, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
+    """The program's rows and columns, int64, and which of them exist."""
+    tiles_x = tl.cdiv(width, BLOCK_X)
+    pid = tl.program_id(0).to(tl.int64)
+    offs_y = pid // tiles_x * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    offs_x = pid % tiles_x * BLOCK_X + tl.arange(0, BLOCK_X)
+    return offs_y, offs_x, offs_y < height, offs_x < width
+
+
+@triton.jit
+def point_pair(index_ptr, weights_ptr, s, offs, mask, size):
+    """Both points of outputs ``offs`` of one axis, and the weight of the second."""
+    index_ptr += s * 2 * size
+    first = tl.load(index_ptr + offs, mask=mask, other=0)
+    second = tl.load(index_ptr + size + offs, mask=mask, other=0)
+    return first, second, tl.load(weights_ptr + s * size + offs, mask=mask, other=0.0)
+
+
+@triton.jit
+def lattice_logits(
+    scores_ptr,
+    rows_ptr,
+    row_weights_ptr,
+    cols_ptr,
+    col_weights_ptr,
+    s,
+    k,
+    offs_y,
+    offs_x,
+    mask_y,
+    mask_x,
+    num_classes,
+    height,
+    width,
+):
+    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` logits of lattice ``s``; -inf for classes that do not exist."""
+    r0, r1, v = point_pair(rows_ptr, row_weights_ptr, s, offs_y, mask_y, height)
+    c0, c1, u = point_pair(cols_ptr, col_weights_ptr, s, offs_x, mask_x, width)
+    mask = (mask_y[:, None] & mask_x[None, :])[:, :, None] & (k < num_classes)[None, None, :]
+    v, u = v[:, None, None], u[None, :, None]
+    p00 = scores_ptr + ((r0[:, None] + c0[None, :]) * num_classes)[:, :, None] + k[None, None, :]
+    p01 = scores_ptr + ((r0[:, None] + c1[None, :]) * num_classes)[:, :, None] + k[None, None, :]
+    top = tl.load(p00, mask=mask, other=0.0) * (1 - u) + tl.load(p01, mask=mask, other=0.0) * u
+    p10 = scores_ptr + ((r1[:, None] + c0[None, :]) * num_classes)[:, :, None] + k[None, None, :]
+    p11 = scores_ptr + ((r1[:, None] + c1[None, :]) * num_classes)[:, :, None] + k[None, None, :]
+    bottom = tl.load(p10, mask=mask, other=0.0) * (1 - u) + tl.load(p11, mask=mask, other=0.0) * u
+    return tl.where((k < num_classes)[None, None, :], top * (1 - v) + bottom * v, -float("inf"))
+
+
+@triton.jit(do_not_specialize=SIZES)
+def lattice_log_sum_kernel(
+    scores_ptr,  # (N, K)
+    rows_ptr,  # (S, 2, H)
+    row_weights_ptr,  # (S, H)
+    cols_ptr,  # (S, 2, W)
+    col_weights_ptr,  # (S, W)
+    out_ptr,  # (S, 2, H, W)
+    num_classes,
+    lattices,
+    height,
+    width,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Largest logit, and log2 of the sum of the exponentials, of one tile of one lattice."""
+    dtype: tl.constexpr = scores_ptr.dtype.element_ty
+    offs_y, offs_x, mask_y, mask_x = tile_outputs(height, width, BLOCK_Y, BLOCK_X)
+    s = tl.program_id(1).to(tl.int64)
+    largest = tl.full((BLOCK_Y, BLOCK_X, BLOCK_K), -float("inf"), dtype)
+    for start in range(0, num_classes, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        logit = lattice_logits(
+            scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr, s, k,
+            offs_y, offs_x, mask_y, mask_x, num_classes, height, width,
+        )  # fmt: skip
+        largest = tl.maximum(largest, logit)
+    shift = tl.max(largest, 2)
+    exp_sum = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), dtype)
+    for start in range(0, num_classes, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        logit = lattice_logits(
+            scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr, s, k,
+            offs_y, offs_x, mask_y, mask_x, num_classes, height, width,
+        )  # fmt: skip
+        exp_sum += tl.exp2((logit - shift[:, :, None]) * LOG2_E)
+    mask = mask_y[:, None] & mask_x[None, :]
+    out_ptrs = out_ptr + (s * 2 * height + offs_y[:, None]) * width + offs_x[None, :]
+    tl.store(out_ptrs, shift, mask=mask)
+    tl.store(out_ptrs + height.to(tl.int64) * width, tl.log2(tl.sum(exp_sum, 2)), mask=mask)
+
+
+@triton.jit
+def lattice_votes(
+    scores_ptr,
+    rows_ptr,
+    row_weights_ptr,
+    cols_ptr,
+    col_weights_ptr,
+    log_sum_ptr,
+    k,
+    offs_y,
+    offs_x,
+    mask_y,
+    mask_x,
+    num_classes,
+    lattices,
+    height,
+    width,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` sum over the lattices of the softmaxes."""
+    votes = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), scores_ptr.dtype.element_ty)
+    mask = mask_y[:, None] & mask_x[None, :]
+    ptrs = log_sum_ptr + offs_y[:, None] * width + offs_x[None, :]
+    plane = height.to(tl.int64) * width
+    for s in range(lattices):
+        logit = lattice_logits(
+            scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr, s, k,
+            offs_y, offs_x, mask_y, mask_x, num_classes, height, width,
+        )  # fmt: skip
+        shift = tl.load(ptrs + 2 * s * plane, mask=mask, other=0.0)
+        log_sum = tl.load(ptrs + (2 * s + 1) * plane, mask=mask, other=0.0)
+        votes += tl.exp2((logit - shift[:, :, None]) * LOG2_E - log_sum[:, :, None])
+    return votes
+
+
+@triton.jit(do_not_specialize=SIZES)
+def lattice_argmax_kernel(
+    scores_ptr,
+    rows_ptr,
+    row_weights_ptr,
+    cols_ptr,
+    col_weights_ptr,
+    log_sum_ptr,  # (S, 2, H, W), of no use to a single lattice
+    labels_ptr,  # (H, W)
+    num_classes,
+    lattices,
+    height,
+    width,
+    SINGLE: tl.constexpr,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Labels of one tile, by the logits of a SINGLE lattice or by the votes of all."""
+    offs_y, offs_x, mask_y, mask_x = tile_outputs(height, width, BLOCK_Y, BLOCK_X)
+    best = tl.full((BLOCK_Y, BLOCK_X, BLOCK_K), -float("inf"), scores_ptr.dtype.element_ty)
+    # Each lane holds the best of its classes; the first one, until another exceeds it.
+    label = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), tl.int32) + tl.arange(0, BLOCK_K)[None, None, :]
+    for start in range(0, num_classes, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        if SINGLE:
+            value = lattice_logits(
+                scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr, 0, k,
+                offs_y, offs_x, mask_y, mask_x, num_classes, height, width,
+            )  # fmt: skip
+        else:
+            value = lattice_votes(
+                scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr, log_sum_ptr, k,
+                offs_y, offs_x, mask_y, mask_x, num_classes, lattices, height, width, BLOCK_Y, BLOCK_X, BLOCK_K,
+            )  # fmt: skip
+        # A NaN wins against every number, and nothing against a NaN.
+        wins = ~(value <= best) & (best == best) & (k < num_classes)[None, None, :]
+        best = tl.where(wins, value, best)
+        label = tl.where(wins, k[None, None, :], label)
+    lanes_nan = tl.sum((best != best).to(tl.int32), 2)
+    largest = tl.max(tl.where(best == best, best, -float("inf")), 2)
+    first = tl.where((lanes_nan > 0)[:, :, None], best != best, best == largest[:, :, None])
+    label = tl.min(tl.where(first, label, num_classes), 2)
+    ptrs = labels_ptr + offs_y[:, None] * width + offs_x[None, :]
+    tl.store(ptrs, label.to(labels_ptr.dtype.element_ty), mask=mask_y[:, None] & mask_x[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def lattice_softmax_kernel(
+    scores_ptr,
+    rows_ptr,
+    row_weights_ptr,
+    cols_ptr,
+    col_weights_ptr,
+    log_sum_ptr,  # (S, 2, H, W)
+    out_ptr,  # (K, H, W)
+    num_classes,
+    lattices,
+    height,
+    width,
+    BLOCK_Y: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Mean probabilities of one tile."""
+    offs_y, offs_x, mask_y, mask_x = tile_outputs(height, width, BLOCK_Y, BLOCK_X)
+    mask = mask_y[:, None] & mask_x[None, :]
+    for start in range(0, num_classes, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        votes = lattice_votes(
+            scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr, log_sum_ptr, k,
+            offs_y, offs_x, mask_y, mask_x, num_classes, lattices, height, width, BLOCK_Y, BLOCK_X, BLOCK_K,
+        ) / lattices  # fmt: skip
+        offs_r = k.to(tl.int64)[:, None] * height + offs_y[None, :]
+        ptrs = out_ptr + offs_r[:, :, None] * width + offs_x[None, None, :]
+        tl.store(ptrs, votes.permute(2, 0, 1), mask=(k < num_classes)[:, None, None] & mask[None, :, :])
+
+
+class Tiles(NamedTuple):
+    """Pixels of a tile and classes at a time."""
+
+    block_y: int
+    block_x: int
+    block_k: int
+    num_warps: int
+
+    def constants(self) -> dict[str, int]:
+        return {"BLOCK_Y": self.block_y, "BLOCK_X": self.block_x, "BLOCK_K": self.block_k}
+
+
+def launch_config(num_classes: int) -> Tiles:
+    """32 pixels, whose addresses and values are 8 to a thread."""
+    return Tiles(4, 8, min(triton.next_power_of_2(num_classes), 32), num_warps=4)
+
+
+def _launch(kernel, results: dict[str, Tensor], tensors: tuple[Tensor, ...], lattices: int = 1, **constants) -> None:
+    """``kernel`` over all tiles, and over ``lattices`` where each has programs of its own."""
+    scores, rows, row_weights, cols, col_weights = tensors
+    tiles = launch_config(scores.shape[1])
+    height, width = rows.shape[2], cols.shape[2]
+    kernel[(-(-height // tiles.block_y) * -(-width // tiles.block_x), lattices)](
+        scores_ptr=scores,
+        rows_ptr=rows,
+        row_weights_ptr=row_weights,
+        cols_ptr=cols,
+        col_weights_ptr=col_weights,
+        **results,
+        num_classes=scores.shape[1],
+        lattices=len(rows),
+        height=height,
+        width=width,
+        **tiles.constants(),
+        **constants,
+        num_warps=tiles.num_warps,
+    )
+
+
+def _log_sum(*tensors: Tensor) -> Tensor:
+    scores, rows, _, cols, _ = tensors
+    out = scores.new_empty((len(rows), 2, rows.shape[2], cols.shape[2]))
+    _launch(lattice_log_sum_kernel, {"out_ptr": out}, tensors, lattices=len(rows))
+    return out
+
+
+def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+    """``(H, W)`` labels, uint8 where K <= 256 and int32 otherwise."""
+    tensors = scores, rows, row_weights, cols, col_weights
+    single = len(rows) == 1
+    log_sum = scores if single else _log_sum(*tensors)
+    kind = torch.uint8 if scores.shape[1] <= 256 else torch.int32
+    labels = scores.new_empty((rows.shape[2], cols.shape[2]), dtype=kind)
+    _launch(lattice_argmax_kernel, {"log_sum_ptr": log_sum, "labels_ptr": labels}, tensors, SINGLE=single)
+    return labels
+
+
+def lattice_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+    """``(K, H, W)``: the mean over S of the softmaxes."""
+    tensors = scores, rows, row_weights, cols, col_weights
+    out = scores.new_empty((scores.shape[1], rows.shape[2], cols.shape[2]))
+    _launch(lattice_softmax_kernel, {"log_sum_ptr": _log_sum(*tensors), "out_ptr": out}, tensors)
+    return out
+
+
+def specializations(arch: str) -> Iterator[Specialization]:
+    """The builds that ``aot`` checks: blocks of 2 and of 32 classes."""
+    pointers = {f"{name}_ptr": "*fp32" for name in ("scores", "row_weights", "col_weights")}
+    shared = pointers | {"rows_ptr": "*i64", "cols_ptr": "*i64"} | dict.fromkeys(SIZES, "i32")
+    votes = shared | {"log_sum_ptr": "*fp32"}
+    for num_classes, label in ((2, "*u8"), (150, "*u8"), (1000, "*i32")):
+        tiles = launch_config(num_classes)
+        name = f"K={num_classes} fp32"
+        for words, kernel, signature, constants in (
+            ("log_sum", lattice_log_sum_kernel, shared | {"out_ptr": "*fp32"}, {}),
+            ("argmax of one", lattice_argmax_kernel, votes | {"labels_ptr": label}, {"SINGLE": True}),
+            ("argmax of votes", lattice_argmax_kernel, votes | {"labels_ptr": label}, {"SINGLE": False}),
+            ("softmax", lattice_softmax_kernel, votes | {"out_ptr": "*fp32"}, {}),
+        ):
+            yield Specialization(
+                f"lattice_{words} {name}",
+                kernel,
+                signature,
+                tiles.constants() | constants,
+                {"num_warps": tiles.num_warps},
+            )

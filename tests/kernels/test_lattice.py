@@ -1,0 +1,182 @@
+"""lattice_argmax and lattice_softmax against float64: labels equal up to rounding, probabilities as accurate."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from segmenter_fast import kernels
+from segmenter_fast.kernels import reference
+from segmenter_fast.kernels.library import INTERPRET
+from support.accuracy import assert_as_accurate
+
+from .conftest import Backend
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def draw(
+    lattices: int, classes: int, height: int, width: int, device: str = "cpu", spread: float = 2.0
+) -> tuple[Tensor, ...]:
+    """Lattices of several sizes whose outputs mix neighbours, or one point with itself; mirrored ones among them."""
+    scores, offset, tables = [], 0, []
+    for index in range(lattices):
+        points = [int(torch.randint(1, side // 2 + 2, ())) for side in (height, width)]
+        scores.append(torch.randn(points[0] * points[1], classes) * spread)
+        for count, side, step, first in ((points[0], height, points[1], offset), (points[1], width, 1, 0)):
+            lower = torch.randint(0, count, (side,)).sort().values
+            upper = torch.where(torch.rand(side) < 0.2, lower, (lower + 1).clamp(max=count - 1))
+            pair = torch.stack([lower, upper]) * step + first
+            tables.append((pair.flip(1) if index % 2 else pair, torch.rand(side)))
+        offset += points[0] * points[1]
+    rows, cols = tables[::2], tables[1::2]
+    parts = [torch.cat(scores)]
+    for table in (rows, cols):
+        parts += [torch.stack([pair for pair, _ in table]), torch.stack([weight for _, weight in table])]
+    return tuple(part.to(device) for part in parts)
+
+
+def to(arguments: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in arguments)
+
+
+def check(arguments: tuple[Tensor, ...]) -> None:
+    """Labels are the best of the float64 votes, up to rounding; probabilities as good as PyTorch's."""
+    double = to(arguments, torch.float64)
+    votes = reference.lattice_logits(*double)[0] if len(arguments[1]) == 1 else reference.lattice_softmax(*double)
+    labels = kernels.lattice_argmax(*arguments)
+    assert labels.dtype == (torch.uint8 if votes.shape[0] <= 256 else torch.int32)
+    assert labels.shape == votes.shape[1:]
+    gap = votes.amax(0) - votes.gather(0, labels.long()[None])[0]
+    eps = torch.finfo(arguments[0].dtype).eps
+    assert gap.max() <= 16 * eps * max(1.0, arguments[0].abs().max().item())
+    ours = kernels.lattice_softmax(*arguments)
+    assert ours.is_contiguous()
+    assert_as_accurate(ours, reference.lattice_softmax(*arguments), reference.lattice_softmax(*double))
+
+
+# The interpreter takes seconds for each.
+EXAMPLES, SIDES = (4, st.integers(1, 10)) if INTERPRET else (30, st.integers(1, 25))
+
+
+@settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lattices=st.integers(1, 3),
+    classes=st.sampled_from([1, 2, 5, 33, 70]),
+    height=SIDES,
+    width=SIDES,
+)
+def test_any_shape(backend: Backend, lattices: int, classes: int, height: int, width: int) -> None:
+    check(draw(lattices, classes, height, width, backend.device))
+
+
+@pytest.mark.parametrize("lattices", [1, 2])
+def test_float64_tells_what_float32_cannot(backend: Backend, lattices: int) -> None:
+    arguments = to(draw(lattices, 5, 9, 10, backend.device), torch.float64)
+    check(arguments)
+    arguments[0][:, 3] = 9
+    arguments[0][:, 1] = 9 + 1e-12
+    assert kernels.lattice_argmax(*arguments).unique().tolist() == [1]
+
+
+@pytest.mark.parametrize("lattices", [1, 2])
+def test_more_than_256_classes(backend: Backend, lattices: int) -> None:
+    arguments = draw(lattices, 260, 3, 4, backend.device)
+    check(arguments)
+    arguments[0][:, 259] = 30
+    assert kernels.lattice_argmax(*arguments).unique().tolist() == [259]
+
+
+def test_ties_go_to_the_lowest_class(backend: Backend) -> None:
+    for lattices in (1, 2):
+        scores, *tables = draw(lattices, 40, 7, 9, backend.device)
+        scores = scores[:, :1].repeat(1, 40)
+        scores[:, :3] -= 1
+        assert kernels.lattice_argmax(scores, *tables).unique().tolist() == [3]
+
+
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_cells_in_which_classes_can_be_pruned(spread: float, mirrored: bool) -> None:
+    for sides in ((8, 16, 16, 5), (3, 1, 1, 9, 40, 2)):
+        pairs, weights = [], []
+        for cell, side in enumerate(sides):
+            pairs.append(torch.tensor([2 * cell, 2 * cell + 1])[:, None].expand(-1, side))
+            weights.append(torch.linspace(0, 1, side))
+        rows, weight = torch.cat(pairs, 1)[None], torch.cat(weights)[None]
+        cols = (rows.flip(2) if mirrored else rows) * 2 * len(sides)
+        scores = torch.randn(1, 21) + spread * torch.randn(4 * len(sides) ** 2, 21)
+        check((scores, rows.contiguous(), weight, cols.contiguous(), weight.flip(1) if mirrored else weight))
+
+
+def test_far_and_extreme_scores(backend: Backend) -> None:
+    for spread in (1e-30, 40.0, 1e4):
+        check(draw(2, 6, 8, 9, backend.device, spread))
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("lattices", [1, 2])
+def test_nan_and_infinity_as_in_pytorch(backend: Backend, lattices: int, special: float) -> None:
+    scores, *tables = draw(lattices, 37, 12, 13, backend.device)
+    scores[torch.rand(scores.shape, device=scores.device) < 0.01] = special
+    assert torch.equal(kernels.lattice_argmax(scores, *tables), reference.lattice_argmax(scores, *tables))
+    torch.testing.assert_close(
+        kernels.lattice_softmax(scores, *tables), reference.lattice_softmax(scores, *tables), equal_nan=True
+    )
+
+
+def test_a_class_of_minus_infinity_never_wins(backend: Backend) -> None:
+    scores, *tables = draw(2, 5, 12, 13, backend.device)
+    scores[:, 2] = -torch.inf
+    assert 2 not in kernels.lattice_argmax(scores, *tables).unique()
+    assert (kernels.lattice_softmax(scores, *tables)[2] == 0).all()
+
+
+@pytest.mark.parametrize("limit", [1, 300, 4000])
+def test_tiles_of_the_cpu_change_nothing(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = importlib.import_module("segmenter_fast.kernels.cpu.lattice")
+    for lattices in (1, 3):
+        arguments = draw(lattices, 9, 40, 50)
+        whole = module.lattice_argmax(*arguments), module.lattice_softmax(*arguments)
+        monkeypatch.setattr(module, "_TILE", limit)
+        assert torch.equal(module.lattice_argmax(*arguments), whole[0])
+        torch.testing.assert_close(module.lattice_softmax(*arguments), whole[1], rtol=0, atol=1e-6)
+        monkeypatch.undo()
+
+
+def test_compiles_without_a_graph_break(backend: Backend) -> None:
+    scores, *tables = draw(2, 5, 8, 9, backend.device)
+    for op in (kernels.lattice_argmax, kernels.lattice_softmax):
+        compiled = torch.compile(lambda x, op=op: op(x * 2, *tables) + 1, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(scores), op(scores * 2, *tables) + 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({0: torch.zeros(3, 4).half()}, TypeError, "scores must be float32 or float64, got torch.float16"),
+        ({0: torch.zeros(3)}, ValueError, r"scores must be \(N, K\), not empty and contiguous, got \(3,\)"),
+        ({0: torch.zeros(4, 3).T}, ValueError, r"scores must be .* got \(3, 4\) with strides \(1, 3\)"),
+        ({1: torch.zeros(1, 2, 6, dtype=torch.int32)}, TypeError, "rows must be int64, got torch.int32"),
+        ({3: torch.zeros(1, 1, 7, dtype=torch.int64)}, ValueError, r"cols must be \(S, 2, outputs\)"),
+        ({2: torch.zeros(1, 5)}, ValueError, r"row_weights must be \(1, 6\), torch.float32"),
+        ({4: torch.zeros(1, 7).double()}, ValueError, r"col_weights must be \(1, 7\), torch.float32 .* torch.float64"),
+        (
+            {3: torch.zeros(2, 2, 7, dtype=torch.int64), 4: torch.zeros(2, 7)},
+            ValueError,
+            "one entry for each lattice, got 1 and 2",
+        ),
+    ],
+)
+def test_errors_name_the_argument(change: dict[int, Tensor], error: type[Exception], message: str) -> None:
+    arguments = list(draw(1, 4, 6, 7))
+    for place, value in change.items():
+        arguments[place] = value
+    for op in (kernels.lattice_argmax, kernels.lattice_softmax):
+        with pytest.raises(error, match=message):
+            op(*arguments)
