@@ -1,10 +1,10 @@
 """A procedural data set: textured objects on photographic and procedural backgrounds, with exact labels.
 
-Every scene is a function of (seed, index) alone. All objects of a scene take their vivid colours from one small
-palette, so that colour tells things from the muted ground, but not one class from another; a class is a shape together
-with a texture, in any size and turn, partly hidden by others. A plain disc is a *disc* wherever it stands, but a
-*button* where it lies wholly on a square or a triangle: nothing but what surrounds it tells. Crosses in the same
-colours and textures are clutter: they belong to the background.
+Every scene is a function of (seed, index) alone; its objects come in any size and turn, partly hidden by others. Discs
+are reddish, squares bluish and triangles greenish, each plain or striped with white, but colour and texture do not
+settle a class. A plain disc is a *disc* wherever it stands, but a *button* where it lies wholly on a square or a
+triangle: only its surroundings tell. Crosses in the colours and textures of all others are clutter and belong to the
+background: only their shape tells.
 
 A pixel's label is the topmost object that contains the pixel's centre. Its colour is mixed by the share of the pixel
 that the object covers, so edges are smooth and the label is that of the larger share.
@@ -48,8 +48,8 @@ class Thing:
     """Share of a full turn, roughly; see ``drawing.turned``."""
     period: float
     phase: float
-    colors: tuple[int, int]
-    """Of the scene's palette: the ground and the pattern."""
+    color: tuple[float, float, float]
+    """RGB within [0, 1]; stripes are white."""
     label: int
 
 
@@ -66,7 +66,7 @@ class Shapes:
         ValueError: a size outside 32 to 4096, a length below 1, or a seed that is negative or beyond 64 bits.
     """
 
-    size: int = 128
+    size: int = 96
     length: int = LENGTHS["train"]
     seed: int = 0
 
@@ -82,7 +82,7 @@ class Shapes:
                 raise ValueError(f"{name} must be within {low} to {high}, got {value}")
 
     @classmethod
-    def of_split(cls, split: str, seed: int = 0, size: int = 128) -> Shapes:
+    def of_split(cls, split: str, seed: int = 0, size: int = 96) -> Shapes:
         """The scenes to train on, "train", or those held out, "val": their seeds never meet.
 
         Raises:
@@ -108,10 +108,10 @@ class Shapes:
             IndexError: an index outside 0 to ``length - 1``.
         """
         generator = self._generator(index)
-        things, colors, light = scene(generator), _colors(generator), generator.random()
+        things, light = scene(generator), generator.random()
         planes, labels = _background(generator, self.size), np.zeros((self.size, self.size), np.uint8)
         for thing in things:
-            _paint(planes, labels, thing, colors, light)
+            _paint(planes, labels, thing, light)
         grain = generator.random((self.size, self.size), np.float32) - 0.5
         planes += (0.12 * generator.random()) * grain
         pixels = (np.clip(planes, 0, 1) * 255 + 0.5).astype(np.uint8)
@@ -145,12 +145,11 @@ def scene(generator: np.random.Generator) -> list[Thing]:
 
 
 def _thing(generator: np.random.Generator) -> Thing:
-    draws = generator.random(10).tolist()
-    kind = int(7 * draws[0])  # the seventh is clutter
+    draws = generator.random(11).tolist()
+    kind = int(6.6 * draws[0])  # the seventh is clutter
     shape = SHAPES[kind // 2] if kind < 6 else "cross"
     texture = TEXTURES[kind % 2] if kind < 6 else TEXTURES[int(2 * draws[1])]
     small = shape == "disc" and texture == "plain" and draws[2] < 0.5
-    first = int(4 * draws[8])
     return Thing(
         shape,
         texture,
@@ -160,17 +159,16 @@ def _thing(generator: np.random.Generator) -> Thing:
         turn=draws[6],
         period=0.09 + 0.05 * draws[7],
         phase=draws[2],
-        colors=(first, (first + 1 + int(3 * draws[9])) % 4),
+        color=_color(kind // 2 if kind < 6 else int(6 * draws[1]) % 3, draws[8:11]),
         label=kind + 1 if kind < 6 else BACKGROUND,
     )
 
 
 def _button(generator: np.random.Generator, host: Thing) -> Thing:
-    """A plain disc wholly on its host, in a colour that the host lacks."""
-    draws = generator.random(4).tolist()
+    """A plain disc wholly on its host."""
+    draws = generator.random(6).tolist()
     radius = min(0.09 + 0.05 * draws[0], 0.55 * host.radius)
     room = 0.68 * host.radius - radius
-    free = [color for color in range(4) if color not in host.colors]
     return replace(
         host,
         shape="disc",
@@ -178,7 +176,7 @@ def _button(generator: np.random.Generator, host: Thing) -> Thing:
         x=host.x + room * (draws[1] - 0.5),
         y=host.y + room * (draws[2] - 0.5),
         radius=radius,
-        colors=(free[int(2 * draws[3])],) * 2,
+        color=_color(0, draws[3:]),
         label=BUTTON,
     )
 
@@ -188,19 +186,11 @@ def _apart(first: Thing, second: Thing) -> bool:
     return across * across + along * along > (0.8 * (first.radius + second.radius)) ** 2
 
 
-def _colors(generator: np.random.Generator) -> np.ndarray:
-    """``(4, 3)`` vivid colours that differ: the best of some draws."""
-    draws = generator.random((12, 4, 3), np.float32)
-    low, high = draws.min(2, keepdims=True), draws.max(2, keepdims=True)
-    draws = 0.1 + 0.85 * (draws - low) / (high - low + 1e-3)
-    apart = _difference(draws[:, :, None], draws[:, None]) + 9 * np.eye(4, dtype=np.float32)
-    return draws[np.argmax(apart.min((1, 2)))]
-
-
-def _difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Sum of the channels' absolute differences."""
-    channels = np.abs(first - second)
-    return channels[..., 0] + channels[..., 1] + channels[..., 2]
+def _color(family: int, draws: list[float]) -> tuple[float, float, float]:
+    """Reddish, greenish or bluish: one channel is high, and the other two are lower by half at least."""
+    strong = 0.6 + 0.4 * draws[0]
+    weak, middle = 0.2 * strong * draws[1], 0.5 * strong * draws[2]
+    return ((strong, middle, weak), (weak, middle, strong), (middle, strong, weak))[family]
 
 
 def _background(generator: np.random.Generator, side: int) -> np.ndarray:
@@ -212,7 +202,7 @@ def _background(generator: np.random.Generator, side: int) -> np.ndarray:
     return drawing.procedural(draws[2:], generator.random((cells, cells, 3)), side)
 
 
-def _paint(planes: np.ndarray, labels: np.ndarray, thing: Thing, colors: np.ndarray, light: float) -> None:
+def _paint(planes: np.ndarray, labels: np.ndarray, thing: Thing, light: float) -> None:
     """Draws one object, and its shadow, over what is there."""
     side = len(labels)
     x, y, radius, shadow = thing.x * side, thing.y * side, thing.radius * side, 0.04 * side
@@ -222,12 +212,9 @@ def _paint(planes: np.ndarray, labels: np.ndarray, thing: Thing, colors: np.ndar
     across, down = drawing.grid(top, left, bottom, right)
     u, v = drawing.turned(across - x, down - y, thing.turn)
     distance = drawing.outline(thing.shape, u, v, radius)
-    first, second = colors[thing.colors[0]], colors[thing.colors[1]]
-    ground = planes[:, int(y), int(x)]
-    if thing.texture == "plain" and _difference(first, ground) < 0.5:
-        first = second = colors[np.argmax(_difference(colors, ground))]
-    painted = drawing.texture(thing.texture, u, v, thing.period * side, thing.phase)
-    painted = painted * (second - first)[:, None, None] + first[:, None, None]
+    stripes = drawing.texture(thing.texture, u, v, thing.period * side, thing.phase)
+    color = np.asarray(thing.color, np.float32)[:, None, None]
+    painted = color + 0.85 * stripes * (1 - color)
     painted *= 1 + (0.2 / radius) * drawing.turned(across - x, down - y, light)[0]
     box = planes[:, top:bottom, left:right]
     box *= 1 - 0.35 * np.clip(1 - distance / shadow, 0, 1)
