@@ -175,6 +175,7 @@ IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
 # size: (name, embed_dim, depth, num_heads)
 _BACKBONES = {
+    "m": ("mini", 128, 4, 2),  # ours: random weights, small images, minutes on a CPU
     "t": ("tiny", 192, 12, 3),
     "s": ("small", 384, 12, 6),
     "b": ("base", 768, 12, 12),
@@ -185,7 +186,7 @@ _TIMM = {
     **{(size, 16, ""): f"vit_{_BACKBONES[size][0]}_patch16_384.augreg_in21k_ft_in1k" for size in "tsbl"},
     **{(size, 32, ""): f"vit_{_BACKBONES[size][0]}_patch32_384.augreg_in21k_ft_in1k" for size in "sb"},
     ("l", 32, ""): "vit_large_patch32_384.orig_in21k_ft_in1k",
-    **{("t", patch_size, ""): None for patch_size in (32, 8)},
+    **{key: None for key in (("m", 8, ""), ("t", 32, ""), ("t", 8, ""))},
     ("s", 8, ""): "vit_small_patch8_224.dino",
     ("b", 8, ""): "vit_base_patch8_224.augreg_in21k_ft_in1k",
     **{(size, 16, "deit"): f"deit_{_BACKBONES[size][0]}_distilled_patch16_224.fb_in1k" for size in "ts"},
