@@ -11,7 +11,7 @@ from segmenter_fast.config import PUBLISHED_MIOU, VARIANTS, SegmenterConfig, var
 
 def test_table_holds_every_named_variant() -> None:
     expected = {f"seg_{size}_{decoder}_16" for size in "tsbl" for decoder in ("mask", "linear")}
-    expected |= {f"seg_{size}_{decoder}_32" for size in "sbl" for decoder in ("mask", "linear")}
+    expected |= {f"seg_{size}_{decoder}_32" for size in "tsbl" for decoder in ("mask", "linear")}
     expected |= {f"seg_{size}_{decoder}_8" for size in "mtsb" for decoder in ("mask", "linear")}
     expected |= {f"seg_{size}_deit_{decoder}_16" for size in "tsb" for decoder in ("mask", "linear")}
     expected |= {f"seg_{size}_dinov2_{decoder}_14" for size in "sbl" for decoder in ("mask", "linear")}
