@@ -1,0 +1,51 @@
+"""Writes a small data set in a folder: something to try a training on, and an example of the layout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from PIL import Image
+
+from ...datasets import Dataset
+from ...predict_folder import write_png
+from ...visualize import label_image
+from .classes import write_classes
+from .layouts import SPLITS
+from .shapes import Shapes
+
+
+def make_folder(folder: Path, images: int, size: int = 128, seed: int = 0) -> dict[str, int]:
+    """The first scenes of ``shapes`` as ``images/`` and ``labels/``, with ``classes.json``, in ``folder``.
+
+    A fifth of ``images``, at least one, are for validation. The folder appears when it is whole.
+
+    Returns:
+        How many images each split has.
+
+    Raises:
+        ValueError: fewer than 2 images, or a size or a seed outside the range of ``Shapes``.
+        FileExistsError: the folder is there and not empty.
+        OSError: it cannot be written.
+    """
+    if images < 2:
+        raise ValueError(f"at least 2 images are needed, one to train on and one to validate with, got {images}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is there and not empty; name a new folder")
+    held_out = max(1, images // 5)
+    counts = dict(zip(SPLITS, (images - held_out, held_out), strict=True))
+    scenes = {split: Shapes.of_split(split, seed, size) for split in SPLITS}
+    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        for split, count in counts.items():
+            for index in range(count):
+                pixels, labels = scenes[split].read(index)
+                name = f"{split}/{scenes[split].name(index)}.png"
+                write_png(Image.fromarray(pixels), part / "images" / name)
+                write_png(label_image(labels, scenes[split].palette), part / "labels" / name)
+        write_classes(part, Dataset(scenes["train"].class_names, scenes["train"].palette))
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return counts
