@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -93,6 +94,17 @@ def loaded(name: str) -> Segmenter:
     for warning in caught:
         say(f"warning: {warning.message}", "yellow")
     return model
+
+
+def factors(text: str) -> tuple[float, ...]:
+    """ "0.75,1,1.5" -> the numbers."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or not all(0 < factor < math.inf for factor in values):
+        raise typer.BadParameter(f"--scales must be positive numbers with commas between them, got {text!r}")
+    return values
 
 
 def say(message: str, color: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import signal
 import threading
@@ -22,7 +21,7 @@ from .. import Segmenter
 from ..predict import Settings
 from ..predict_folder import Job, make_writable, plan, run
 from ..ranks import Outcome, Ranks, use_own_gpu
-from .app import Device, DeviceOption, Dtype, DtypeOption, ModelOption, app, model_of, say
+from .app import Device, DeviceOption, Dtype, DtypeOption, ModelOption, app, factors, model_of, say
 
 
 class Format(str, Enum):
@@ -60,7 +59,7 @@ def predict(
     Images above 8192 x 8192 pixels are read, segmented and written by rows; their overlays are reduced to 2048 pixels.
     Under torchrun each process takes its share of the images.
     """
-    settings = Settings(_factors(scales), flip, window, None, batch_size)
+    settings = Settings(factors(scales), flip, window, None, batch_size)
     if window is not None:
         settings = _overlapping(settings, window, overlap)
     with _ending_on_sigterm():
@@ -153,17 +152,6 @@ def _summarise(outcome: Outcome, seconds: float, out: Path) -> None:
         say(f"failed: {source}: {reason}", "red")
     if outcome.failures:
         raise typer.Exit(1)
-
-
-def _factors(text: str) -> tuple[float, ...]:
-    """ "0.75,1,1.5" -> the numbers."""
-    try:
-        factors = tuple(float(part) for part in text.split(","))
-    except ValueError:
-        factors = ()
-    if not factors or not all(0 < factor < math.inf for factor in factors):
-        raise typer.BadParameter(f"--scales must be positive numbers with commas between them, got {text!r}")
-    return factors
 
 
 def _overlapping(settings: Settings, window: int, overlap: int | None) -> Settings:
