@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from .device import describe
 from .results import write_json
 
 TILE = 512
+_PERIOD = 4
 # Labels at rounding ties may differ between a batch and a single window.
 _AGREEMENT = 0.998
 
@@ -58,28 +60,26 @@ class Run:
 
 
 def make_image(path: Path, side: int) -> None:
-    """A ``side`` x ``side`` tiled RGB TIFF of waves and grain; a tile at a time is in memory."""
+    """A ``side`` x ``side`` tiled RGB TIFF of waves and grain, which repeats after ``_PERIOD`` tiles each way."""
+    generator = np.random.default_rng(0)
+    waves = generator.integers(1, 40, (2, 3)) * 2 * np.pi / (_PERIOD * TILE)
+    places = np.arange(_PERIOD * TILE).reshape(_PERIOD, TILE)
+    tiles = []
+    for rows in places:
+        for columns in places:
+            smooth = np.sin(rows[:, None, None] * waves[0] + np.cos(columns[:, None] * waves[1]) * 3) * 90 + 128
+            grain = generator.integers(-20, 20, (TILE, TILE, 1))
+            tiles.append(zlib.compress((smooth + grain).clip(0, 255).astype(np.uint8), level=1))
+    across = range(-(-side // TILE))
     with tifffile.TiffWriter(path, bigtiff=3 * side * side > 1 << 31) as file:
         file.write(
-            _tiles(side),
+            (tiles[y % _PERIOD * _PERIOD + x % _PERIOD] for y in across for x in across),
             shape=(side, side, 3),
             dtype=np.uint8,
             tile=(TILE, TILE),
             photometric="rgb",
             compression="zlib",
-            compressionargs={"level": 1},
-            maxworkers=1,
         )
-
-
-def _tiles(side: int) -> Iterator[np.ndarray]:
-    generator = np.random.default_rng(0)
-    waves = generator.uniform(0.002, 0.06, (2, 3))
-    for top in range(0, side, TILE):
-        for left in range(0, side, TILE):
-            rows, columns = np.arange(top, top + TILE)[:, None, None], np.arange(left, left + TILE)[:, None]
-            smooth = np.sin(rows * waves[0] + np.cos(columns * waves[1]) * 3) * 90 + 128
-            yield (smooth + generator.integers(-20, 20, (TILE, TILE, 1))).clip(0, 255).astype(np.uint8)
 
 
 def measure(

@@ -95,7 +95,7 @@ def make_writable(out: Path, overlay: bool = True) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             trial.touch()
-            trial.unlink()
+            trial.unlink(missing_ok=True)  # processes on other machines may have this one's number
         except OSError as error:
             raise OSError(f"output folder {out} cannot be written: {error.strerror or error}") from error
 

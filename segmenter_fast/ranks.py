@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 
 _T = TypeVar("_T")
-_PATIENCE = timedelta(seconds=60)
+_PATIENCE = timedelta(minutes=5)
 _POLL_SECONDS = 0.2
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 
 import pytest
 from torch.distributed import HashStore
@@ -42,6 +44,18 @@ def test_every_item_is_one_rank_s(size: int) -> None:
 def test_an_environment_that_makes_no_sense_is_named(environment: dict[str, str]) -> None:
     with pytest.raises(ValueError, match=r"RANK and WORLD_SIZE must be whole numbers.*got"):
         Ranks.from_environment(environment)
+
+
+def test_ranks_that_do_not_meet_are_told_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as taken:  # bound, but nobody listens
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr("segmenter_fast.ranks._PATIENCE", timedelta(seconds=1))
+        with pytest.raises(OSError, match=rf"the ranks did not meet at 127\.0\.0\.1:{port}: "):
+            Ranks.from_environment(environment)
 
 
 def test_rank_0_hears_from_all() -> None:
