@@ -119,7 +119,7 @@ def _band(layers: Sequence[_Layer], size: Pair, output: str) -> int:
     """Rows that keep lattice and result below ``_BAND`` elements, but never fewer than 8."""
     classes = layers[0].classes
     points = sum((len(layer.rows.start) - 1) * (len(layer.cols.start) - 1) for layer in layers)
-    elements = points * classes / size[0] + (size[1] * classes if output == "probabilities" else 0)
+    elements = points * classes / size[0] + size[1] * (classes if output == "probabilities" else 1)
     return max(int(_BAND / elements), 8)
 
 
