@@ -1,0 +1,109 @@
+"""``segmenter-fast train``, also under ``torchrun -m segmenter_fast.train``."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import warnings
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .. import Segmenter, create_model
+from ..train.presets import PRESETS, field_help
+from ..weights.load import read_checkpoint
+from ..weights.reading import CheckpointError
+from .app import Device, DeviceOption, app, say
+
+STOPPED = 75
+"""Exit code of a run that a signal ended: its state is saved, and the same command with --resume auto goes on."""
+
+_PRESET = Enum("Preset", {name: name for name in PRESETS}, type=str)  # type: ignore[misc]
+
+
+class Resume(str, Enum):
+    never = "never"
+    auto = "auto"
+
+
+def _with_recipe(command: Callable[..., None]) -> Callable[..., None]:
+    """Adds one option for each field of ``Recipe`` to a command that takes them as ``**fields``."""
+    parameters = [*inspect.signature(command, eval_str=True).parameters.values()][:-1]
+    for name, (kind, sentence) in field_help().items():
+        option = typer.Option(help=sentence, rich_help_panel="Recipe: the preset's, where not given")
+        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+        parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+@app.command()
+@_with_recipe
+def train(
+    data: Annotated[str, typer.Option("--data", "-d", help="Folder of the data set; shapes needs none.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
+    preset: Annotated[_PRESET, typer.Option("--preset", "-p", help="Recipe, and kind of data.")],
+    kind: Annotated[
+        str | None, typer.Option(help="Of the data, where it is not the preset's; auto: by its content.")
+    ] = None,
+    variant: Annotated[str, typer.Option(help="See segmenter-fast variants.")] = "seg_t_mask_16",
+    pretrained: Annotated[
+        str | None, typer.Option(help="timm, a name of timm's, or a checkpoint. Default: random weights.")
+    ] = None,
+    new_classes: Annotated[
+        bool, typer.Option("--new-classes", help="Begin the classes anew where the checkpoint has others.")
+    ] = False,
+    resume: Annotated[Resume, typer.Option(help="auto: go on from the last checkpoint in OUT, if any.")] = Resume.never,
+    device: DeviceOption = Device.auto,
+    timeout: Annotated[float, typer.Option(help="Seconds that processes wait for each other.")] = 600.0,
+    **fields: Any,
+) -> None:
+    """Train a model on a data set. Exit code 75: stopped by a signal, saved; go on with --resume auto."""
+    import torch
+
+    from ..train.datasets import open_dataset
+    from ..train.engine import train as run
+
+    given = {name: value for name, value in fields.items() if value is not None}
+    if "epochs" in given:
+        given = {"steps": 0, **given}  # a preset that counts steps must not overrule it
+    recipe = PRESETS[preset.value].replace(**given)
+    dataset, val_dataset = (open_dataset(data, kind or preset.value, split) for split in ("train", "val"))
+    torch.manual_seed(recipe.seed)
+    classes = {"class_names": dataset.class_names, "palette": dataset.palette}
+    model = _model(
+        variant, pretrained, new_classes, num_classes=len(dataset.class_names), **classes, **recipe.model_fields()
+    )
+    result = run(model, dataset, val_dataset, recipe, out, resume=resume.value, device=device.value, timeout=timeout)
+    if int(os.environ.get("RANK", 0)) == 0:
+        best = result.standing
+        if best.best_step >= 0:
+            typer.echo(f"best mIoU {best.best_miou:.4f} after {best.best_step} steps: {out / 'best'}")
+        typer.echo(f"{result.steps} steps done, {result.skipped} skipped in this call; the last model: {out / 'last'}")
+    if not result.finished:
+        say("stopped by a signal; the same command with --resume auto goes on", "yellow")
+        raise typer.Exit(STOPPED)
+
+
+def _model(variant: str, pretrained: str | None, new_classes: bool, **fields: Any) -> Segmenter:
+    """A model to train; with a checkpoint of other classes only where that is wanted.
+
+    Raises:
+        ValueError: the checkpoint has another number of classes.
+    """
+    if pretrained and Path(pretrained).exists() and not new_classes:
+        with contextlib.suppress(CheckpointError):  # weights of an encoder have no classes
+            have, wanted = read_checkpoint(Path(pretrained), {}).config.num_classes, fields["num_classes"]
+            if have != wanted:
+                raise ValueError(f"{pretrained} has {have} classes, the data {wanted}: --new-classes begins them anew")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = create_model(variant, pretrained, **fields)
+    for warning in caught:
+        say(f"warning: {warning.message}", "yellow")
+    return model
