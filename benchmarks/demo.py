@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 from rich.table import Table
-from torch import Tensor
 
 from segmenter_fast import Segmenter, create_model
 from segmenter_fast.images import ImageSource, normalise, read_image
 from segmenter_fast.reference import ReferenceSegmenter
 from segmenter_fast.visualize import default_palette, overlay
 
+from .agreement import rms, share
 from .cases import compiled
 from .peers import with_sdpa
 from .timing import Failure, Timing, measure, own_stream
@@ -95,8 +95,8 @@ def _compare(
         peer = compiled(peer_model.segment, device)
         logits, fast_logits, labels = reference(images), fast(low), fast.segment(low)
         expected = logits.argmax(1)
-        peer_error, error = _rms(peer_model(low) - logits), _rms(fast_logits - logits)
-        peer_labels, own_labels = _share(peer(low) == expected), _share(labels == fast_logits.argmax(1))
+        peer_error, error = rms(peer_model(low) - logits), rms(fast_logits - logits)
+        peer_labels, own_labels = share(peer(low) == expected), share(labels == fast_logits.argmax(1))
         del logits, fast_logits
         times = measure(
             {
@@ -125,18 +125,10 @@ def _compare(
         peer_error,
         error,
         peer_labels,
-        _share(labels == expected),
+        share(labels == expected),
         own_labels,
         path,
     )
-
-
-def _rms(difference: Tensor) -> float:
-    return difference.float().square().mean().sqrt().item()
-
-
-def _share(holds: Tensor) -> float:
-    return holds.float().mean().item()
 
 
 def table(comparisons: Sequence[Comparison]) -> Table:
