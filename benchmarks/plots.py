@@ -50,7 +50,10 @@ Value = Callable[[Row], tuple[float, float, float] | None]
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="segmenter_fast.benchmarks.plots", description=__doc__)
     parser.add_argument("folder", type=Path, help="a folder with <op>.json files")
-    written = draw(parser.parse_args(arguments).folder)
+    from . import throughput_plots  # has this module's style
+
+    folder = parser.parse_args(arguments).folder
+    written = draw(folder) + throughput_plots.draw(folder)
     for path in written:
         print(path)
     return 0 if written else 1
