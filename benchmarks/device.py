@@ -1,6 +1,6 @@
 """What was measured on: the device record and its measured ceilings.
 
-``python -m segmenter_fast.benchmarks.device`` prints the record, with ``--slug`` only the name of its results folder.
+``python -m segmenter_fast.benchmarks.device [DEVICE]`` prints the record, with ``--slug`` only its folder's name.
 """
 
 from __future__ import annotations
@@ -172,7 +172,8 @@ def _output(*command: str) -> str | None:
 
 
 if __name__ == "__main__":
-    record = describe(resolve("auto"))
+    names = [argument for argument in sys.argv[1:] if argument != "--slug"]
+    record = describe(resolve(*names or ["auto"]))
     if "--slug" in sys.argv[1:]:
         print(record.slug)
     else:

@@ -1,14 +1,25 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: the gpu tests, the kernel benchmarks, the plots.
+# Everything that needs a GPU, in one command: the gpu tests, all benchmarks, a kernel profile, the plots.
 #
 #   bash benchmarks/gpu.sh [OUT] [SECONDS]
 #
 # Installs nothing: PyTorch, Triton and pytest have to be there, segmenter-fast itself does not. Results go to
 # OUT/<device>/ (default: $OUT, else benchmarks/results), each as soon as it exists, the most valuable first.
-# SECONDS (default 480) is the time for all of it; the tests get at most a third.
+# SECONDS (default 480) is the time for all of it; the tests get at most a quarter.
+# DEVICE=cpu runs the same steps without a GPU on the smallest of cases and without torch.compile, to see that the script
+# itself works; its figures mean nothing, and OUT has to be given.
 # Exit code: 0; 1 if a step failed (the others still ran); 2 without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
+device=${DEVICE:-cuda}
+if [ "$device" != cuda ] && [ "$device" != cpu ]; then
+    echo "gpu.sh: DEVICE must be cuda or cpu, got $device" >&2
+    exit 2
+fi
+if [ "$device" = cpu ] && [ -z "${1:-${OUT:-}}" ]; then
+    echo "gpu.sh: DEVICE=cpu is a rehearsal; name a folder for its results: DEVICE=cpu bash benchmarks/gpu.sh OUT" >&2
+    exit 2
+fi
 out=${1:-${OUT:-benchmarks/results}}
 budget=${2:-480}
 start=$SECONDS
@@ -20,7 +31,7 @@ if ! "$python" -c "import torch" 2>/dev/null; then
     echo "gpu.sh: $python has no PyTorch; set PYTHON to one that has" >&2
     exit 2
 fi
-if ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
+if [ "$device" = cuda ] && ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
     echo "gpu.sh: no GPU: PyTorch sees no CUDA or ROCm device here, so nothing was run" >&2
     exit 2
 fi
@@ -38,7 +49,7 @@ left() { echo $((budget - (SECONDS - start))); }
 step() {
     local name=$1 limit=$2
     shift 2
-    if [ "$limit" -lt 10 ]; then
+    if [ "$limit" -lt 5 ]; then
         echo "== $name: no time left"
         failed+=("$name")
         return
@@ -52,22 +63,36 @@ step() {
     fi
 }
 
-"$python" -m segmenter_fast.benchmarks.device || exit 2
-slug=$("$python" -m segmenter_fast.benchmarks.device --slug)
+# bench NAME PART COMMAND...: a benchmark gets the PARTth part of what is left but half a minute, which the plots need. It
+# stops by itself after the case in which that is used up, and is stopped half a minute later.
+bench() {
+    local name=$1 time=$((($(left) - 30) / $2))
+    shift 2
+    step "$name" $((time + 30)) "$python" -m "segmenter_fast.benchmarks.$@" --device "$device" --out "$out" --budget "$time"
+}
+
+"$python" -m segmenter_fast.benchmarks.device "$device" || exit 2
+slug=$("$python" -m segmenter_fast.benchmarks.device "$device" --slug)
+if [ "$device" = cuda ]; then
+    tests=(-m gpu)
+    models=() steps=() ops=() whole=()
+else
+    tests=(tests/benchmarks/test_compare.py)
+    models=(--variant seg_t_linear_16 --size 64 --classes 7 --dtype float32 --no-compile --no-extras --seconds 0.1)
+    steps=(--quick --size 64 --classes 7 --dtype float32 --no-compile)
+    whole=(--model t --size 64 --classes 7 --dtype float32 --no-compile)
+    ops=(--quick --cases 1)
+    export TORCHDYNAMO_DISABLE=1
+fi
 results=$out/$slug
 mkdir -p "$results"
 
-step tests $((budget / 3)) "$python" -m pytest -m gpu -q --junitxml "$results/tests.xml"
-# Half of what is left is attention's, the other ops share the rest; half a minute is kept for the plots.
-# A benchmark stops by itself at its budget, after the case it is in.
-for op in attention upsample_cross_entropy upsample_argmax upsample_softmax mask_scores; do
-    case $op in
-        upsample_cross_entropy) part=4 ;; upsample_argmax) part=3 ;; attention | upsample_softmax) part=2 ;; *) part=1 ;;
-    esac
-    time=$((($(left) - 30) / part))
-    step "$op" $((time + 30)) "$python" -m segmenter_fast.benchmarks.kernels "$op" \
-        --device cuda --budget "$time" --out "$out"
-done
+# What nobody has measured is worth most: whole models, training steps, then the ops, attention and the loss first.
+step tests $((budget / 4)) "$python" -m pytest "${tests[@]}" -q --junitxml "$results/tests.xml"
+bench throughput 3 throughput "${models[@]}"
+bench training 3 training "${steps[@]}"
+step profile $((($(left) - 30) / 3)) "$python" -m segmenter_fast.benchmarks.profiler --device "$device" --out "$out" "${whole[@]}"
+bench kernels 1 kernels attention upsample_cross_entropy upsample_argmax upsample_softmax mask_scores "${ops[@]}"
 step plots 60 "$python" -m segmenter_fast.benchmarks.plots "$results"
 
 echo "== results in $results after $((SECONDS - start)) s"

@@ -81,12 +81,13 @@ class Run:
         return len(result.refused)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """``--device``, ``--quick``, ``--out`` and ``--budget``, as every command over cases has them."""
+def add_options(parser: argparse.ArgumentParser, timed: bool = True) -> None:
+    """``--device`` and ``--out``; ``--quick`` and ``--budget`` where cases are timed. Every command has the same."""
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
-    parser.add_argument("--quick", action="store_true", help="a few small cases, made for two CPU cores")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results (%(default)s)")
-    parser.add_argument("--budget", type=float, help="seconds for everything; the most valuable cases go first")
+    if timed:
+        parser.add_argument("--quick", action="store_true", help="a few small cases, made for two CPU cores")
+        parser.add_argument("--budget", type=float, help="seconds for everything; the most valuable cases go first")
 
 
 def table(case: Case, rows: Sequence[Row]) -> Table:

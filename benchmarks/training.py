@@ -88,7 +88,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.monotonic()
     try:
         device = resolve(options.device)
-        dtype = choose_dtype(options.dtype, device)
+        dtype = training_dtype(options.dtype, device)
         cases = [
             make_case(device, dtype, point, not options.no_compile)
             for point in chosen_points(device, options.quick, **_given(options))
@@ -105,6 +105,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _given(options: argparse.Namespace) -> dict[str, Any]:
     fields = ("model", "patch", "classes", "size", "batch")
     return {name: getattr(options, name) for name in fields if getattr(options, name) is not None}
+
+
+def training_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What ``name`` means on ``device``; float32 where that is float16, whose loss would have to be scaled."""
+    dtype = choose_dtype(name, device)
+    return torch.float32 if dtype is torch.float16 else dtype
 
 
 def chosen_points(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -115,15 +114,6 @@ def test_attention_is_drawn(tmp_path: Path) -> None:
     write(replace(result(), op="attention", cases=cases), tmp_path)
     (plot,) = draw(tmp_path / describe(CPU).slug)
     assert plot.name == "attention.png"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
-def test_gpu_script_says_that_there_is_no_gpu(tmp_path: Path) -> None:
-    script = Path(command.__file__).resolve().parent / "gpu.sh"
-    done = subprocess.run(["bash", str(script), str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "no GPU" in done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 def test_variants_of_every_op_include_eager_and_ours() -> None:
