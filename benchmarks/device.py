@@ -1,6 +1,6 @@
 """What was measured on: the device record and its measured ceilings.
 
-``python -m segmenter_fast.benchmarks.device [DEVICE]`` prints the record, with ``--slug`` only its folder's name.
+``python -m segmenter_fast.benchmarks.device [auto | cpu | cuda]`` prints the record; ``slug`` names the results folder.
 """
 
 from __future__ import annotations
@@ -172,10 +172,5 @@ def _output(*command: str) -> str | None:
 
 
 if __name__ == "__main__":
-    names = [argument for argument in sys.argv[1:] if argument != "--slug"]
-    record = describe(resolve(*names or ["auto"]))
-    if "--slug" in sys.argv[1:]:
-        print(record.slug)
-    else:
-        for key, value in asdict(record).items():
-            print(f"{key:14} {value}")
+    for key, value in asdict(describe(resolve(*sys.argv[1:] or ["auto"]))).items():
+        print(f"{key:14} {value}")

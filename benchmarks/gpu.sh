@@ -27,14 +27,18 @@ failed=()
 
 python=${PYTHON:-python3}
 if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then python=.venv/bin/python; fi
-if ! "$python" -c "import torch" 2>/dev/null; then
-    echo "gpu.sh: $python has no PyTorch; set PYTHON to one that has" >&2
-    exit 2
-fi
-if [ "$device" = cuda ] && ! "$python" -c "import torch, sys; sys.exit(not torch.cuda.is_available())"; then
-    echo "gpu.sh: no GPU: PyTorch sees no CUDA or ROCm device here, so nothing was run" >&2
-    exit 2
-fi
+"$python" -c "import sys, torch; sys.exit(3 if '$device' == 'cuda' and not torch.cuda.is_available() else 0)" 2>/dev/null
+case $? in
+    0) ;;
+    3)
+        echo "gpu.sh: no GPU: PyTorch sees no CUDA or ROCm device here, so nothing was run" >&2
+        exit 2
+        ;;
+    *)
+        echo "gpu.sh: $python has no PyTorch; set PYTHON to one that has" >&2
+        exit 2
+        ;;
+esac
 if ! "$python" -c "import segmenter_fast.benchmarks" 2>/dev/null; then
     # Not installed: the same layout, in links.
     tree=$PWD/build/gpu
@@ -68,31 +72,31 @@ step() {
 bench() {
     local name=$1 time=$((($(left) - 30) / $2))
     shift 2
-    step "$name" $((time + 30)) "$python" -m "segmenter_fast.benchmarks.$@" --device "$device" --out "$out" --budget "$time"
+    step "$name" $((time + 30)) "$python" -m "segmenter_fast.benchmarks.$1" "${@:2}" --device "$device" --out "$out" --budget "$time"
 }
 
-"$python" -m segmenter_fast.benchmarks.device "$device" || exit 2
-slug=$("$python" -m segmenter_fast.benchmarks.device "$device" --slug)
+record=$("$python" -m segmenter_fast.benchmarks.device "$device") || exit 2
+echo "$record"
+results=$out/$(awk '$1 == "slug" { print $2 }' <<<"$record")
+mkdir -p "$results"
 if [ "$device" = cuda ]; then
     tests=(-m gpu)
-    models=() steps=() ops=() whole=()
+    models=() steps=() whole=()
+    ops=(attention upsample_cross_entropy upsample_argmax upsample_softmax mask_scores)
 else
     tests=(tests/benchmarks/test_compare.py)
     models=(--variant seg_t_linear_16 --size 64 --classes 7 --dtype float32 --no-compile --no-extras --seconds 0.1)
     steps=(--quick --size 64 --classes 7 --dtype float32 --no-compile)
     whole=(--model t --size 64 --classes 7 --dtype float32 --no-compile)
-    ops=(--quick --cases 1)
+    ops=(mask_scores --quick --cases 1)
     export TORCHDYNAMO_DISABLE=1
 fi
-results=$out/$slug
-mkdir -p "$results"
-
 # What nobody has measured is worth most: whole models, training steps, then the ops, attention and the loss first.
 step tests $((budget / 4)) "$python" -m pytest "${tests[@]}" -q --junitxml "$results/tests.xml"
 bench throughput 3 throughput "${models[@]}"
 bench training 3 training "${steps[@]}"
 step profile $((($(left) - 30) / 3)) "$python" -m segmenter_fast.benchmarks.profiler --device "$device" --out "$out" "${whole[@]}"
-bench kernels 1 kernels attention upsample_cross_entropy upsample_argmax upsample_softmax mask_scores "${ops[@]}"
+bench kernels 1 kernels "${ops[@]}"
 step plots 60 "$python" -m segmenter_fast.benchmarks.plots "$results"
 
 echo "== results in $results after $((SECONDS - start)) s"

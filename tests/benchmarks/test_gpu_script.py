@@ -38,9 +38,8 @@ def test_the_rehearsal_runs_every_step(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (folder,) = tmp_path.iterdir()
     names = {path.name for path in folder.iterdir()}
-    ops = {"attention", "mask_scores", "upsample_argmax", "upsample_cross_entropy", "upsample_softmax"}
-    written = {f"{name}.json" for name in (*ops, "throughput", "training", "profile")}
-    assert written | {"tests.xml", "upsample.png", "attention.png", "training.png"} <= names
+    written = {f"{name}.json" for name in ("throughput", "training", "profile", "mask_scores")}
+    assert written | {"tests.xml", "training.png"} <= names
     profiles = json.loads((folder / "profile.json").read_text())["profiles"]
     assert [profile["name"] for profile in profiles] == ["inference", "training step"]
     assert all(profile["kernels"] and profile["busy_ms"] > 0 for profile in profiles)
@@ -48,8 +47,8 @@ def test_the_rehearsal_runs_every_step(tmp_path: Path) -> None:
     assert {row["status"] for case in training["cases"] for row in case["rows"]} == {"ok", "absent"}
 
 
-def test_a_step_that_fails_is_told_and_the_others_run(tmp_path: Path) -> None:
-    """Ten seconds are not enough for anything: no step may hang, and the exit code says so."""
+@pytest.mark.slow
+def test_steps_without_time_are_told_and_count_as_failed(tmp_path: Path) -> None:
     done = run(str(tmp_path), "1", seconds=300, DEVICE="cpu")
     assert done.returncode == 1
     assert "no time left" in done.stdout
