@@ -72,7 +72,8 @@ step() {
 bench() {
     local name=$1 time=$((($(left) - 30) / $2))
     shift 2
-    step "$name" $((time + 30)) "$python" -m "segmenter_fast.benchmarks.$1" "${@:2}" --device "$device" --out "$out" --budget "$time"
+    local limit=$((time < 5 ? time : time + 30))
+    step "$name" "$limit" "$python" -m "segmenter_fast.benchmarks.$1" "${@:2}" --device "$device" --out "$out" --budget "$time"
 }
 
 record=$("$python" -m segmenter_fast.benchmarks.device "$device") || exit 2
