@@ -44,32 +44,21 @@ def point_pair(index_ptr, weights_ptr, s, offs, mask, size):
 
 
 @triton.jit
-def lattice_logits(
-    scores_ptr,
-    rows_ptr,
-    row_weights_ptr,
-    cols_ptr,
-    col_weights_ptr,
-    s,
-    k,
-    offs_y,
-    offs_x,
-    mask_y,
-    mask_x,
-    num_classes,
-    height,
-    width,
-):
-    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` logits of lattice ``s``; -inf for classes that do not exist."""
-    r0, r1, v = point_pair(rows_ptr, row_weights_ptr, s, offs_y, mask_y, height)
-    c0, c1, u = point_pair(cols_ptr, col_weights_ptr, s, offs_x, mask_x, width)
+def lattice_logits(tables, s, k, tile, num_classes, height, width):
+    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` logits of lattice ``s``; -inf for classes that do not exist.
+
+    ``tables`` are the pointers of scores, rows, row weights, columns and column weights, ``tile`` is ``tile_outputs``.
+    """
+    offs_y, offs_x, mask_y, mask_x = tile
+    r0, r1, v = point_pair(tables[1], tables[2], s, offs_y, mask_y, height)
+    c0, c1, u = point_pair(tables[3], tables[4], s, offs_x, mask_x, width)
     mask = (mask_y[:, None] & mask_x[None, :])[:, :, None] & (k < num_classes)[None, None, :]
     v, u = v[:, None, None], u[None, :, None]
-    p00 = scores_ptr + ((r0[:, None] + c0[None, :]) * num_classes)[:, :, None] + k[None, None, :]
-    p01 = scores_ptr + ((r0[:, None] + c1[None, :]) * num_classes)[:, :, None] + k[None, None, :]
+    p00 = tables[0] + ((r0[:, None] + c0[None, :]) * num_classes)[:, :, None] + k[None, None, :]
+    p01 = tables[0] + ((r0[:, None] + c1[None, :]) * num_classes)[:, :, None] + k[None, None, :]
     top = tl.load(p00, mask=mask, other=0.0) * (1 - u) + tl.load(p01, mask=mask, other=0.0) * u
-    p10 = scores_ptr + ((r1[:, None] + c0[None, :]) * num_classes)[:, :, None] + k[None, None, :]
-    p11 = scores_ptr + ((r1[:, None] + c1[None, :]) * num_classes)[:, :, None] + k[None, None, :]
+    p10 = tables[0] + ((r1[:, None] + c0[None, :]) * num_classes)[:, :, None] + k[None, None, :]
+    p11 = tables[0] + ((r1[:, None] + c1[None, :]) * num_classes)[:, :, None] + k[None, None, :]
     bottom = tl.load(p10, mask=mask, other=0.0) * (1 - u) + tl.load(p11, mask=mask, other=0.0) * u
     return tl.where((k < num_classes)[None, None, :], top * (1 - v) + bottom * v, -float("inf"))
 
@@ -92,24 +81,20 @@ def lattice_log_sum_kernel(
 ):
     """Largest logit, and log2 of the sum of the exponentials, of one tile of one lattice."""
     dtype: tl.constexpr = scores_ptr.dtype.element_ty
-    offs_y, offs_x, mask_y, mask_x = tile_outputs(height, width, BLOCK_Y, BLOCK_X)
+    tables = (scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr)
+    tile = tile_outputs(height, width, BLOCK_Y, BLOCK_X)
+    offs_y, offs_x, mask_y, mask_x = tile
     s = tl.program_id(1).to(tl.int64)
     largest = tl.full((BLOCK_Y, BLOCK_X, BLOCK_K), -float("inf"), dtype)
     for start in range(0, num_classes, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        logit = lattice_logits(
-            scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr, s, k,
-            offs_y, offs_x, mask_y, mask_x, num_classes, height, width,
-        )  # fmt: skip
+        logit = lattice_logits(tables, s, k, tile, num_classes, height, width)
         largest = tl.maximum(largest, logit)
     shift = tl.max(largest, 2)
     exp_sum = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), dtype)
     for start in range(0, num_classes, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        logit = lattice_logits(
-            scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr, s, k,
-            offs_y, offs_x, mask_y, mask_x, num_classes, height, width,
-        )  # fmt: skip
+        logit = lattice_logits(tables, s, k, tile, num_classes, height, width)
         exp_sum += tl.exp2((logit - shift[:, :, None]) * LOG2_E)
     mask = mask_y[:, None] & mask_x[None, :]
     out_ptrs = out_ptr + (s * 2 * height + offs_y[:, None]) * width + offs_x[None, :]
@@ -119,17 +104,10 @@ def lattice_log_sum_kernel(
 
 @triton.jit
 def lattice_votes(
-    scores_ptr,
-    rows_ptr,
-    row_weights_ptr,
-    cols_ptr,
-    col_weights_ptr,
+    tables,
     log_sum_ptr,
     k,
-    offs_y,
-    offs_x,
-    mask_y,
-    mask_x,
+    tile,
     num_classes,
     lattices,
     height,
@@ -139,15 +117,13 @@ def lattice_votes(
     BLOCK_K: tl.constexpr,
 ):
     """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` sum over the lattices of the softmaxes."""
-    votes = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), scores_ptr.dtype.element_ty)
+    offs_y, offs_x, mask_y, mask_x = tile
+    votes = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), tables[0].dtype.element_ty)
     mask = mask_y[:, None] & mask_x[None, :]
     ptrs = log_sum_ptr + offs_y[:, None] * width + offs_x[None, :]
     plane = height.to(tl.int64) * width
     for s in range(lattices):
-        logit = lattice_logits(
-            scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr, s, k,
-            offs_y, offs_x, mask_y, mask_x, num_classes, height, width,
-        )  # fmt: skip
+        logit = lattice_logits(tables, s, k, tile, num_classes, height, width)
         shift = tl.load(ptrs + 2 * s * plane, mask=mask, other=0.0)
         log_sum = tl.load(ptrs + (2 * s + 1) * plane, mask=mask, other=0.0)
         votes += tl.exp2((logit - shift[:, :, None]) * LOG2_E - log_sum[:, :, None])
@@ -173,22 +149,20 @@ def lattice_argmax_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Labels of one tile, by the logits of a SINGLE lattice or by the votes of all."""
-    offs_y, offs_x, mask_y, mask_x = tile_outputs(height, width, BLOCK_Y, BLOCK_X)
+    tables = (scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr)
+    tile = tile_outputs(height, width, BLOCK_Y, BLOCK_X)
+    offs_y, offs_x, mask_y, mask_x = tile
     best = tl.full((BLOCK_Y, BLOCK_X, BLOCK_K), -float("inf"), scores_ptr.dtype.element_ty)
     # Each lane holds the best of its classes; the first one, until another exceeds it.
     label = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), tl.int32) + tl.arange(0, BLOCK_K)[None, None, :]
     for start in range(0, num_classes, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         if SINGLE:
-            value = lattice_logits(
-                scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr, 0, k,
-                offs_y, offs_x, mask_y, mask_x, num_classes, height, width,
-            )  # fmt: skip
+            value = lattice_logits(tables, 0, k, tile, num_classes, height, width)
         else:
             value = lattice_votes(
-                scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr, log_sum_ptr, k,
-                offs_y, offs_x, mask_y, mask_x, num_classes, lattices, height, width, BLOCK_Y, BLOCK_X, BLOCK_K,
-            )  # fmt: skip
+                tables, log_sum_ptr, k, tile, num_classes, lattices, height, width, BLOCK_Y, BLOCK_X, BLOCK_K
+            )
         # A NaN wins against every number, and nothing against a NaN.
         wins = ~(value <= best) & (best == best) & (k < num_classes)[None, None, :]
         best = tl.where(wins, value, best)
@@ -219,14 +193,16 @@ def lattice_softmax_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Mean probabilities of one tile."""
-    offs_y, offs_x, mask_y, mask_x = tile_outputs(height, width, BLOCK_Y, BLOCK_X)
+    tables = (scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr)
+    tile = tile_outputs(height, width, BLOCK_Y, BLOCK_X)
+    offs_y, offs_x, mask_y, mask_x = tile
     mask = mask_y[:, None] & mask_x[None, :]
     for start in range(0, num_classes, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        votes = lattice_votes(
-            scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr, log_sum_ptr, k,
-            offs_y, offs_x, mask_y, mask_x, num_classes, lattices, height, width, BLOCK_Y, BLOCK_X, BLOCK_K,
-        ) / lattices  # fmt: skip
+        votes = (
+            lattice_votes(tables, log_sum_ptr, k, tile, num_classes, lattices, height, width, BLOCK_Y, BLOCK_X, BLOCK_K)
+            / lattices
+        )
         offs_r = k.to(tl.int64)[:, None] * height + offs_y[None, :]
         ptrs = out_ptr + offs_r[:, :, None] * width + offs_x[None, None, :]
         tl.store(ptrs, votes.permute(2, 0, 1), mask=(k < num_classes)[:, None, None] & mask[None, :, :])
@@ -245,8 +221,9 @@ class Tiles(NamedTuple):
 
 
 def launch_config(num_classes: int) -> Tiles:
-    """32 pixels, whose addresses and values are 8 to a thread."""
-    return Tiles(4, 8, min(triton.next_power_of_2(num_classes), 32), num_warps=4)
+    """32 pixels, and 4 logits to a thread: with 8 of them the softmax spills on sm_100."""
+    block_k = min(triton.next_power_of_2(num_classes), 32)
+    return Tiles(4, 8, block_k, num_warps=max(32 * block_k // 128, 1))
 
 
 def _launch(kernel, results: dict[str, Tensor], tensors: tuple[Tensor, ...], lattices: int = 1, **constants) -> None:
