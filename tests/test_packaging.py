@@ -43,3 +43,13 @@ def test_every_folder_with_modules_is_a_package() -> None:
 @pytest.mark.parametrize("name", sorted(LISTED))
 def test_packages_import_under_their_installed_names(name: str) -> None:
     assert importlib.import_module(name).__doc__
+
+
+def test_every_asset_is_package_data() -> None:
+    patterns = re.search(r"^segmenter_fast = \[(.*)\]", (ROOT / "pyproject.toml").read_text(), re.M)[1]
+    package = ROOT / "segmenter_fast"
+    listed = {path for pattern in re.findall(r'"(.*?)"', patterns) for path in package.glob(pattern) if path.is_file()}
+    assets = {path for path in (package / "assets").rglob("*") if path.is_file()}
+    assert package / "assets" / "shapes" / "model.safetensors" in assets
+    assert assets <= listed
+    assert sum(path.stat().st_size for path in assets) < 7_000_000

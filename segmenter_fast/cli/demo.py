@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -20,16 +21,35 @@ def demo(
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
-    """Run the reference, a strong peer and the fast model on a photograph: speed, agreement, an overlay."""
+    """Segment scenes that a small trained model never saw, and compare the speed of large ones on a photograph."""
     from ..benchmarks.demo import PHOTOGRAPH, VARIANTS, run_demo, table
 
     place = choose_device(device.value)
+    _show(out, place)
     comparisons = []
     with Console(stderr=True).status("segmenting ...") as status:
         for row in run_demo(out, place, choose_dtype(dtype.value, place), image or PHOTOGRAPH, variant or VARIANTS):
             comparisons.append(row)
             status.update(f"{row.variant} done; going on ...")
     Console().print(table(comparisons))
-    say("The weights are random, so the labels mean nothing; speed and agreement do.", "yellow")
+    names = ", ".join(row.variant for row in comparisons)
+    say(f"The weights of {names} are random, so their labels mean nothing; speed and agreement do.", "yellow")
     for row in comparisons:
         typer.echo(f"overlay: {row.overlay}")
+
+
+def _show(out: Path, device: torch.device) -> None:
+    """Writes a picture of what the trained model makes of held-out scenes, and says how good it is."""
+    from ..train.showcase import SCENES, held_out, showcase, trained_model
+
+    model = trained_model().to(device)
+    dataset = held_out(model)
+    shown = showcase(model, dataset)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "shapes.png"
+    partial = path.with_suffix(".partial.png")
+    shown.picture.save(partial)
+    partial.replace(path)
+    typer.echo(
+        f"trained model: mIoU {shown.scores.miou:.3f} on {SCENES} scenes of the held-out seed {dataset.seed}: {path}"
+    )
