@@ -11,6 +11,8 @@ import time
 
 import torch
 
+from segmenter_fast.devices import cpu_is_fast_in_bfloat16
+
 from .device import resolve
 from .ops import OPS
 from .run import Run, add_options
@@ -28,7 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     start = time.monotonic()
-    dtypes = (torch.float32, torch.bfloat16) + ((torch.float16,) if device.type == "cuda" else ())
+    dtypes = [torch.float32]
+    if device.type == "cuda":
+        dtypes += [torch.bfloat16, torch.float16]
+    elif cpu_is_fast_in_bfloat16():  # elsewhere the large matrix product takes minutes, and is no ceiling
+        dtypes += [torch.bfloat16]
     seconds = 0.5 if options.quick or device.type == "cuda" else 2.0
     run = Run.begin(device, dtypes, options.out, options.quick, seconds)
     wrong = 0

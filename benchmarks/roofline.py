@@ -80,8 +80,8 @@ def _figures(result: Result, dtype: str, ours: Row, eager: Row) -> str:
     ms = ours.timing.median_ms
     megabytes, gigaflops = (ours.gb_s or 0) * ms, (ours.tflops or 0) * ms
     attainable = megabytes / result.ceilings.copy_gb_s
-    if gigaflops:
-        attainable = max(attainable, gigaflops / result.ceilings.matmul_tflops[dtype])
+    if gigaflops and (rate := result.ceilings.matmul_tflops.get(dtype)):
+        attainable = max(attainable, gigaflops / rate)
     counted = f"{gigaflops:.2f}" if gigaflops else ""
     peer = f"{eager.timing.median_ms:.3g}" if eager.timing else eager.status
     return f"{megabytes:.2f} | {counted} | {attainable:.3g} | {ms:.3g} | {attainable / ms:.1%} | {peer}"
