@@ -61,7 +61,7 @@ class World:
 
 @contextmanager
 def joined(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
-    """Inside the block the processes that were started together can communicate.
+    """Inside the block the processes that were started together can communicate. A group that is there already is used.
 
     Args:
         device: "auto", "cpu" or "cuda"; each process on a machine takes a GPU of its own.
@@ -81,6 +81,9 @@ def joined(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
     if place.type == "cuda":
         place = choose_device(f"cuda:{local_rank}")
         torch.cuda.set_device(place)
+    if dist.is_initialized():  # by the program around this
+        yield World(place, rank, size)
+        return
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     where = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
     try:

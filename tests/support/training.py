@@ -1,7 +1,8 @@
-"""A small data set, model and recipe for tests of training; run as a program, the processes of a distributed test.
+"""A small data set, model and recipe for tests of training; run as a program, the processes of such a test.
 
-``torchrun ... training.py gradients OUT`` saves the gradients of one step, by DDP and FSDP2, with and without parts.
-``torchrun ... training.py train OUT FIELDS`` trains with the recipe's fields replaced, as JSON.
+``torchrun ... training.py ranks OUT FIELDS`` saves gradients of one step by DDP and FSDP2, trains with the recipe's
+fields replaced, as JSON, is stopped by SIGTERM, goes on, and loses rank 1 in the fifth step.
+``training.py slow OUT FIELDS`` trains until its second checkpoint is half written, and waits there.
 """
 
 from __future__ import annotations
@@ -137,26 +138,33 @@ def _save_slowly() -> None:
     torch.save = half
 
 
+def _ranks(world: World, out: Path, fields: dict[str, Any]) -> None:
+    """Everything that a test asks of two processes; starting them is what takes long."""
+    for kind in ("ddp", "fsdp"):
+        for accumulate in (1, 2):
+            found = step_gradients(world, RECIPE.replace(parallel=kind, accumulate=accumulate, drop_path=0.0))
+            if world.first:
+                torch.save(found, out / f"{kind}-{accumulate}.pt")
+    recipe = RECIPE.replace(**fields)
+    for reads, number in ((6, signal.SIGTERM), (4, signal.SIGKILL)):  # two reads a step
+        data = Squares() if world.first else Signalled(reads, number)
+        options: dict[str, Any] = {"resume": "auto", "device": "cpu", "timeout": 60}
+        result = train(small_model(recipe), data, Squares(4, 1), recipe, out / "run", **options)
+        assert (result.steps, result.finished) == (3, False), result
+        if world.first:
+            (out / "stopped").touch()
+
+
 def _main() -> None:
-    task, out = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
-    if task == "gradients":
+    task, out, fields = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
+    if task == "ranks":
         with joined("cpu", 60) as world:
-            for kind in ("ddp", "fsdp"):
-                for accumulate in (1, 2):
-                    recipe = RECIPE.replace(parallel=kind, accumulate=accumulate, drop_path=0.0)
-                    found = step_gradients(world, recipe)
-                    if world.first:
-                        torch.save(found, out / f"{kind}-{accumulate}.pt")
-        return
-    recipe = RECIPE.replace(**json.loads(sys.argv[3]))
-    data = Squares()
-    for variable, number in (("KILL_RANK", signal.SIGKILL), ("STOP_RANK", signal.SIGTERM)):
-        if os.environ.get(variable) == os.environ.get("RANK", "0"):
-            data = Signalled(reads=6, number=number)
-    if "SLOW_SAVE" in os.environ:
+            _ranks(world, out, fields)
+    else:
         _save_slowly()
-    train(small_model(recipe), data, Squares(4, 1), recipe, out, resume="auto", device="cpu", timeout=60)
+        recipe = RECIPE.replace(**fields)
+        train(small_model(recipe), Squares(), Squares(4, 1), recipe, out, device="cpu")
 
 
 if __name__ == "__main__":

@@ -144,8 +144,8 @@ def test_a_run_goes_on_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_process_killed_in_mid_save_goes_on_from_the_last_whole_checkpoint(tmp_path: Path) -> None:
-    program = [sys.executable, support.__file__, "train", str(tmp_path / "parts"), "{}"]
-    environment = {**os.environ, "SLOW_SAVE": "1", "PYTHONPATH": str(Path(support.__file__).parents[1])}
+    program = [sys.executable, support.__file__, "slow", str(tmp_path / "parts"), "{}"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(support.__file__).parents[1])}
     with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -25,48 +26,50 @@ HERE = World(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs a PyTorch with torch.distributed")
 
 
-def torchrun(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Two processes of the support program."""
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    path = str(Path(support.__file__).parents[1])
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **environment}
-    return subprocess.run(
-        [*program, support.__file__, *arguments], env=variables, capture_output=True, text=True, timeout=240
-    )
+FIELDS = {"drop_path": 0.0, "ema": 0.9, "optimizer": "adamw", "lr": 1e-3, "clip": 0.5}
 
 
-def test_gradients_of_two_processes_are_those_of_one_with_the_double_batch(tmp_path: Path) -> None:
-    done = torchrun("gradients", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """What two processes under torchrun left, see the support program, of which one was killed in the end."""
+    out = tmp_path_factory.mktemp("two")
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", support.__file__]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(support.__file__).parents[1])}
+    fields = json.dumps({**FIELDS, "parallel": "fsdp"})
+    arguments = [*program, "ranks", str(out), fields]
+    return out, subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=240)
+
+
+def test_gradients_of_two_processes_are_those_of_one_with_the_double_batch(two: Any) -> None:
+    out, done = two
     wanted = step_gradients(HERE, RECIPE.replace(drop_path=0.0))
     # As many ignored pixels in one half of the batch as in the other would hide a mean of means.
     shares = [sum(int((Squares().read(index)[1] != 255).sum()) for index in half) for half in ((0, 1), (2, 3))]
     assert shares[0] > 1.2 * shares[1]
     for name in ("ddp-1", "ddp-2", "fsdp-1", "fsdp-2"):
-        found = torch.load(tmp_path / f"{name}.pt")
+        assert (out / f"{name}.pt").exists(), done.stderr
+        found = torch.load(out / f"{name}.pt")
         assert found.keys() == wanted.keys()
         assert max((found[key] - wanted[key]).abs().max() for key in wanted) < 1e-6, name
 
 
-FIELDS = {"drop_path": 0.0, "ema": 0.9, "optimizer": "adamw", "lr": 1e-3, "clip": 0.5}
+def test_a_signal_to_one_process_stops_all_and_a_killed_one_ends_the_run(two: Any) -> None:
+    out, done = two
+    assert (out / "stopped").exists(), done.stderr
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr or "lost the others" in done.stderr, done.stderr
+    assert [path.name for path in (out / "run" / "checkpoints").iterdir()].count("step-0000005.pt") == 0
+    assert checkpoints.steps_kept(out / "run") == [3, 4]
 
 
-def test_a_killed_process_ends_the_run_and_another_number_of_processes_goes_on(tmp_path: Path) -> None:
-    recipe = RECIPE.replace(**FIELDS)
-    train(small_model(recipe), Squares(), Squares(4, 1), recipe, tmp_path / "whole", device="cpu")
-    fields = json.dumps({**FIELDS, "parallel": "fsdp"})
-    killed = torchrun("train", str(tmp_path / "parts"), fields, KILL_RANK="1")
-    assert killed.returncode != 0
-    assert "SIGKILL" in killed.stderr  # torchrun's report of the rank
-    assert checkpoints.steps_kept(tmp_path / "parts") == [2]
-    stopped = torchrun("train", str(tmp_path / "parts"), fields, STOP_RANK="1")
-    assert stopped.returncode == 0, stopped.stderr
-    assert checkpoints.steps_kept(tmp_path / "parts")[-1] == 5
-    result = train(
-        small_model(recipe), Squares(), Squares(4, 1), recipe, tmp_path / "parts", device="cpu", resume="auto"
-    )
-    assert result.finished
-    found, wanted = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+def test_one_process_goes_on_where_two_with_shards_were_lost(two: Any, tmp_path: Path) -> None:
+    run, recipe = tmp_path / "parts", RECIPE.replace(**FIELDS)
+    shutil.copytree(two[0] / "run", run)
+    for out in (tmp_path / "whole", run):
+        result = train(small_model(recipe), Squares(), Squares(4, 1), recipe, out, device="cpu", resume="auto")
+        assert result.finished
+    found, wanted = weights(run), weights(tmp_path / "whole")
+    assert found.keys() == wanted.keys()
     assert all(torch.allclose(found[key], wanted[key], atol=2e-5) for key in wanted)
 
 
