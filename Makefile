@@ -14,11 +14,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: $(VENV)/.installed
 	$(PY) -m segmenter_fast.cli demo
 
-# Two passes: the Triton kernels are interpreted on the CPU in the second. What is marked slow, the compilation of every
-# build for every target, takes many minutes: python -m pytest -m slow
+# Two passes side by side, one core each: the second interprets the Triton kernels on the CPU, and is shown when both are
+# done. What is marked slow, the compilation of every build for every target among it: python -m pytest -m slow
 test: $(VENV)/.installed
-	$(PY) -m pytest -m "not interpret and not slow"
-	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret
+	@mkdir -p build
+	@export OMP_NUM_THREADS=1; \
+	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret > build/interpret.log 2>&1 & interpret=$$!; \
+	$(PY) -m pytest -m "not interpret and not slow"; native=$$?; \
+	wait $$interpret; interpret=$$?; \
+	cat build/interpret.log; test $$native -eq 0 -a $$interpret -eq 0
 
 # mypy needs the installed layout, in which kernels, train and benchmarks lie below segmenter_fast.
 lint: $(VENV)/.installed

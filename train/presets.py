@@ -203,7 +203,7 @@ PRESETS: dict[str, Recipe] = {
     ),
     # Small images, the mini variant, random weights, minutes on a CPU. Training scenes are drawn: none is seen twice.
     "shapes": Recipe(
-        steps=3200,
+        steps=2600,
         batch_size=8,
         optimizer="adamw",
         lr=2e-3,
@@ -221,8 +221,8 @@ PRESETS: dict[str, Recipe] = {
         drop_path=0.0,
         ema=0.99,
         workers=1,
-        evaluate_every=800,
-        save_every=800,
+        evaluate_every=1300,
+        save_every=650,
     ),
 }
 
