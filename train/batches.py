@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -57,10 +58,12 @@ class Batches:
         self.samples = Samples(dataset, transform, recipe.seed, "skip" if recipe.broken == "skip" else "raise")
 
     def between(self, start: int, stop: int) -> Iterator[StepData]:
-        """From one step to before another, read ahead by the recipe's workers."""
+        """From one step to before another, read ahead by the recipe's workers, of which each gets a core."""
         seed, world = self.recipe.seed, self.world
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(self.recipe.workers, cores)
         sampler = EpochSampler(len(self.dataset), self.share, seed, world.rank, world.size, start, stop)
-        for images, labels, broken in batches(self.samples, sampler, self.recipe.workers, world.device.type == "cuda"):
+        for images, labels, broken in batches(self.samples, sampler, workers, world.device.type == "cuda"):
             parts = zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True)
             yield StepData(list(parts), broken)
 

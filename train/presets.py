@@ -104,7 +104,7 @@ class Recipe:
     activation_checkpointing: Annotated[bool, "Recompute the layers in the backward pass, to save memory."] = False
     channels_last: Annotated[bool, "Whether images and the patch embedding lie channels-last in memory."] = False
     parallel: Annotated[str, "With many processes: ddp, or fsdp, which shards weights and optimizer."] = "ddp"
-    workers: Annotated[int, "Processes that read data, for each training process."] = 4
+    workers: Annotated[int, "Processes that read data, for each training process; at most one a core."] = 4
 
     evaluate_every: Annotated[int, "Steps between evaluations; 0: at the end of every epoch."] = 0
     save_every: Annotated[int, "Steps between checkpoints; 0: at the end of every epoch."] = 0
