@@ -130,7 +130,7 @@ class Shapes:
 def scene(generator: np.random.Generator) -> list[Thing]:
     """Objects from the lowest to the topmost; those on the ground leave most of each other visible."""
     ground: list[Thing] = []
-    for _ in range(3 + int(3 * generator.random())):
+    for _ in range(2 + int(2 * generator.random())):
         for _ in range(8):
             thing = _thing(generator)
             if all(_apart(thing, other) for other in ground):
@@ -139,7 +139,7 @@ def scene(generator: np.random.Generator) -> list[Thing]:
     things = []
     for thing in ground:
         things.append(thing)
-        if thing.shape in ("square", "triangle") and thing.radius > 0.17 and generator.random() < 0.5:
+        if thing.shape in ("square", "triangle") and thing.radius > 0.26 and generator.random() < 0.5:
             things.append(_button(generator, thing))
     return things
 
@@ -155,7 +155,7 @@ def _thing(generator: np.random.Generator) -> Thing:
         texture,
         x=0.08 + 0.84 * draws[3],
         y=0.08 + 0.84 * draws[4],
-        radius=0.09 + 0.05 * draws[5] if small else 0.15 + 0.11 * draws[5],
+        radius=0.14 + 0.08 * draws[5] if small else 0.24 + 0.16 * draws[5],
         turn=draws[6],
         period=0.09 + 0.05 * draws[7],
         phase=draws[2],
@@ -167,7 +167,7 @@ def _thing(generator: np.random.Generator) -> Thing:
 def _button(generator: np.random.Generator, host: Thing) -> Thing:
     """A plain disc wholly on its host."""
     draws = generator.random(6).tolist()
-    radius = min(0.09 + 0.05 * draws[0], 0.55 * host.radius)
+    radius = min(0.14 + 0.08 * draws[0], 0.55 * host.radius)
     room = 0.68 * host.radius - radius
     return replace(
         host,
