@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from segmenter_fast.devices import usable_cores
+
 from .timing import Timing, available_memory, measure, own_stream
 
 _ROOT = Path(__file__).resolve().parent.parent
@@ -70,7 +72,6 @@ def resolve(name: str) -> torch.device:
 def describe(device: torch.device) -> DeviceRecord:
     """The record of this machine, for results measured on ``device``."""
     cpu, threads = _cpu_name(), torch.get_num_threads()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
@@ -89,7 +90,7 @@ def describe(device: torch.device) -> DeviceRecord:
         architecture=architecture,
         memory_bytes=memory,
         cpu=cpu,
-        cores=cores,
+        cores=usable_cores(),
         threads=threads,
         python=platform.python_version(),
         torch=torch.__version__,

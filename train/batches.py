@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from ..config import SegmenterConfig
+from ..devices import usable_cores
 from .augment import TrainTransform
 from .datasets.base import SegmentationDataset
 from .distributed import World
@@ -60,8 +60,7 @@ class Batches:
     def between(self, start: int, stop: int) -> Iterator[StepData]:
         """From one step to before another, read ahead by the recipe's workers, of which each gets a core."""
         seed, world = self.recipe.seed, self.world
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(self.recipe.workers, cores)
+        workers = min(self.recipe.workers, usable_cores())
         sampler = EpochSampler(len(self.dataset), self.share, seed, world.rank, world.size, start, stop)
         for images, labels, broken in batches(self.samples, sampler, workers, world.device.type == "cuda"):
             parts = zip(images.chunk(self.recipe.accumulate), labels.chunk(self.recipe.accumulate), strict=True)
