@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def models_table(result: Result) -> str:
             for row in (reference, peer)
         ]
         share = f"{ours.share:.0%}" if ours.share else ""
-        errors = " / ".join("" if row.error is None else f"{row.error:.2g}" for row in (peer, ours))
+        errors = _pair("" if row.error is None else f"{row.error:.2g}" for row in (peer, ours))
         cells = (name, str(case["tokens"]), *rates, *gains, share, _memory((reference, ours)), errors)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -161,7 +161,13 @@ def _milliseconds(row: Row | None) -> str:
 
 def _memory(rows: Sequence[Row]) -> str:
     peaks = [row.timing.peak_bytes if row.timing else None for row in rows]
-    return " / ".join("" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks)
+    return _pair("" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks)
+
+
+def _pair(texts: Iterable[str]) -> str:
+    """ "a / b", or nothing where neither is there."""
+    both = tuple(texts)
+    return " / ".join(both) if any(both) else ""
 
 
 if __name__ == "__main__":

@@ -16,22 +16,7 @@ from segmenter_fast.predict import Prediction
 from segmenter_fast.rasters import Pixels
 from segmenter_fast.reference import ReferenceSegmenter
 from segmenter_fast.visualize import default_palette
-
-SMALL = {"image_size": 32, "num_classes": 5, "depth": 2, "embed_dim": 128, "num_heads": 2, "decoder_num_heads": 2}
-
-
-def small(**fields: object) -> sf.Segmenter:
-    """A small model whose labels vary over the image."""
-    given = {**SMALL, "window_size": 32, "window_stride": 24, **fields}
-    model = sf.create_model("seg_t_mask_16", **given).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
-
-
-def pixels(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+from support.models import pixels, windowed
 
 
 def by_windows(model: sf.Segmenter, image: np.ndarray, scales: tuple[float, ...] = (1.0,), flip: bool = False):
@@ -43,7 +28,7 @@ def by_windows(model: sf.Segmenter, image: np.ndarray, scales: tuple[float, ...]
 def test_an_image_of_the_windows_size_goes_through_segment_and_not_through_logits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, image = small(), pixels(32, 32)
+    model, image = windowed(), pixels(32, 32)
     expected = by_windows(model, image)
     assert len(np.unique(expected)) > 1
     monkeypatch.setattr(model, "forward", lambda images: pytest.fail("the logits were built"))
@@ -54,7 +39,7 @@ def test_an_image_of_the_windows_size_goes_through_segment_and_not_through_logit
 
 @pytest.mark.parametrize("size", [(20, 20), (32, 33), (50, 90), (1, 1), (5, 40)])
 def test_other_sizes_go_through_windows(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    model, image = small(), pixels(*size)
+    model, image = windowed(), pixels(*size)
     monkeypatch.setattr(model, "segment", lambda images: pytest.fail("the window does not cover the image as it is"))
     result = sf.predict(model, image)
     assert result.labels.shape == size
@@ -62,14 +47,14 @@ def test_other_sizes_go_through_windows(size: tuple[int, int], monkeypatch: pyte
 
 
 def test_models_that_keep_small_images_segment_them_directly() -> None:
-    model = small(upscale_small_images=False)
+    model = windowed(upscale_small_images=False)
     image = pixels(7, 29)
     whole = normalise(image, model.config.mean, model.config.std, torch.device("cpu"))
     assert np.array_equal(sf.predict(model, image).labels, model.segment(whole)[0].numpy())
 
 
 def test_scales_and_flip() -> None:
-    model, image = small(), pixels(40, 50)
+    model, image = windowed(), pixels(40, 50)
     result = sf.predict(model, image, scales=(0.75, 1.0, 1.5), flip=True)
     assert np.array_equal(result.labels, by_windows(model, image, (0.75, 1.0, 1.5), True))
     square = pixels(32, 32)
@@ -77,7 +62,7 @@ def test_scales_and_flip() -> None:
 
 
 def test_window_and_stride_may_be_given() -> None:
-    model, image = small(), pixels(64, 64)
+    model, image = windowed(), pixels(64, 64)
     whole = normalise(image, model.config.mean, model.config.std, torch.device("cpu"))
     assert np.array_equal(sf.predict(model, image, window=64).labels, model.segment(whole)[0].numpy())
     expected = slide(model, [whole], [False], (64, 64), 48, 10).numpy()
@@ -87,7 +72,7 @@ def test_window_and_stride_may_be_given() -> None:
 
 
 def test_paths_pil_images_and_arrays_give_the_same(tmp_path: Path) -> None:
-    model, image = small(), pixels(40, 33)
+    model, image = windowed(), pixels(40, 33)
     Image.fromarray(image).save(tmp_path / "x.png")
     expected = sf.predict(model, image).labels
     for source in (tmp_path / "x.png", str(tmp_path / "x.png"), Image.fromarray(image)):
@@ -95,7 +80,7 @@ def test_paths_pil_images_and_arrays_give_the_same(tmp_path: Path) -> None:
 
 
 def test_the_oracle_predicts_the_same() -> None:
-    model = small()
+    model = windowed()
     reference = ReferenceSegmenter(model.config).eval()
     reference.load_state_dict(model.state_dict())
     for size in ((32, 32), (40, 61)):
@@ -105,7 +90,7 @@ def test_the_oracle_predicts_the_same() -> None:
 
 
 def test_a_model_in_training_predicts_in_evaluation_mode_and_stays_in_training() -> None:
-    model = small(decoder_dropout=0.5, drop_path_rate=0.5)
+    model = windowed(decoder_dropout=0.5, drop_path_rate=0.5)
     expected = sf.predict(model, pixels(32, 32)).labels
     model.train()
     model.encoder.norm.eval()
@@ -117,7 +102,7 @@ def test_a_model_in_training_predicts_in_evaluation_mode_and_stays_in_training()
 
 @pytest.mark.parametrize("size", [(32, 32), (45, 70)])
 def test_bfloat16_on_the_cpu(size: tuple[int, int]) -> None:
-    model, image = small(), pixels(*size)
+    model, image = windowed(), pixels(*size)
     exact = sf.predict(model, image).labels
     labels = sf.predict(model.bfloat16(), image).labels
     assert labels.shape == size
@@ -128,7 +113,7 @@ def test_bfloat16_on_the_cpu(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [(32, 32), (45, 70)])
 def test_a_gpu_gives_the_labels_of_the_cpu(size: tuple[int, int], dtype: torch.dtype) -> None:
-    model, image = small(), pixels(*size)
+    model, image = windowed(), pixels(*size)
     expected = sf.predict(model, image, scales=(1.0,)).labels
     averaged = sf.predict(model, image, scales=(1.0, 1.5), flip=True).labels
     model = model.to("cuda", dtype)
@@ -138,18 +123,18 @@ def test_a_gpu_gives_the_labels_of_the_cpu(size: tuple[int, int], dtype: torch.d
 
 
 def test_more_than_256_classes() -> None:
-    model = small(num_classes=300)
+    model = windowed(num_classes=300)
     result = sf.predict(model, pixels(32, 32))
     assert result.labels.dtype == np.int32
     assert result.label_image().mode == "I;16"
 
 
 def test_names_and_palette_come_from_the_model_or_are_made() -> None:
-    made = sf.predict(small(), pixels(32, 32))
+    made = sf.predict(windowed(), pixels(32, 32))
     assert made.class_names == ("class 0", "class 1", "class 2", "class 3", "class 4")
     assert made.palette == default_palette(5)
     names, palette = ("a", "b", "c", "d", "e"), tuple((index, 0, 255) for index in range(5))
-    own = sf.predict(small(class_names=names, palette=palette), pixels(32, 32))
+    own = sf.predict(windowed(class_names=names, palette=palette), pixels(32, 32))
     assert (own.class_names, own.palette) == (names, palette)
 
 
@@ -183,12 +168,12 @@ def test_bad_arguments_are_named(
     image: object, options: dict[str, object], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        sf.predict(small(), image, **options)  # type: ignore[arg-type]
+        sf.predict(windowed(), image, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("path", ["segment", "forward"])
 def test_tensors_that_are_no_images_are_named(path: str) -> None:
-    method = getattr(small(), path)
+    method = getattr(windowed(), path)
     with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got \(1, 4, 32, 32\)"):
         method(torch.zeros(1, 4, 32, 32))
     with pytest.raises(TypeError, match=r"images must be floating point and normalised, got torch\.uint8"):
@@ -196,7 +181,7 @@ def test_tensors_that_are_no_images_are_named(path: str) -> None:
 
 
 def test_an_empty_batch_and_an_image_below_a_patch_give_results() -> None:
-    model = small()
+    model = windowed()
     with torch.inference_mode():
         assert model.segment(torch.zeros(0, 3, 32, 32)).shape == (0, 32, 32)
         image = torch.randn(2, 3, 5, 3)

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
-import torch
 from PIL import Image
 
 import segmenter_fast as sf
@@ -19,22 +18,9 @@ from segmenter_fast.predict_folder import Job, run
 from segmenter_fast.rasters import opening
 from segmenter_fast.rasters.tiff import TiffRaster
 from segmenter_fast.spool import files
+from support.models import pixels, windowed
 
-SMALL = {"image_size": 32, "num_classes": 5, "depth": 1, "embed_dim": 64, "num_heads": 1, "decoder_num_heads": 1}
 SETTINGS = Settings(window=32, stride=24)
-
-
-def small(**fields: object) -> sf.Segmenter:
-    """A small model whose labels vary over the image."""
-    model = sf.create_model("seg_t_mask_16", **{**SMALL, "window_size": 32, "window_stride": 24, **fields}).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
-    return model
-
-
-def pixels(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 @pytest.fixture
@@ -67,7 +53,7 @@ def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_the_labels_are_those_of_the_image_in_memory(size: tuple[int, int], settings: Settings, tmp_path: Path) -> None:
-    image, model = pixels(*size), small()
+    image, model = pixels(*size), windowed()
     expected = sf.predict(model, image, **vars(settings)).labels
     assert size[0] == 1 or len(np.unique(expected)) > 1
     tifffile.imwrite(tmp_path / "x.tif", image, photometric="rgb", tile=(32, 32))
@@ -84,14 +70,14 @@ def test_the_labels_are_those_of_the_image_in_memory(size: tuple[int, int], sett
 
 @pytest.mark.usefixtures("_large_from_100_pixels")
 def test_png_may_be_asked_for(job: Job) -> None:
-    model, png = small(), Job(job.source, job.labels.with_suffix(".png"), None, "png")
+    model, png = windowed(), Job(job.source, job.labels.with_suffix(".png"), None, "png")
     run(model, png, SETTINGS)
     with Image.open(png.labels) as image:
         assert np.array_equal(np.asarray(image), sf.predict(model, pixels(300, 100)).labels)
 
 
 def test_small_images_are_png_unless_tiff_is_asked_for(job: Job) -> None:
-    model = small()
+    model = windowed()
     run(model, Job(job.source, job.labels.with_suffix(".png"), None))
     assert os.listdir(job.labels.parent) == ["x.png"]
     run(model, job)
@@ -99,7 +85,7 @@ def test_small_images_are_png_unless_tiff_is_asked_for(job: Job) -> None:
 
 
 def test_many_classes(job: Job) -> None:
-    model = small(num_classes=300)
+    model = windowed(num_classes=300)
     run(model, job, SETTINGS)
     labels = tifffile.imread(job.labels)
     assert labels.dtype == np.uint16
@@ -108,7 +94,7 @@ def test_many_classes(job: Job) -> None:
 
 @pytest.mark.usefixtures("_small_bands")
 def test_an_interrupted_run_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small()
+    model = windowed()
 
     def interrupt(done: int, total: int) -> None:
         if done > total * 2 // 3:
@@ -138,10 +124,10 @@ def test_another_model_or_image_begins_anew(job: Job) -> None:
         if done > total // 2:
             raise KeyboardInterrupt
 
-    model = small()
+    model = windowed()
     with pytest.raises(KeyboardInterrupt):
         run(model, job, SETTINGS, progress=interrupt)
-    other = small()
+    other = windowed()
     with pytest.raises(KeyboardInterrupt):
         run(other, job, SETTINGS, resume=True, progress=interrupt)
     tifffile.imwrite(job.source, pixels(300, 100)[::-1], photometric="rgb")
@@ -150,7 +136,7 @@ def test_another_model_or_image_begins_anew(job: Job) -> None:
 
 
 def test_an_interrupt_while_outputs_are_written_loses_no_row(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small()
+    model = windowed()
     with monkeypatch.context() as patch:
 
         def interrupt(*arguments: object) -> None:
@@ -165,7 +151,7 @@ def test_an_interrupt_while_outputs_are_written_loses_no_row(job: Job, monkeypat
 
 
 def test_the_overlay_of_a_large_image_is_reduced(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small()
+    model = windowed()
     run(model, job, SETTINGS)
     result = sf.predict(model, pixels(300, 100), window=32, stride=24)
     with Image.open(job.overlay) as image:
@@ -182,5 +168,5 @@ def test_the_overlay_of_a_large_image_is_reduced(job: Job, monkeypatch: pytest.M
 def test_what_cannot_be_written_as_tiff(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(ValueError, match=r"tifffile: pip install 'segmenter-fast\[large\]'"):
-        run(small(), job)
+        run(windowed(), job)
     assert not job.labels.parent.exists()

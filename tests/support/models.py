@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 import segmenter_fast as sf
@@ -36,10 +37,26 @@ FAMILIES = {
 def pair(family: str, dtype: torch.dtype = torch.float64) -> tuple[sf.Segmenter, ReferenceSegmenter]:
     """Model and oracle with one set of weights, large enough that nothing hides in them."""
     name, fields = FAMILIES[family]
-    model = sf.create_model(name, **{**SMALL, **fields}).to(dtype).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    model = _varied(sf.create_model(name, **{**SMALL, **fields}).to(dtype))
     reference = ReferenceSegmenter(model.config).to(dtype).eval()
     reference.load_state_dict(model.state_dict(), strict=True)
     return model, reference
+
+
+def windowed(**fields: object) -> sf.Segmenter:
+    """A small model whose labels vary over the image, which it sees through windows of 32 pixels, every 24."""
+    given = {**SMALL, "depth": 1, "window_size": 32, "window_stride": 24, **fields}
+    return _varied(sf.create_model("seg_t_mask_16", **given))
+
+
+def pixels(height: int, width: int) -> np.ndarray:
+    """The same noise each time: ``(height, width, 3)`` uint8."""
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _varied(model: sf.Segmenter) -> sf.Segmenter:
+    """The model in evaluation mode, with noise on every weight, biases that start at zero among them."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
