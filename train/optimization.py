@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
 from ..segmenter import Segmenter
+from .muon import Muon
 from .presets import Recipe
 
 
@@ -46,7 +47,8 @@ def to_training(model: Segmenter, recipe: Recipe) -> None:
 def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     """The recipe's optimizer over all parameters that are trained; weight decay acts on matrices only.
 
-    As usual for Vision Transformers, biases, norms, tokens and position embeddings are not decayed.
+    As usual for Vision Transformers, biases, norms, tokens and position embeddings are not decayed. Muon takes the
+    matrices of the encoder's and the decoder's layers, AdamW the rest.
 
     Raises:
         ValueError: nothing is left to train.
@@ -54,14 +56,21 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> Optimizer:
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("every parameter is frozen: there is nothing to train")
+    decayed = [(name, parameter) for name, parameter in trained if _decays(name, parameter)]
+    hidden = [parameter for name, parameter in decayed if ".blocks." in name and recipe.optimizer == "muon"]
+    taken = {id(parameter) for parameter in hidden}
     groups: list[dict[str, Any]] = [
-        {"params": [parameter for name, parameter in trained if _decays(name, parameter)]},
+        {"params": hidden, "orthogonal": True},
+        {"params": [parameter for _, parameter in decayed if id(parameter) not in taken]},
         {"params": [parameter for name, parameter in trained if not _decays(name, parameter)], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "sgd":
         return SGD(groups, recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
-    return AdamW(groups, recipe.lr, (recipe.beta1, recipe.beta2), weight_decay=recipe.weight_decay)
+    betas = recipe.beta1, recipe.beta2
+    if recipe.optimizer == "muon":
+        return Muon(groups, recipe.lr, betas, recipe.weight_decay, recipe.momentum)
+    return AdamW(groups, recipe.lr, betas, weight_decay=recipe.weight_decay, fused=True)
 
 
 def _decays(name: str, parameter: nn.Parameter) -> bool:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..segmenter import Segmenter
 from .checkpoints import Training
@@ -29,7 +29,7 @@ def prepare(
     if recipe.channels_last:
         model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     same_weights(model, world)
-    ema = AveragedModel(model, avg_fn=get_ema_avg_fn(recipe.ema)) if recipe.ema else None
+    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
     module: nn.Module = SummedLoss(model, ignore_index, recipe.label_smoothing)
     if recipe.compile:
         module.compile()

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
 _CHOICES = {
-    "optimizer": ("sgd", "adamw"),
+    "optimizer": ("sgd", "adamw", "muon"),
     "freeze": ("nothing", "encoder"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
     "parallel": ("ddp", "fsdp"),
@@ -65,13 +65,13 @@ class Recipe:
     accumulate: Annotated[int, "Parts that each process cuts its images of a step into, to save memory."] = 1
     seed: Annotated[int, "All random numbers derive from it."] = 0
 
-    optimizer: Annotated[str, "sgd or adamw."] = "sgd"
+    optimizer: Annotated[str, "sgd, adamw or muon, which is AdamW but for the matrices of the layers."] = "sgd"
     lr: Annotated[float, "Learning rate at the start, or after the warm-up."] = 1e-3
     min_lr: Annotated[float, "Learning rate at the end."] = 1e-5
     power: Annotated[float, "Of the polynomial decay of the learning rate at every step."] = 0.9
     warmup: Annotated[int, "Steps in which the learning rate rises linearly."] = 0
-    momentum: Annotated[float, "Of SGD."] = 0.9
-    beta1: Annotated[float, "Of AdamW."] = 0.9
+    momentum: Annotated[float, "Of SGD and of Muon."] = 0.9
+    beta1: Annotated[float, "Of AdamW, as the next."] = 0.9
     beta2: Annotated[float, "Of AdamW."] = 0.999
     weight_decay: Annotated[float, "Of weight matrices; biases, norms and tokens are spared."] = 0.0
     clip: Annotated[float, "Largest norm of the gradient; 0: any."] = 0.0
@@ -203,10 +203,12 @@ PRESETS: dict[str, Recipe] = {
     ),
     # Small images, the mini variant, random weights, minutes on a CPU. Training scenes are drawn: none is seen twice.
     "shapes": Recipe(
-        steps=2600,
+        steps=3200,
         batch_size=8,
-        optimizer="adamw",
-        lr=2e-3,
+        optimizer="muon",
+        lr=5e-3,
+        momentum=0.95,
+        beta2=0.99,
         warmup=100,
         weight_decay=0.05,
         clip=1.0,
@@ -221,8 +223,8 @@ PRESETS: dict[str, Recipe] = {
         drop_path=0.0,
         ema=0.99,
         workers=1,
-        evaluate_every=1300,
-        save_every=650,
+        evaluate_every=1600,
+        save_every=800,
     ),
 }
 

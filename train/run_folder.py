@@ -106,7 +106,7 @@ def require_room(run: Path, recipe: Recipe, parameters: int, trained: int) -> No
         OSError: it has not, saying how much is free and how much is needed.
     """
     model = 4 * parameters
-    moments = 4 * trained * (2 if recipe.optimizer == "adamw" else 1)
+    moments = 4 * trained * (1 if recipe.optimizer == "sgd" else 2)
     checkpoint = model * (2 if recipe.ema else 1) + moments
     files = recipe.keep + 2 - min(len(checkpoints.steps_kept(run)), recipe.keep + 1)
     needed, free = files * checkpoint + 3 * model, shutil.disk_usage(run).free

@@ -1,12 +1,13 @@
 """A bilinear resize and its transpose, a few output rows at a time: no full-size tensor, and the work stays in cache.
 
-All rows of a strip lie in one cell, so they mix the same two input rows, each resized along x only once.
+A strip is a piece of a cell, whose rows mix the same two input rows, or several whole cells where they are small.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,13 +19,20 @@ _STRIP_ELEMENTS = 1 << 20  # 4 MB of float32: two cores' second-level caches
 
 @dataclass(frozen=True)
 class Strip:
-    """Output rows ``[start, stop)``, which mix input rows ``lower`` and ``upper`` with ``weights`` ``(2, rows)``."""
+    """Output rows ``[start, stop)``, which mix input rows ``[first, last]``.
+
+    Row ``i`` mixes ``lower[i]`` and ``upper[i]``, counted from ``first``, by ``weights[:, i]``. All rows
+    of ``one_cell`` mix the first and the last of the input rows, which may be one.
+    """
 
     start: int
     stop: int
-    lower: int
-    upper: int
+    first: int
+    last: int
+    lower: Tensor
+    upper: Tensor
     weights: Tensor
+    one_cell: bool
 
 
 class Resize:
@@ -45,64 +53,85 @@ class Resize:
         self.buffer = weight.new_empty((longest, self.classes, kept[1]), dtype=dtype)
 
     def _strips(self) -> Iterator[Strip]:
-        lower, upper, weight = self.vertical.taps()
-        weights = torch.stack((1 - weight, weight)).to(device=self.left.device, dtype=self.dtype)
         most = max(_STRIP_ELEMENTS // (self.classes * self.horizontal.kept), 1)
-        for cell in range(-1, self.vertical.cells - 1):
-            first, last = self.vertical.start(cell), self.vertical.start(cell + 1)
-            pieces = -(-(last - first) // most)
-            for piece in range(pieces):  # of equal length, rather than full ones and a rest
-                start, stop = (first + (last - first) * i // pieces for i in (piece, piece + 1))
-                rows = weights[:, start:stop].contiguous()
-                yield Strip(start, stop, int(lower[start]), int(upper[start]), rows)
+        starts = [self.vertical.start(cell) for cell in range(-1, self.vertical.cells)]
+        taps = self.vertical.taps(self.left.device)
+        begin = 0  # of the cells that are gathered into one strip
+        for cell_start, cell_stop in pairwise(starts):
+            if cell_stop - begin <= most:
+                continue
+            if begin < cell_start:
+                yield self._strip(begin, cell_start, *taps)
+            begin = cell_start
+            pieces = -(-(cell_stop - cell_start) // most)
+            if pieces > 1:  # of equal length, rather than full ones and a rest
+                ends = [cell_start + (cell_stop - cell_start) * i // pieces for i in range(pieces + 1)]
+                for start, stop in pairwise(ends):
+                    yield self._strip(start, stop, *taps)
+                begin = cell_stop
+        if begin < starts[-1]:
+            yield self._strip(begin, starts[-1], *taps)
+
+    def _strip(self, start: int, stop: int, lower: Tensor, upper: Tensor, weight: Tensor) -> Strip:
+        lower, upper, weight = (tap[start:stop] for tap in (lower, upper, weight))
+        first, last = int(lower[0]), int(upper[-1])
+        lower, upper = lower - first, upper - first
+        weights = torch.stack((1 - weight, weight)).to(self.dtype)
+        return Strip(start, stop, first, last, lower, upper, weights, int(lower[-1]) == 0)
 
     def rows(self, masks: Tensor) -> Iterator[tuple[Strip, Tensor]]:
         """Every strip with its ``(rows, K, W')`` logits, in one buffer that the caller may overwrite."""
-        wide: dict[int, Tensor] = {}
+        block = None
         for strip in self.strips:
-            pair = {row: wide[row] if row in wide else self._widen(masks[:, row]) for row in (strip.lower, strip.upper)}
-            wide = pair
+            if block != (block := (strip.first, strip.last)):
+                wide = self._widen(masks[:, strip.first : strip.last + 1])
+            if strip.one_cell:
+                lower, upper = wide[:1], wide[-1:]
+            else:
+                lower, upper = wide.index_select(0, strip.lower), wide.index_select(0, strip.upper)
             logits = self.buffer[: strip.stop - strip.start]
             lower_weight, upper_weight = strip.weights[:, :, None, None]
-            torch.mul(wide[strip.lower], lower_weight, out=logits)
-            yield strip, logits.addcmul_(wide[strip.upper], upper_weight)
+            torch.mul(lower, lower_weight, out=logits)
+            yield strip, logits.addcmul_(upper, upper_weight)
 
-    def _widen(self, row: Tensor) -> Tensor:
-        """``(K, w)`` -> ``(K, W')``."""
-        row = row.to(self.dtype)
-        return (row[:, self.left] * self.left_weight).addcmul_(row[:, self.right], self.right_weight)
+    def _widen(self, rows: Tensor) -> Tensor:
+        """``(K, n, w)`` -> ``(n, K, W')``."""
+        rows = rows.transpose(0, 1).to(self.dtype)
+        return (rows[..., self.left] * self.left_weight).addcmul_(rows[..., self.right], self.right_weight)
 
 
 class Transpose:
-    """The transpose of ``Resize.rows``: gathers the gradients of all strips, in order, into ``(K, h, w)`` ``out``.
-
-    ``out`` must be zero: rows that no output uses are not written.
-    """
+    """The transpose of ``Resize.rows``: adds the gradients of all strips, in order, into ``(K, h, w)`` ``out``."""
 
     def __init__(self, resize: Resize, out: Tensor) -> None:
         self.resize, self.out = resize, out
-        self.pair = resize.buffer.new_empty((2, *resize.buffer.shape[1:]))
-        self.wide: dict[int, Tensor] = {}
+        longest = max(strip.last + 1 - strip.first for strip in resize.strips)
+        self.wide = resize.buffer.new_empty((longest, *resize.buffer.shape[1:]))
+        self.block: slice | None = None
 
     def add(self, strip: Strip, grad: Tensor) -> None:
         """Add a strip's ``(rows, K, W')`` gradient."""
-        torch.mm(strip.weights, grad.flatten(1), out=self.pair.flatten(1))
-        self._flush([row for row in self.wide if row < strip.lower])
-        for row, part in zip((strip.lower, strip.upper), self.pair, strict=True):
-            if row in self.wide:
-                self.wide[row] += part
-            else:
-                self.wide[row] = part.clone()
+        block = slice(strip.first, strip.last + 1)
+        wide = self.wide[: block.stop - block.start]
+        if block != self.block:
+            self.finish()
+            self.block = block
+            wide.zero_()
+        if strip.one_cell:
+            weights = strip.weights if len(wide) == 2 else strip.weights.sum(0, keepdim=True)
+            wide.flatten(1).addmm_(weights, grad.flatten(1))
+        else:
+            # Not a product with mostly zeros, which would carry a NaN to rows that do not use it.
+            for index, weights in zip((strip.lower, strip.upper), strip.weights, strict=True):
+                wide.index_add_(0, index, grad * weights[:, None, None])
 
     def finish(self) -> None:
         """Write what is still held back."""
-        self._flush(list(self.wide))
-
-    def _flush(self, rows: list[int]) -> None:
-        resize = self.resize
-        for row in rows:
-            grad = self.wide.pop(row)  # (K, W')
-            narrow = grad.new_zeros((resize.classes, resize.horizontal.size_in))
-            narrow.index_add_(1, resize.left, grad * resize.left_weight)
-            narrow.index_add_(1, resize.right, grad * resize.right_weight)
-            self.out[:, row] = narrow
+        if self.block is not None:
+            resize = self.resize
+            wide = self.wide[: self.block.stop - self.block.start].flatten(0, 1).T.contiguous()  # (W', n K)
+            narrow = wide.new_zeros((resize.horizontal.size_in, wide.shape[1]))
+            narrow.index_add_(0, resize.left, wide * resize.left_weight[:, None])
+            narrow.index_add_(0, resize.right, wide * resize.right_weight[:, None])
+            self.out[:, self.block] += narrow.T.unflatten(0, (-1, resize.classes)).transpose(0, 1)
+            self.block = None

@@ -134,14 +134,15 @@ def _check_target(target: Tensor, classes: int, ignore_index: int, weight: Tenso
     total = torch.zeros((), dtype=torch.float64, device=target.device)
     for image in target:
         image = image.long()  # a uint8 tensor would wrap what it is compared with
-        counted = image[image != ignore_index]
-        invalid = counted[(counted < 0) | (counted >= classes)]
-        if invalid.numel():
+        counts = image != ignore_index
+        classes_seen = image.where(counts, 0)
+        smallest, largest = torch.stack(classes_seen.aminmax()).tolist()
+        if smallest < 0 or largest >= classes:
             raise IndexError(
-                f"target must be in [0, {classes}) or ignore_index {ignore_index}, got {int(invalid[0])}; "
-                "set ignore_index to the value of pixels without a class"
+                f"target must be in [0, {classes}) or ignore_index {ignore_index}, got "
+                f"{smallest if smallest < 0 else largest}; set ignore_index to the value of pixels without a class"
             )
-        total += counted.numel() if weight is None else weight[counted].sum(dtype=torch.float64)
+        total += counts.sum() if weight is None else weight[classes_seen].where(counts, 0).sum(dtype=torch.float64)
     return total
 
 

@@ -46,7 +46,7 @@ def pair(family: str, dtype: torch.dtype = torch.float64) -> tuple[sf.Segmenter,
 def windowed(**fields: object) -> sf.Segmenter:
     """A small model whose labels vary over the image, which it sees through windows of 32 pixels, every 24."""
     given = {**SMALL, "depth": 1, "window_size": 32, "window_stride": 24, **fields}
-    return _varied(sf.create_model("seg_t_mask_16", **given))
+    return _varied(sf.create_model("seg_t_mask_16", **given), 0.2)
 
 
 def pixels(height: int, width: int) -> np.ndarray:
@@ -54,9 +54,9 @@ def pixels(height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def _varied(model: sf.Segmenter) -> sf.Segmenter:
+def _varied(model: sf.Segmenter, noise: float = 0.1) -> sf.Segmenter:
     """The model in evaluation mode, with noise on every weight, biases that start at zero among them."""
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            parameter.add_(torch.randn_like(parameter), alpha=noise)
     return model.eval()

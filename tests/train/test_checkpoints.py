@@ -41,7 +41,7 @@ def trained(recipe: Recipe, steps: int) -> Training:
     return training
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
 def test_everything_comes_back(tmp_path: Path, optimizer: str) -> None:
     recipe = RECIPE.replace(optimizer=optimizer, ema=0.9, lr=1e-2)
     before = trained(recipe, 3)

@@ -26,7 +26,7 @@ HERE = World(torch.device("cpu"))
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs a PyTorch with torch.distributed")
 
 
-FIELDS = {"drop_path": 0.0, "ema": 0.9, "optimizer": "adamw", "lr": 1e-3, "clip": 0.5}
+FIELDS = {"drop_path": 0.0, "ema": 0.9, "optimizer": "muon", "lr": 1e-3, "clip": 0.5}
 
 
 @pytest.fixture(scope="module")

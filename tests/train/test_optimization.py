@@ -56,6 +56,24 @@ def test_the_optimizers_take_the_recipes_numbers() -> None:
     assert adamw.defaults["betas"] == (0.8, 0.95)
 
 
+def test_muon_takes_the_matrices_of_the_layers() -> None:
+    model = small_model()
+    recipe = Recipe(optimizer="muon", lr=0.2, momentum=0.7, beta1=0.8, beta2=0.95, weight_decay=0.1)
+    groups = make_optimizer(model, recipe).param_groups
+    assert [(group["orthogonal"], group["weight_decay"]) for group in groups] == [
+        (True, 0.1),
+        (False, 0.1),
+        (False, 0.0),
+    ]
+    assert all((group["lr"], group["momentum"], group["betas"]) == (0.2, 0.7, (0.8, 0.95)) for group in groups)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    hidden, others, _ = ({names[id(parameter)] for parameter in group["params"]} for group in groups)
+    assert {"encoder.blocks.0.attn.qkv.weight", "decoder.blocks.0.mlp.fc2.weight"} <= hidden
+    assert all(".blocks." in name and name.endswith(".weight") for name in hidden)
+    assert {"encoder.patch_embed.proj.weight", "decoder.proj_patch", "decoder.proj_dec.weight"} <= others
+    assert sum(len(group["params"]) for group in groups) == len(names)
+
+
 def test_frozen_layers_are_in_evaluation_mode_and_out_of_the_optimizer() -> None:
     model = small_model()
     freeze(model, RECIPE.replace(freeze_layers=1))

@@ -57,7 +57,7 @@ def test_steps_of_epochs_see_every_sample() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"optimizer": "lamb"}, "optimizer must be one of sgd, adamw, got 'lamb'"),
+        ({"optimizer": "lamb"}, "optimizer must be one of sgd, adamw, muon, got 'lamb'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"clip": -1.0}, "clip must be at least 0, got -1"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1"),
