@@ -203,10 +203,10 @@ PRESETS: dict[str, Recipe] = {
     ),
     # Small images, the mini variant, random weights, minutes on a CPU. Training scenes are drawn: none is seen twice.
     "shapes": Recipe(
-        steps=3200,
-        batch_size=8,
+        steps=1700,
+        batch_size=16,
         optimizer="muon",
-        lr=5e-3,
+        lr=6e-3,
         momentum=0.95,
         beta2=0.99,
         warmup=100,
@@ -223,8 +223,8 @@ PRESETS: dict[str, Recipe] = {
         drop_path=0.0,
         ema=0.99,
         workers=1,
-        evaluate_every=1600,
-        save_every=800,
+        evaluate_every=850,
+        save_every=850,
     ),
 }
 

@@ -17,11 +17,11 @@ Array = np.ndarray
 # Half of the square root of 3: the sides of an equilateral triangle.
 _HALF_ROOT_3 = 0.8660254037844386
 # The farthest point of each shape, in radii.
-REACH = {"disc": 1.0, "square": 1.22, "triangle": 1.37, "cross": 1.13}
+REACH = {"disc": 1.0, "square": 1.22, "triangle": 1.37, "cross": 1.07}
 
 
 def outline(shape: str, u: Array, v: Array, radius: float) -> Array:
-    """Signed distance of points to the edge of a shape round the origin, negative inside; all have about equal area.
+    """Signed distance of points to the edge of a shape round the origin, negative inside; all but the cross have about equal area.
 
     Args:
         shape: "disc", "square", "triangle" (its corners' distances are those of the sides' lines) or "cross".
@@ -36,7 +36,7 @@ def outline(shape: str, u: Array, v: Array, radius: float) -> Array:
         slope = _HALF_ROOT_3 * np.abs(u) - 0.5 * v
         return np.maximum(slope, v) - 0.68 * radius
     if shape == "cross":
-        long, short = 1.05 * radius, 0.4 * radius
+        long, short = 1.05 * radius, 0.2 * radius
         return np.minimum(_box(u, v, long, short), _box(u, v, short, long))
     raise ValueError(f"shape must be disc, square, triangle or cross, got {shape!r}")
 

@@ -3,8 +3,8 @@
 Every scene is a function of (seed, index) alone; its objects come in any size and turn, partly hidden by others. Discs
 are reddish, squares bluish and triangles greenish, each plain or striped with white, but colour and texture do not
 settle a class. A plain disc is a *disc* wherever it stands, but a *button* where it lies wholly on a square or a
-triangle: only its surroundings tell. Crosses in the colours and textures of all others are clutter and belong to the
-background: only their shape tells.
+triangle: only its surroundings tell. Thin crosses in the colours and textures of all others are clutter, and belong
+to the background: only their shape tells.
 
 A pixel's label is the topmost object that contains the pixel's centre. Its colour is mixed by the share of the pixel
 that the object covers, so edges are smooth and the label is that of the larger share.
