@@ -21,7 +21,9 @@ REACH = {"disc": 1.0, "square": 1.22, "triangle": 1.37, "cross": 1.07}
 
 
 def outline(shape: str, u: Array, v: Array, radius: float) -> Array:
-    """Signed distance of points to the edge of a shape round the origin, negative inside; all but the cross have about equal area.
+    """Signed distance of points to the edge of a shape round the origin, negative inside.
+
+    All but the cross, which is thin, have about equal area.
 
     Args:
         shape: "disc", "square", "triangle" (its corners' distances are those of the sides' lines) or "cross".
