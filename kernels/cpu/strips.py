@@ -58,7 +58,7 @@ class Resize:
         taps = self.vertical.taps(self.left.device)
         begin = 0  # of the cells that are gathered into one strip
         for cell_start, cell_stop in pairwise(starts):
-            if cell_stop - begin <= most:
+            if cell_stop - begin <= most // 2:  # leaves room for the input rows of each output row
                 continue
             if begin < cell_start:
                 yield self._strip(begin, cell_start, *taps)

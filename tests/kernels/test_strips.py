@@ -57,8 +57,8 @@ def test_strips_hold_pieces_of_a_cell_or_several_cells(monkeypatch: pytest.Monke
 
     assert lengths(64 * 3) == [2, 2, 2, 3, 3, 2, 3, 3, 2, 3, 3, 2, 2]
     assert lengths(64 * 8) == [4, 8, 8, 8, 4]
-    assert lengths(64 * 12) == [12, 8, 12]
-    assert lengths(64 * 32) == [32]
+    assert lengths(64 * 24) == [12, 8, 12]
+    assert lengths(64 * 64) == [32]
 
 
 @pytest.mark.usefixtures("_elements")
