@@ -1,8 +1,9 @@
 """What got slower between two result folders: ``python -m segmenter_fast.benchmarks.compare A B``.
 
 A and B are folders of one device, such as ``results/<device>`` of two checkouts. Rows are matched by op, parameters and
-variant. A row differs only where the two spreads, p20 to p80, do not touch: what is within the noise of both is not
-news. Peak memory is compared, too, where both have it: more than 5 % and 1 MiB.
+variant. A row differs only where the two spreads, p20 to p80, stay apart by more than runs of one program do, and by
+more than all peers moved that took turns with it: they are the same program in A and in B, and tell what the machine
+did in between. Peak memory is compared, too, where both have it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,11 @@ from .cases import Row, is_ours
 from .results import Result, read
 from .timing import Timing
 
-MEMORY_SHARE, MEMORY_BYTES = 1.05, 2**20
+# Medians of three runs one after the other, on a quiet AMD EPYC, differed by 3 % at most; each spread by 1 %.
+RUNS = 1.03
+# By how much peak memory has to grow, and by how many bytes. Resident memory, on a CPU, is that of libraries, too: of
+# two runs of one program it differed by 7 % where it was large, and by 33 MiB where it was small.
+MEMORY = {"cpu": (1.1, 40 * 2**20), "cuda": (1.05, 2**20)}
 Key = tuple[str, str]
 
 
@@ -104,13 +109,15 @@ def compare(before: Path, after: Path, force: bool = False) -> Comparison:
     changes: list[Change] = []
     lost = [f"refused: {reason}" for result in results[1] for reason in result.refused]
     same = 0
+    memory = MEMORY[results[1][0].device.type]
     for case, variant in sorted(common):
         a, b = old[case, variant], new[case, variant]
         if a.timing is None or b.timing is None:
             if a.timing and is_ours(variant):
                 lost.append(f"{case}, {variant}: {b.status}: {b.note}")
             continue
-        found = list(_changes(case, variant, a.timing, b.timing))
+        peers = [key for key in common if key[0] == case and key[1] != variant and not is_ours(key[1])]
+        found = list(_changes(case, variant, a.timing, b.timing, _drift(old, new, peers), memory))
         changes += found
         same += not found
     changes.sort(key=lambda change: -change.ratio)
@@ -145,13 +152,24 @@ def _rows(results: list[Result]) -> dict[Key, Row]:
     }
 
 
-def _changes(case: str, variant: str, a: Timing, b: Timing) -> Iterator[Change]:
-    if b.p20_ms > a.p80_ms or b.p80_ms < a.p20_ms:
+def _drift(old: dict[Key, Row], new: dict[Key, Row], peers: list[Key]) -> float:
+    """What the machine did to all peers of a case: the ratio nearest to 1; 1 where they disagree or there are none."""
+    pairs = [(old[key].timing, new[key].timing) for key in peers]
+    ratios = [b.median_ms / a.median_ms for a, b in pairs if a and b] or [1.0]
+    return max(min(ratios), 1.0) * min(max(ratios), 1.0)
+
+
+def _changes(
+    case: str, variant: str, a: Timing, b: Timing, drift: float, memory: tuple[float, int]
+) -> Iterator[Change]:
+    slowest, fastest = a.p80_ms * max(drift, 1) * RUNS, a.p20_ms * min(drift, 1) / RUNS
+    if b.p20_ms > slowest or b.p80_ms < fastest:
         old, new = (f"{t.median_ms:.4g} ms ({t.p20_ms:.4g} .. {t.p80_ms:.4g})" for t in (a, b))
         yield Change(case, variant, "time", old, new, b.median_ms / a.median_ms)
     if a.peak_bytes and b.peak_bytes:
         low, high = sorted((a.peak_bytes, b.peak_bytes))
-        if high > MEMORY_SHARE * low and high - low > MEMORY_BYTES:
+        share, least = memory
+        if high > share * low and high - low > least:
             old, new = (f"{peak / 2**20:.1f} MiB" for peak in (a.peak_bytes, b.peak_bytes))
             yield Change(case, variant, "peak memory", old, new, b.peak_bytes / a.peak_bytes)
 

@@ -24,8 +24,8 @@ def row(variant: str, median: float, mebibytes: int = 10) -> Row:
     return Row(variant, "ok", "", 1e-7, timing, 1.0, None, 0.1)
 
 
-def folder(path: Path, *rows: Row, slug: str = "one-device", case: dict[str, object] = CASE) -> Path:
-    record = replace(describe(torch.device("cpu")), slug=slug)
+def folder(path: Path, *rows: Row, slug: str = "one-device", kind: str = "cpu", case: dict[str, object] = CASE) -> Path:
+    record = replace(describe(torch.device("cpu")), slug=slug, type=kind)
     found = Result("attention", record, Ceilings(10.0, {}), "2026-01-01T00:00:00+00:00", True, [(case, list(rows))])
     return write(found, path).parent
 
@@ -53,14 +53,41 @@ def test_a_slower_peer_is_told_but_no_regression(tmp_path: Path, capsys: pytest.
     assert "1 worse" in capsys.readouterr().out
 
 
-def test_ours_compiled_is_ours_and_memory_counts(tmp_path: Path) -> None:
-    a = folder(tmp_path / "a", row("ours compiled", 1.0, mebibytes=100))
-    b = folder(tmp_path / "b", row("ours compiled", 1.0, mebibytes=110))
-    (change,) = compare.compare(a, b).changes
+def test_what_all_peers_did_is_the_machine(tmp_path: Path) -> None:
+    a = folder(tmp_path / "a", row(OURS, 1.0), row("eager", 1.0), row("compile", 1.0))
+    for number, (ours, eager, compiled, news) in enumerate(
+        [
+            (1.6, 1.5, 1.4, {}),
+            (2.0, 1.5, 1.4, {OURS: True}),
+            (1.6, 1.6, 0.6, {OURS: True, "eager": True, "compile": False}),
+            (0.5, 0.6, 0.5, {}),
+        ]
+    ):
+        b = folder(tmp_path / f"b{number}", row(OURS, ours), row("eager", eager), row("compile", compiled))
+        assert {change.variant: change.worse for change in compare.compare(a, b).changes} == news, number
+
+
+def test_runs_of_one_program_differ_by_more_than_their_spreads(tmp_path: Path) -> None:
+    def narrow(median: float) -> Row:
+        return Row(OURS, "ok", "", 1e-7, Timing(median, median, median, 10, 1, 1, "perf_counter", None), 1.0, None, 0.1)
+
+    a = folder(tmp_path / "a", narrow(1.0))
+    assert compare.compare(a, folder(tmp_path / "b", narrow(1.029))).same == 1
+    assert compare.compare(a, folder(tmp_path / "c", narrow(1.031))).regressed
+
+
+@pytest.mark.parametrize(("kind", "before", "little", "much"), [("cuda", 100, 104, 106), ("cpu", 100, 139, 141)])
+def test_ours_compiled_is_ours_and_memory_counts(
+    tmp_path: Path, kind: str, before: int, little: int, much: int
+) -> None:
+    a, same, more = (
+        folder(tmp_path / str(size), row("ours compiled", 1.0, mebibytes=size), kind=kind)
+        for size in (before, little, much)
+    )
+    (change,) = compare.compare(a, more).changes
     assert (change.figure, change.worse) == ("peak memory", True)
-    assert compare.main([str(a), str(b)]) == 1
-    nearly = folder(tmp_path / "c", row("ours compiled", 1.0, mebibytes=104))
-    assert not compare.compare(a, nearly).changes
+    assert compare.main([str(a), str(more)]) == 1
+    assert not compare.compare(a, same).changes
 
 
 def test_figures_that_are_gone_are_a_regression(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
