@@ -3,27 +3,42 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
 from .cases import OURS, Row
-from .models import REFERENCE
+from .models import REFERENCE, Point, in_words
 
+# All fit into 80 columns; only the first may break into lines.
 HEADINGS = (
-    "case", "reference", "best peer", "ours", "over reference", "over peer", "share of peak", "MiB reference / ours",
-    "error peer / ours", "labels peer / ours",
-)  # fmt: skip
+    "",
+    "reference",
+    "peer",
+    "ours",
+    "over\nref.",
+    "over\npeer",
+    "of\npeak",
+    "MiB\nref./ours",
+    "labels\npeer/ours",
+)
+AROUND = 7  # lines of a terminal that are no rows: title, headings, rule, progress (which may wrap), the prompt
 
 
 class Board:
-    """Counts ``jobs`` cases down; ``deadline`` is of ``time.monotonic``."""
+    """Counts a case for each of ``points`` down; ``deadline`` is of ``time.monotonic``.
 
-    def __init__(self, jobs: int, deadline: float | None) -> None:
-        self.jobs, self.deadline = jobs, deadline
+    Where not all rows fit into the terminal, the last are shown until the end.
+    """
+
+    def __init__(self, points: Sequence[Point], deadline: float | None) -> None:
+        self.jobs, self.deadline = len(points), deadline
+        self.first = points[0].parameters
         self.done = 0
         self.start = time.monotonic()
         self.now = self.doing = ""
@@ -38,29 +53,40 @@ class Board:
     def end(self, op: str, found: Sequence[tuple[dict[str, Any], list[Row]]]) -> str:
         """Take up what a job found; return it as one line of a log."""
         self.done += 1
-        lines = [cells(op, case, rows) for case, rows in found]
+        lines = [(self._name(op, case), *cells(rows)) for case, rows in found]
         self.lines += lines
-        texts = [
-            f"{line[0]}: {', '.join(f'{h} {c}' for h, c in zip(HEADINGS[1:6], line[1:6], strict=True))}"
-            for line in lines
-        ]
+        heads = [heading.replace("\n", " ") for heading in HEADINGS[1:6]]
+        texts = [f"{line[0]}: {', '.join(f'{h} {c}' for h, c in zip(heads, line[1:6], strict=True))}" for line in lines]
         return "\n".join(f"[{self.done}/{self.jobs}, {time.monotonic() - self.start:.0f} s] {text}" for text in texts)
 
-    def table(self) -> Table:
-        table = Table(title="images/s")
+    def _name(self, op: str, case: dict[str, Any]) -> str:
+        """The variant, and what is not as the title says."""
+        own = {key: value for key, value in case.items() if value != self.first.get(key)}
+        if op != "throughput":  # parts and classes are never compiled
+            own.pop("compiled", None)
+        return " ".join(filter(None, (case["variant"], case.get("part", ""), in_words(own))))
+
+    def table(self, lines: Sequence[tuple[str, ...]]) -> Table:
+        table = Table(
+            title=f"images/s: {in_words(self.first)}", box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False
+        )
         for heading in HEADINGS:
-            table.add_column(heading, justify="left" if heading == "case" else "right")
-        for line in self.lines:
+            table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+        for line in lines:
             table.add_row(*(escape(cell) for cell in line))
         return table
 
-    def render(self) -> RenderableType:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.done == self.jobs:
-            return self.table()
+            yield self.table(self.lines)
+            return
+        heights = accumulate(1 + line[0].count(" ") for line in reversed(self.lines))
+        shown = sum(height <= console.height - AROUND for height in heights)
+        if shown:
+            yield self.table(self.lines[-shown:])
         elapsed = time.monotonic() - self.start
         left = "" if self.deadline is None else f", {max(0.0, self.deadline - time.monotonic()):.0f} s left"
-        state = f"{self.done + 1} of {self.jobs}, {elapsed:.0f} s{left}: {self.now}: {self.doing}"
-        return Group(*([self.table()] if self.lines else []), escape(state))
+        yield escape(f"{self.done + 1} of {self.jobs}, {elapsed:.0f} s{left}: {self.now}: {self.doing}")
 
 
 def best_peer(rows: Sequence[Row]) -> Row:
@@ -69,25 +95,39 @@ def best_peer(rows: Sequence[Row]) -> Row:
     return min(peers, key=lambda row: row.timing.median_ms if row.timing else float("inf"))
 
 
-def cells(op: str, case: dict[str, Any], rows: Sequence[Row]) -> tuple[str, ...]:
-    """One line of the table."""
+def compared(rows: Sequence[Row]) -> tuple[Row, Row, Row]:
+    """The reference, the best peer, ours."""
     reference, ours = (next(row for row in rows if row.variant == name) for name in (REFERENCE, OURS))
-    peer = best_peer(rows)
-    name = f"{case['variant']} {case['size']} px x{case['batch']} K={case['classes']} {case['dtype']}"
-    name += f", {case['part']}" if op == "split" else "" if case["compiled"] else ", not compiled"
+    return reference, best_peer(rows), ours
+
+
+def speeds(rows: Sequence[Row]) -> tuple[str, ...]:
+    """Cells: images/s of the three that are compared, what ours is over the first two, its share of the peak."""
+    reference, peer, ours = three = compared(rows)
     return (
-        name,
-        *(f"{row.images_s:.3g}" if row.images_s else row.status for row in (reference, peer, ours)),
+        *(f"{row.images_s:.3g}" if row.images_s else row.status for row in three),
         *(
             f"{ours.images_s / row.images_s:.1f}x" if ours.images_s and row.images_s else ""
             for row in (reference, peer)
         ),
         f"{ours.share:.0%}" if ours.share else "",
-        " / ".join(_mebibytes(row) for row in (reference, ours)),
-        " / ".join("" if row.error is None else f"{row.error:.1e}" for row in (peer, ours)),
-        " / ".join("" if row.labels is None else f"{row.labels:.1%}" for row in (peer, ours)),
     )
 
 
-def _mebibytes(row: Row) -> str:
-    return f"{row.timing.peak_bytes / 2**20:.0f}" if row.timing and row.timing.peak_bytes is not None else ""
+def cells(rows: Sequence[Row]) -> tuple[str, ...]:
+    """A line of the table but for its name."""
+    reference, peer, ours = compared(rows)
+    labels = pair(("" if row.labels is None else f"{100 * row.labels:.4g}" for row in (peer, ours)), "/")
+    return (*speeds(rows), memory((reference, ours), "/"), labels and f"{labels}%")
+
+
+def memory(rows: Sequence[Row], between: str) -> str:
+    """Peaks in MiB, "154 / 8"."""
+    peaks = [row.timing.peak_bytes if row.timing else None for row in rows]
+    return pair(("" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks), between)
+
+
+def pair(texts: Iterable[str], between: str) -> str:
+    """ "a / b", or nothing where neither is there."""
+    both = tuple(texts)
+    return between.join(both) if any(both) else ""

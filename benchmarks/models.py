@@ -38,6 +38,13 @@ MODELS = (REFERENCE, PEER, AUTOTUNED, CUDNN, OURS)
 SLOW_SECONDS = 1.5
 
 
+def in_words(parameters: dict[str, Any]) -> str:
+    """ "512 px, batch 1, 150 classes, float32" of those that are there."""
+    texts = {"size": "{} px", "batch": "batch {}", "classes": "{} classes", "dtype": "{}"}
+    words = [text.format(parameters[key]) for key, text in texts.items() if key in parameters]
+    return ", ".join(words if parameters.get("compiled", True) else [*words, "not compiled"])
+
+
 @dataclass(frozen=True)
 class Point:
     """A model and what it is fed: ``batch`` views of the demo's photograph, ``size`` pixels a side."""
@@ -69,8 +76,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        words = f"{self.variant}, {self.size} px, batch {self.batch}, {self.classes} classes, {name_of(self.dtype)}"
-        return words if self.compile else f"{words}, not compiled"
+        return f"{self.variant}, {in_words(self.parameters)}"
 
     @property
     def flops(self) -> int:

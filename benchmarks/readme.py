@@ -9,13 +9,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .board import best_peer
+from .board import compared, memory, pair, speeds
 from .cases import OURS, Row
-from .models import REFERENCE
+from .models import in_words
 from .results import Result, read
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -98,25 +97,18 @@ def models_table(result: Result) -> str:
     """The table of a ``throughput.json``: one line a case, figures or the reason why there are none."""
     shared = {key: value for key, value in result.cases[0][0].items() if all(c[key] == value for c, _ in result.cases)}
     lines = [
-        f"Images per second on {_where(result)} (PyTorch {result.device.torch}), {_words(shared)}, a photograph:",
+        f"Images per second on {_where(result)} (PyTorch {result.device.torch}), {in_words(shared)}, a photograph:",
         "",
         "| | tokens | reference | peer | ours | over reference | over peer | share of peak | MiB, reference / ours "
         "| error of the logits, peer / ours |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for case, rows in sorted(result.cases, key=lambda found: _order(found[0])):
-        reference, ours = (next(row for row in rows if row.variant == name) for name in (REFERENCE, OURS))
-        peer = best_peer(rows)
-        own = _words({key: value for key, value in case.items() if key not in shared})
+        reference, peer, ours = compared(rows)
+        own = in_words({key: value for key, value in case.items() if key not in shared})
         name = f"`{case['variant']}`" + (f", {own}" if own else "")
-        rates = [f"{row.images_s:.3g}" if row.images_s else row.status for row in (reference, peer, ours)]
-        gains = [
-            f"{ours.images_s / row.images_s:.1f}x" if ours.images_s and row.images_s else ""
-            for row in (reference, peer)
-        ]
-        share = f"{ours.share:.0%}" if ours.share else ""
-        errors = _pair("" if row.error is None else f"{row.error:.2g}" for row in (peer, ours))
-        cells = (name, str(case["tokens"]), *rates, *gains, share, _memory((reference, ours)), errors)
+        errors = pair(("" if row.error is None else f"{row.error:.2g}" for row in (peer, ours)), " / ")
+        cells = (name, str(case["tokens"]), *speeds(rows), memory((reference, ours), " / "), errors)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -136,15 +128,8 @@ def _op_line(label: str, path: Path, wanted: dict[str, Any]) -> str | None:
             times = [_milliseconds(row) for row in (eager, compiled, ours)]
             gain = eager.timing.median_ms / ours.timing.median_ms
             name = f"{label}, batch {case['batch']}, {case['dtype']}"
-            return f"| {name} | {' | '.join(times)} | {gain:.1f}x | {_memory((eager, ours))} |"
+            return f"| {name} | {' | '.join(times)} | {gain:.1f}x | {memory((eager, ours), ' / ')} |"
     return None
-
-
-def _words(parameters: dict[str, Any]) -> str:
-    """ "512 px, batch 1, 150 classes, float32" of those that are there."""
-    texts = {"size": "{} px", "batch": "batch {}", "classes": "{} classes", "dtype": "{}"}
-    words = [text.format(parameters[key]) for key, text in texts.items() if key in parameters]
-    return ", ".join(words if parameters.get("compiled", True) else [*words, "not compiled"])
 
 
 def _order(case: dict[str, Any]) -> tuple[Any, ...]:
@@ -162,17 +147,6 @@ def _milliseconds(row: Row | None) -> str:
         return ""
     time = row.timing.median_ms
     return f"{time:.0f} ms" if time >= 100 else f"{time:.3g} ms"
-
-
-def _memory(rows: Sequence[Row]) -> str:
-    peaks = [row.timing.peak_bytes if row.timing else None for row in rows]
-    return _pair("" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks)
-
-
-def _pair(texts: Iterable[str]) -> str:
-    """ "a / b", or nothing where neither is there."""
-    both = tuple(texts)
-    return " / ".join(both) if any(both) else ""
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,7 +20,7 @@ from .device import Ceilings, DeviceRecord, describe, measure_ceilings
 from .results import Result, write
 
 RESULTS = Path(__file__).resolve().parent / "results"
-COLUMNS = ("variant", "median ms", "p20 .. p80", "x eager", "peak MiB", "TFLOP/s", "rate", "share", "error", "status")
+COLUMNS = ("variant", "ms", "p20..p80", "x eager", "MiB", "TFLOP/s", "rate", "share", "error")
 
 
 @dataclass(frozen=True)
@@ -90,29 +90,31 @@ def add_options(parser: argparse.ArgumentParser, timed: bool = True) -> None:
         parser.add_argument("--budget", type=float, help="seconds for everything; the most valuable cases go first")
 
 
-def table(case: Case, rows: Sequence[Row]) -> Table:
-    """The rows of a case as they are printed."""
-    result = Table(title=case.name, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+def table(case: Case, rows: Sequence[Row]) -> RenderableType:
+    """The rows of a case as they are printed, in 80 columns, and below them why variants have no figures."""
+    result = Table(
+        title=case.name, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False
+    )
     for column in COLUMNS:
-        result.add_column(column, no_wrap=column != COLUMNS[-1])
+        result.add_column(column, justify="left" if column == COLUMNS[0] else "right", no_wrap=True)
     baseline = next((row.timing.median_ms for row in rows if row.variant == "eager" and row.timing), None)
+    reasons = []
     for row in rows:
         label = f"[green]{row.variant}[/]" if is_ours(row.variant) else row.variant
         timing = row.timing
         if timing is None:
-            result.add_row(label, *[""] * 8, f"[yellow]{row.status}[/]: {escape(row.note)}")
+            reasons.append(f"{row.variant}: [yellow]{row.status}[/]: {escape(row.note)}")
             continue
-        rate = f"{row.images_s:.4g} img/s" if row.images_s else f"{row.gb_s:.4g} GB/s" if row.gb_s else ""
+        rate = f"{row.images_s:.3g} img/s" if row.images_s else f"{row.gb_s:.3g} GB/s" if row.gb_s else ""
         result.add_row(
             label,
             f"{timing.median_ms:.4g}",
-            f"{timing.p20_ms:.4g} .. {timing.p80_ms:.4g}",
-            f"{baseline / timing.median_ms:.2f}" if baseline else "",
-            "" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:.1f}",
-            "" if row.tflops is None else f"{row.tflops:.4g}",
+            f"{timing.p20_ms:.4g}..{timing.p80_ms:.4g}",
+            f"{baseline / timing.median_ms:.3g}" if baseline else "",
+            "" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:.0f}",
+            "" if row.tflops is None else f"{row.tflops:.3g}",
             rate,
             "" if row.share is None else f"{row.share:.0%}",
             f"{row.error:.1g}",
-            row.status,
         )
-    return result
+    return Group(result, *reasons, "")

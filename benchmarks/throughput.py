@@ -110,8 +110,8 @@ class Matrix:
         for op in dict.fromkeys(job.op for job in jobs):
             self.results[op] = Result(op, record, ceilings, started, False)
         pace = Pace(ceilings.matmul_tflops["float32"] / 2, 60.0)
-        board = Board(len(jobs), self.deadline)
-        with Live(console=self.console, get_renderable=board.render, refresh_per_second=2) as live:
+        board = Board([job.point for job in jobs], self.deadline)
+        with Live(board, console=self.console, refresh_per_second=2) as live:
             for index, job in enumerate(jobs):
                 board.begin(f"{job.op}: {job.point.name}")
                 start = time.monotonic()
@@ -127,7 +127,7 @@ class Matrix:
                 if not self.console.is_terminal:  # a log shows no live table
                     live.console.print(line, highlight=False)
         if not self.console.is_terminal:
-            self.console.print(board.table())
+            self.console.print(board)
         return sum(len(result.refused) for result in self.results.values())
 
     def _keep(self, job: Job, found: Found, later: Sequence[Job]) -> None:

@@ -74,7 +74,7 @@ def test_the_command_writes_figures_plots_and_a_table(tmp_path: Path) -> None:
     assert [case["classes"] for case, _ in read(folder / "classes.json").cases] == [3]
     assert {case["part"] for case, _ in read(folder / "split.json").cases} == set(split.PARTS)
     assert "[1/5," in done.output
-    assert "over reference" in done.output
+    assert "over ref. " in done.output
 
 
 def test_flops_and_batches_are_counted() -> None:
