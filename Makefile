@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(PY) -m segmenter_fast.cli demo
 
 # Two passes side by side, one core each: the second interprets the Triton kernels on the CPU, and is shown when both are
-# done. What is marked slow, the compilation of every build for every target among it: python -m pytest -m slow
+# done. What is marked slow, the compilation of every build for every target: python -m pytest -m slow
 test: $(VENV)/.installed
 	@mkdir -p build
 	@export OMP_NUM_THREADS=1; \

@@ -1,1 +1,1 @@
-"""Where the training program will stand. The fused loss it will use is ``Segmenter.loss``, which works today."""
+"""Training: data sets and augmentation, a plain PyTorch loop on one process or many, checkpoints, logs, evaluation."""

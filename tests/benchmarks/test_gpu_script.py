@@ -80,7 +80,6 @@ def test_a_step_that_fails_is_told_and_the_others_run(stand_in: Path, tmp_path: 
     assert "benchmarks.plots" in calls.read_text()
 
 
-@pytest.mark.slow
 def test_the_rehearsal_runs_every_step(tmp_path: Path) -> None:
     done = run(str(tmp_path), "600", seconds=600, DEVICE="cpu")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -55,7 +55,6 @@ def test_every_variant_agrees_and_is_timed(dtype: torch.dtype) -> None:
         assert row.error < (0.03 if low else 1e-5)
 
 
-@pytest.mark.slow
 def test_compiled_steps_agree() -> None:
     rows = run(make_case(CPU, torch.float32, SMALL))
     for name in ("compile", "ours compiled"):

@@ -8,8 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 PAGE = (Path(__file__).parents[2] / "train" / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 
@@ -21,7 +19,6 @@ def test_the_page_goes_from_data_to_labels() -> None:
         assert command.startswith(f"segmenter-fast {name} ")
 
 
-@pytest.mark.slow
 def test_commands_run_as_written(tmp_path: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for command in COMMANDS:
