@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -69,10 +70,15 @@ class Job:
 
 @dataclass
 class Pace:
-    """How long a case takes: ``overhead`` seconds, mostly of the compiler, and the models' calls at ``tflops``."""
+    """How long a case takes: ``overhead`` seconds, mostly of the compiler, and the models' calls at ``tflops``.
+
+    Until a case is done that is a guess, then the median of the references before: the upsampling, which counts as no
+    FLOPs, takes most of the time of the fastest, and attention that is written out that of the slowest.
+    """
 
     tflops: float
     overhead: float
+    learnt: list[float] = field(default_factory=list)
 
     def expects(self, job: Job, seconds: float) -> float:
         models = CALLS * job.point.flops / self.tflops / 1e12
@@ -80,9 +86,10 @@ class Pace:
 
     def learn(self, job: Job, found: Found, took: float) -> None:
         reference = found[0][1][0]
-        if job.op == "split" or reference.timing is None or reference.tflops is None:
+        if job.op != "throughput" or reference.timing is None or reference.tflops is None:
             return
-        self.tflops = reference.tflops
+        self.learnt.append(reference.tflops)
+        self.tflops = median(self.learnt)
         if job.point.compile:
             self.overhead = max(5.0, took - CALLS * reference.timing.median_ms / 1e3)
 

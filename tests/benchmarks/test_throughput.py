@@ -154,9 +154,18 @@ def test_the_pace_is_learnt() -> None:
     pace = throughput.Pace(1.0, 60.0)
     job = throughput.Job("throughput", replace(POINT, compile=True))
     assert pace.expects(job, 3.0) == pytest.approx(63.0)
-    timing = Timing(1000.0, 990.0, 1010.0, 5, 1, 1, "perf_counter", None)
-    pace.learn(job, [({}, [Row(REFERENCE, "ok", timing=timing, tflops=job.point.flops / 1e12)])], 40.0)
+
+    def learn(job: throughput.Job, seconds: float, took: float) -> None:
+        timing = Timing(1000 * seconds, 990 * seconds, 1010 * seconds, 5, 1, 1, "perf_counter", None)
+        row = Row(REFERENCE, "ok", timing=timing, tflops=job.point.flops / seconds / 1e12)
+        pace.learn(job, [({}, [row])], took)
+
+    learn(job, 1.0, 40.0)
     assert pace.expects(job, 3.0) == pytest.approx(40.0), "12 calls of a second, and what the compiler took"
+    learn(job, 9.0, 9 * 12 + 28.0)
+    learn(job, 2.0, 2 * 12 + 28.0)
+    learn(replace(job, op="classes"), 5.0, 90.0)
+    assert pace.expects(job, 3.0) == pytest.approx(2 * 12 + 28), "that of most, not of the last"
 
 
 @pytest.mark.parametrize("arguments", [["--variant=seg_q"], ["--size=0"]])
