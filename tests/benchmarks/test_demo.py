@@ -9,13 +9,17 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from segmenter_fast import VARIANTS
 from segmenter_fast.benchmarks import demo
 from segmenter_fast.cli import app
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few pixels and layers; compiling them takes as long as running them."""
     monkeypatch.setattr(demo, "SIDE", 64)
+    for name in ("seg_t_mask_16", "seg_t_linear_16"):
+        monkeypatch.setitem(VARIANTS, name, VARIANTS[name].replace(depth=2, decoder_depth=1))
 
 
 def test_float32_agrees_and_the_overlay_is_there(tmp_path: Path) -> None:
