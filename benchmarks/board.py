@@ -55,8 +55,10 @@ class Board:
         self.done += 1
         lines = [(self._name(op, case), *cells(rows)) for case, rows in found]
         self.lines += lines
-        heads = [heading.replace("\n", " ") for heading in HEADINGS[1:6]]
-        texts = [f"{line[0]}: {', '.join(f'{h} {c}' for h, c in zip(heads, line[1:6], strict=True))}" for line in lines]
+        texts = []
+        for name, *line in lines:
+            told = [f"{heading} {cell}" for heading, cell in zip(HEADINGS[1:6], line[:5], strict=True) if cell]
+            texts.append(f"{name}: {', '.join(told)}".replace("\n", " "))
         return "\n".join(f"[{self.done}/{self.jobs}, {time.monotonic() - self.start:.0f} s] {text}" for text in texts)
 
     def _name(self, op: str, case: dict[str, Any]) -> str:
