@@ -19,11 +19,14 @@ def read_classes(root: Path) -> Dataset:
     The palette has an ``[r, g, b]`` for each class, 0 to 255. Without one the colours are ``default_palette``'s.
 
     Raises:
-        ValueError: no such file, or one that says something else; names the file.
+        ValueError: no such file, both, or one that says something else; names the file.
     """
-    path = next((root / name for name in FILES if (root / name).is_file()), None)
-    if path is None:
+    paths = [root / name for name in FILES if (root / name).is_file()]
+    if not paths:
         raise ValueError(f"{root} has no class list: write the names, one a line, into {root / 'classes.txt'}")
+    if len(paths) > 1:
+        raise ValueError(f"{root} has two class lists, {' and '.join(FILES)}: keep the one that holds")
+    (path,) = paths
     try:
         text = path.read_text(encoding="utf-8-sig")
     except ValueError as error:

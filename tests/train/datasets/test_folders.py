@@ -230,6 +230,9 @@ def test_class_lists(tmp_path: Path) -> None:
     assert read_classes(tmp_path).class_names == ("sky", "sea")
     assert read_classes(tmp_path).palette == default_palette(2)
     (tmp_path / "classes.json").write_text('["a", "b", "c"]')
+    with pytest.raises(ValueError, match=r"two class lists, classes\.json and classes\.txt: keep the one that holds"):
+        read_classes(tmp_path)
+    (tmp_path / "classes.txt").unlink()
     assert read_classes(tmp_path).class_names == ("a", "b", "c")
     (tmp_path / "classes.json").write_text('{"classes": ["a", "b"], "palette": [[1, 2, 3], [4, 5, 6]]}')
     assert read_classes(tmp_path).palette == ((1, 2, 3), (4, 5, 6))
