@@ -144,11 +144,13 @@ def _results(folder: Path) -> list[Result]:
 
 
 def _rows(results: list[Result]) -> dict[Key, Row]:
+    """All but those that a budget had no time for, which are as if they had not been asked for."""
     return {
         (", ".join(f"{k}={v}" for k, v in case.items()), row.variant): row
         for result in results
         for case, rows in result.cases
         for row in rows
+        if row.status != "not run"
     }
 
 

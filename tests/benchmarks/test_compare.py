@@ -97,6 +97,12 @@ def test_figures_that_are_gone_are_a_regression(tmp_path: Path, capsys: pytest.C
     assert "out of memory: no room" in capsys.readouterr().out
 
 
+def test_what_a_budget_left_out_is_in_one_folder_only(tmp_path: Path) -> None:
+    a = folder(tmp_path / "a", row(OURS, 1.0), row("eager", 1.0))
+    found = compare.compare(a, folder(tmp_path / "b", Row(OURS, "not run", "no time"), row("eager", 1.0)))
+    assert (found.regressed, found.same, found.only) == (False, 1, 1)
+
+
 def test_a_case_that_is_refused_now_is_a_regression(tmp_path: Path) -> None:
     a = folder(tmp_path / "a", row(OURS, 1.0))
     record = replace(describe(torch.device("cpu")), slug="one-device")
