@@ -2,7 +2,7 @@
 
 Everything random follows from the recipe's seed: samples from (seed, epoch, index), see ``samples``; stochastic depth
 and dropout from (seed, step, rank). What a run was at a step is therefore its weights, its optimizer and that number,
-and an interrupted and resumed run is the uninterrupted one: on a CPU bit for bit.
+and an interrupted and resumed run is the uninterrupted one: on a CPU bit for bit, with as many threads.
 """
 
 from __future__ import annotations

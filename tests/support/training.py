@@ -156,7 +156,6 @@ def _ranks(world: World, out: Path, fields: dict[str, Any]) -> None:
 
 
 def _main() -> None:
-    torch.set_num_threads(1)
     task, out, fields = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     if task == "ranks":
         with joined("cpu", 60) as world:

@@ -145,8 +145,8 @@ def test_a_run_goes_on_after_a_full_disk(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_process_killed_in_mid_save_goes_on_from_the_last_whole_checkpoint(tmp_path: Path) -> None:
     program = [sys.executable, support.__file__, "slow", str(tmp_path / "parts"), "{}"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(support.__file__).parents[1])}
-    with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, text=True) as process:
+    variables = {"PYTHONPATH": str(Path(support.__file__).parents[1]), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    with subprocess.Popen(program, env=os.environ | variables, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             half = Path(process.stdout.readline().strip())  # appears when the second checkpoint is half written
