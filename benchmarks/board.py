@@ -7,15 +7,15 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
-from rich import box
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
 from .cases import OURS, Row
 from .models import REFERENCE, Point, in_words
+from .run import narrow_table
 
-# All fit into 80 columns; only the first may break into lines.
+# All fit into 80 columns.
 HEADINGS = (
     "",
     "reference",
@@ -69,11 +69,7 @@ class Board:
         return " ".join(filter(None, (case["variant"], case.get("part", ""), in_words(own))))
 
     def table(self, lines: Sequence[tuple[str, ...]]) -> Table:
-        table = Table(
-            title=f"images/s: {in_words(self.first)}", box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False
-        )
-        for heading in HEADINGS:
-            table.add_column(heading, justify="right" if heading else "left", no_wrap=bool(heading))
+        table = narrow_table(f"images/s: {in_words(self.first)}", HEADINGS)
         for line in lines:
             table.add_row(*(escape(cell) for cell in line))
         return table
@@ -91,16 +87,11 @@ class Board:
         yield escape(f"{self.done + 1} of {self.jobs}, {elapsed:.0f} s{left}: {self.now}: {self.doing}")
 
 
-def best_peer(rows: Sequence[Row]) -> Row:
-    """The fastest peer; where none has a time, the first with its reason."""
-    peers = [row for row in rows if row.variant.startswith("peer")]
-    return min(peers, key=lambda row: row.timing.median_ms if row.timing else float("inf"))
-
-
 def compared(rows: Sequence[Row]) -> tuple[Row, Row, Row]:
-    """The reference, the best peer, ours."""
+    """The reference, the fastest peer, ours. Where no peer has a time it is the first, with its reason."""
     reference, ours = (next(row for row in rows if row.variant == name) for name in (REFERENCE, OURS))
-    return reference, best_peer(rows), ours
+    peers = [row for row in rows if row.variant.startswith("peer")]
+    return reference, min(peers, key=lambda row: row.timing.median_ms if row.timing else float("inf")), ours
 
 
 def speeds(rows: Sequence[Row]) -> tuple[str, ...]:

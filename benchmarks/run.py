@@ -90,13 +90,18 @@ def add_options(parser: argparse.ArgumentParser, timed: bool = True) -> None:
         parser.add_argument("--budget", type=float, help="seconds for everything; the most valuable cases go first")
 
 
+def narrow_table(title: str, headings: Sequence[str]) -> Table:
+    """A table without rows or frame, one space between columns; only its first column may break into lines."""
+    result = Table(title=title, box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    for number, heading in enumerate(headings):
+        result.add_column(heading, justify="right" if number else "left", no_wrap=bool(number))
+    return result
+
+
 def table(case: Case, rows: Sequence[Row]) -> RenderableType:
     """The rows of a case as they are printed, in 80 columns, and below them why variants have no figures."""
-    result = Table(
-        title=case.name, title_justify="left", box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False
-    )
-    for column in COLUMNS:
-        result.add_column(column, justify="left" if column == COLUMNS[0] else "right", no_wrap=True)
+    result = narrow_table(case.name, COLUMNS)
+    result.title_justify = "left"
     baseline = next((row.timing.median_ms for row in rows if row.variant == "eager" and row.timing), None)
     reasons = []
     for row in rows:

@@ -31,10 +31,10 @@ from .cases import Row
 from .device import describe, measure_ceilings, resolve
 from .models import MODELS, PEER, REFERENCE, Point, run_point
 from .results import Result, write
+from .run import RESULTS
 from .split import PARTS, split_point
 from .throughput_plots import draw
 
-RESULTS = Path(__file__).resolve().parent / "results"
 # Most valuable first; the cases about parts and classes come after the third.
 DEFAULT = tuple(f"seg_{size}_mask_{patch}" for size, patch in (
     ("s", 16), ("t", 16), ("b", 16), ("s", 32), ("s", 8), ("t", 32), ("t", 8), ("b", 32), ("b", 8),
@@ -70,18 +70,19 @@ class Job:
 
 @dataclass
 class Pace:
-    """How long a case takes: ``overhead`` seconds, mostly of the compiler, and the models' calls at ``tflops``.
+    """How long a case takes: ``overhead`` seconds, mostly of the compiler, and the models' calls.
 
-    Until a case is done that is a guess, then the median of the references before: the upsampling, which counts as no
-    FLOPs, takes most of the time of the fastest, and attention that is written out that of the slowest.
+    Those run at ``guess`` TFLOP/s until a case is done, then at the median of the references before: the upsampling,
+    which counts as no FLOPs, takes most of the time of the fastest, and attention that is written out that of the
+    slowest.
     """
 
-    tflops: float
+    guess: float
     overhead: float
     learnt: list[float] = field(default_factory=list)
 
     def expects(self, job: Job, seconds: float) -> float:
-        models = CALLS * job.point.flops / self.tflops / 1e12
+        models = CALLS * job.point.flops / median(self.learnt or [self.guess]) / 1e12
         return max(models, seconds) + (self.overhead if job.point.compile else 0)
 
     def learn(self, job: Job, found: Found, took: float) -> None:
@@ -89,7 +90,6 @@ class Pace:
         if job.op != "throughput" or reference.timing is None or reference.tflops is None:
             return
         self.learnt.append(reference.tflops)
-        self.tflops = median(self.learnt)
         if job.point.compile:
             self.overhead = max(5.0, took - CALLS * reference.timing.median_ms / 1e3)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,13 +66,13 @@ def test_in_the_end_all_rows_stand_there(board: Board) -> None:
 
 def test_a_case_says_below_why_a_variant_has_no_figures() -> None:
     rows = [replace(ROW, variant=name) for name in ("eager float32", "ours compiled")]
-    lines = printed(run.table(SimpleNamespace(name="a case"), [*rows, Row("compile", "failed", "no [compiler]")]))  # type: ignore[arg-type]
+    lines = printed(run.table(SimpleNamespace(name="a case"), [*rows, Row("compile", "failed", "no [compiler]")]))
     assert lines[0].strip() == "a case"
     assert " ".join(lines[4].split()) == "ours compiled 1234 1233..1236 1753 0.123 0.0343 img/s 98% 2e-06"
     assert "compile: failed: no [compiler]" in lines
 
 
-def test_the_demo_shows_every_figure(tmp_path: Any) -> None:
+def test_the_demo_shows_every_figure(tmp_path: Path) -> None:
     rows = [
         Comparison(name, torch.bfloat16, TIMING, TIMING, TIMING, 0.02, 0.01, 0.999, 1.0, 1.0, tmp_path)
         for name in VARIANTS
