@@ -53,6 +53,10 @@ class Ceilings:
     copy_gb_s: float
     matmul_tflops: dict[str, float]
 
+    def __str__(self) -> str:
+        rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in self.matmul_tflops.items())
+        return f"copy {self.copy_gb_s:.4g} GB/s, matrix product {rates}"
+
 
 def resolve(name: str) -> torch.device:
     """The device of ``auto``, ``cpu`` or ``cuda``.

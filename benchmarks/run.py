@@ -43,8 +43,7 @@ class Run:
         record = describe(device)
         console.print(f"{record.name}, PyTorch {record.torch}, Triton {record.triton}, commit {record.commit}")
         ceilings = measure_ceilings(device, tuple(dtypes), seconds=0.3 if quick or device.type == "cuda" else 1.0)
-        rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in ceilings.matmul_tflops.items())
-        console.print(f"measured ceilings: copy {ceilings.copy_gb_s:.4g} GB/s, matrix product {rates}")
+        console.print(f"measured ceilings: {ceilings}")
         return cls(record, ceilings, out, quick, seconds, console)
 
     def cases(self, op: str, cases: list[Case], deadline: float | None = None) -> int:

@@ -111,8 +111,7 @@ class Matrix:
         self.console.print(f"{record.name}, {record.threads} threads, PyTorch {record.torch}, commit {record.commit}")
         dtypes = tuple({torch.float32, *(job.point.dtype for job in jobs)})
         ceilings = measure_ceilings(self.device, dtypes, seconds=0.3)
-        rates = ", ".join(f"{name} {rate:.3g} TFLOP/s" for name, rate in ceilings.matmul_tflops.items())
-        self.console.print(f"measured ceilings: copy {ceilings.copy_gb_s:.4g} GB/s, matrix product {rates}")
+        self.console.print(f"measured ceilings: {ceilings}")
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         for op in dict.fromkeys(job.op for job in jobs):
             self.results[op] = Result(op, record, ceilings, started, False)
