@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from rich.table import Table
 
 from segmenter_fast import Segmenter, create_model
-from segmenter_fast.images import ImageSource, normalise, read_image
+from segmenter_fast.io.images import ImageSource, normalise, read_image
 from segmenter_fast.reference import ReferenceSegmenter
 from segmenter_fast.visualize import default_palette, overlay
 

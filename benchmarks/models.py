@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend
 from segmenter_fast import Segmenter, SegmenterConfig, create_model
 from segmenter_fast.config import variant_config
 from segmenter_fast.describe import count_macs
-from segmenter_fast.images import normalise, read_image
+from segmenter_fast.io.images import normalise, read_image
 from segmenter_fast.reference import ReferenceSegmenter
 
 from .agreement import Agreement, Yardstick, share

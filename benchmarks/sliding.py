@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segmenter_fast import Segmenter, create_model
-from segmenter_fast.inference import scaled_and_flipped, slide
+from segmenter_fast.inference.slide import scaled_and_flipped, slide
 
 from .cases import OURS, Case, Variant
 from .device import resolve

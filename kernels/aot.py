@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
-from .common import Specialization
+from .gpu.common import Specialization
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,15 @@ CHIPS = {
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
-MODULES = ("attention", "lattice", "mask_scores", "upsample_argmax", "upsample_softmax", "upsample_cross_entropy")
+MODULES = (
+    "attention_forward",
+    "attention_backward",
+    "lattice",
+    "mask_scores",
+    "upsample_argmax",
+    "upsample_softmax",
+    "upsample_cross_entropy",
+)
 
 
 @dataclass(frozen=True)
@@ -76,7 +84,7 @@ def shipped(arch: str) -> Iterator[Specialization]:
     """Every build of every kernel module for ``arch``, each once."""
     seen: dict[str, Specialization] = {}
     for module in MODULES:
-        for parts in importlib.import_module(f".{module}", __package__).specializations(arch):
+        for parts in importlib.import_module(f".gpu.{module}", __package__).specializations(arch):
             specialization = Specialization(*parts)
             if seen.setdefault(specialization.name, specialization) is specialization:
                 yield specialization

@@ -3,7 +3,7 @@
 from . import inference
 from .accelerate import AccelerationReport, accelerate, acceleration_report, restore
 from .config import VARIANTS, SegmenterConfig
-from .predict import Prediction, predict
+from .inference.predict import Prediction, predict
 from .segmenter import Segmenter
 from .weights.create import create_model
 from .weights.load import load

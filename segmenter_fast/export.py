@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Pair
-from .images import normalise
+from .io.images import normalise
 from .program import OUTPUTS, Program
 from .segmenter import Segmenter
 

@@ -10,9 +10,9 @@ from . import kernels
 from .attention_maps import attention_maps
 from .config import SegmenterConfig
 from .decoders import LinearDecoder, MaskTransformer
-from .hub import HubMixin
 from .optimize import InferenceSegmenter
 from .vit import VisionTransformer
+from .weights.hub import HubMixin
 
 
 class Segmenter(nn.Module, HubMixin):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from segmenter_fast.kernels.library import INTERPRET
+from segmenter_fast.kernels.registry import INTERPRET
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

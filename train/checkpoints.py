@@ -32,9 +32,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
+from ..io.folder_writer import written_whole
 from ..segmenter import Segmenter
 from ..weights.reading import CheckpointError, read_torch
-from ..weights.saving import written_whole
 from .distributed import World
 
 FORMAT_VERSION = 1

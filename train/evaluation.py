@@ -19,9 +19,9 @@ from PIL import Image
 from torch import Tensor
 
 from segmenter_fast import Segmenter
-from segmenter_fast.composition import check_windows
-from segmenter_fast.images import normalise
-from segmenter_fast.inference import fits_one_window, slide
+from segmenter_fast.inference.slide import fits_one_window, slide
+from segmenter_fast.inference.windows import check_windows
+from segmenter_fast.io.images import normalise
 
 from .datasets.base import SegmentationDataset
 from .metrics import ConfusionMatrix, Scores

@@ -23,7 +23,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from segmenter_fast.predict_folder import write_png
+from segmenter_fast.inference.folders import write_png
 
 from .metrics import Scores
 

@@ -21,9 +21,9 @@ from typing import Any
 from torch import Tensor
 
 from ..config import SegmenterConfig
+from ..io.folder_writer import written_whole
 from ..weights import ours
 from ..weights.reading import read_json
-from ..weights.saving import written_whole
 from . import checkpoints
 from .presets import Recipe
 

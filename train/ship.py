@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from segmenter_fast import load
+from segmenter_fast.io.folder_writer import written_whole
 from segmenter_fast.weights.ours import CONFIG, WEIGHTS
 from segmenter_fast.weights.reading import read_json
-from segmenter_fast.weights.saving import written_whole
 
 from .evaluation import evaluate
 from .logs import read_log

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 
 from segmenter_fast import Segmenter, load
-from segmenter_fast.images import normalise
+from segmenter_fast.io.images import normalise
 from segmenter_fast.visualize import colorize
 
 from .datasets.base import SegmentationDataset

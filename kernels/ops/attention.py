@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..library import (
+from ..registry import (
     INTERPRET,
     autocast_dtype,
     define,
@@ -133,13 +133,13 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
 # The second result is the log-sum-exp as this device's backward wants it: natural on the CPU, to base 2 from Triton.
 define(
     "attention(Tensor qkv, float scale, bool with_lse) -> (Tensor, Tensor)",
-    triton=".attention:attention_forward",
+    triton=".gpu.attention_forward:attention_forward",
     plain=".cpu.attention:attention_forward",
     fake=_fake,
 )
 define(
     "attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
-    triton=".attention:attention_backward",
+    triton=".gpu.attention_backward:attention_backward",
     plain=".cpu.attention:attention_backward",
     fake=_fake_backward,
 )

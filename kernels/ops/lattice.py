@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..library import define
+from ..registry import define
 
 _FLOATS = (torch.float32, torch.float64)
 
@@ -75,13 +75,13 @@ def _fake_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tenso
 _ARGUMENTS = "(Tensor scores, Tensor rows, Tensor row_weights, Tensor cols, Tensor col_weights) -> Tensor"
 define(
     f"lattice_argmax{_ARGUMENTS}",
-    triton=".lattice:lattice_argmax",
+    triton=".gpu.lattice:lattice_argmax",
     plain=".cpu.lattice:lattice_argmax",
     fake=_fake_argmax,
 )
 define(
     f"lattice_softmax{_ARGUMENTS}",
-    triton=".lattice:lattice_softmax",
+    triton=".gpu.lattice:lattice_softmax",
     plain=".cpu.lattice:lattice_softmax",
     fake=_fake_softmax,
 )

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..library import define, differentiable, once_differentiable, refuse_forward_mode
+from ..registry import define, differentiable, once_differentiable, refuse_forward_mode
 
 
 def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -64,14 +64,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 define(
     "mask_scores(Tensor patches, Tensor classes, Tensor weight, Tensor bias, float eps) -> Tensor",
-    triton=".mask_scores:mask_scores",
+    triton=".gpu.mask_scores:mask_scores",
     plain=".cpu.mask_scores:mask_scores",
     fake=_fake,
 )
 define(
     "mask_scores_backward(Tensor grad, Tensor patches, Tensor classes, Tensor weight, Tensor bias, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    triton=".mask_scores:mask_scores_backward",
+    triton=".gpu.mask_scores:mask_scores_backward",
     plain=".cpu.mask_scores:mask_scores_backward",
     fake=_fake_backward,
 )

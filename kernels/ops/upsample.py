@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..library import autocast_dtype, define, differentiable, once_differentiable, refuse_forward_mode
+from ..registry import autocast_dtype, define, differentiable, once_differentiable, refuse_forward_mode
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TARGETS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -217,27 +217,27 @@ def _cross_entropy_backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor
 
 define(
     "upsample_argmax(Tensor masks, SymInt[] size, SymInt[] crop, bool align_corners) -> Tensor",
-    triton=".upsample_argmax:upsample_argmax",
+    triton=".gpu.upsample_argmax:upsample_argmax",
     plain=".cpu.upsample_argmax:upsample_argmax",
     fake=_fake_argmax,
 )
 define(
     "upsample_softmax(Tensor masks, SymInt[] size, SymInt[] crop, bool align_corners) -> Tensor",
-    triton=".upsample_softmax:upsample_softmax",
+    triton=".gpu.upsample_softmax:upsample_softmax",
     plain=".cpu.upsample_softmax:upsample_softmax",
     fake=_fake_softmax,
 )
 define(
     "upsample_softmax_backward(Tensor grad, Tensor probabilities, SymInt[] grid, SymInt[] size, bool align_corners)"
     " -> Tensor",
-    triton=".upsample_softmax:upsample_softmax_backward",
+    triton=".gpu.upsample_softmax:upsample_softmax_backward",
     plain=".cpu.upsample_softmax:upsample_softmax_backward",
     fake=_fake_softmax_backward,
 )
 define(
     "upsample_cross_entropy(Tensor masks, Tensor target, SymInt[] size, int ignore_index, Tensor? weight,"
     " float label_smoothing, str reduction, bool align_corners, bool with_grad) -> (Tensor, Tensor)",
-    triton=".upsample_cross_entropy:upsample_cross_entropy",
+    triton=".gpu.upsample_cross_entropy:upsample_cross_entropy",
     plain=".cpu.upsample_cross_entropy:upsample_cross_entropy",
     fake=_fake_cross_entropy,
 )
@@ -250,7 +250,7 @@ define(
 define(
     "upsample_cross_entropy_pixel_backward(Tensor grad_loss, Tensor masks, Tensor target, SymInt[] size,"
     " int ignore_index, Tensor? weight, float label_smoothing, bool align_corners) -> Tensor",
-    triton=".upsample_cross_entropy:pixel_backward",
+    triton=".gpu.upsample_cross_entropy:pixel_backward",
     plain=".cpu.upsample_cross_entropy:pixel_backward",
     fake=_fake_pixel_backward,
 )

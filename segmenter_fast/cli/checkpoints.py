@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..convert import CheckpointFormat, push, write
 from ..describe import info_table, variants_table
+from ..weights.convert import CheckpointFormat, push, write
 from .app import Device, Dtype, app, loaded, model_of, say
 
 

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from .. import Segmenter
-from ..predict import Settings
-from ..predict_folder import Job, make_writable, plan, run
-from ..ranks import Outcome, Ranks, use_own_gpu
+from ..inference.folders import Job, make_writable, plan, run
+from ..inference.predict import Settings
+from ..processes import Outcome, Ranks, use_own_gpu
 from .app import Device, DeviceOption, Dtype, DtypeOption, ModelOption, app, factors, model_of, say
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import SegmenterConfig, variant_config
 from ..segmenter import Segmenter
 from . import timm
-from .fitting import build, require_fit
+from .build import build, require_fit
 from .load import read_checkpoint, unwrapped
 from .reading import CheckpointError, read_safetensors, read_torch
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..config import SegmenterConfig
 from ..segmenter import Segmenter
 from . import mmseg, official, ours
-from .fitting import Checkpoint, build
+from .build import Checkpoint, build
 from .reading import CheckpointError, read_safetensors, read_torch, read_yaml
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]

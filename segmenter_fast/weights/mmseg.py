@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import SegmenterConfig
-from .shapes import fields_from_shapes
+from .infer_config import fields_from_shapes
 
 # What mmsegmentation's Segmenter configurations fix, where it differs from the official program.
 _NUMERICS: dict[str, Any] = {

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..classes import classes_of
 from ..config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, SegmenterConfig
-from ..datasets import classes_of
+from .infer_config import fields_from_shapes, head_classes, named_variant
 from .reading import CheckpointError
-from .shapes import fields_from_shapes, head_classes, named_variant
 
 WEIGHTS, VARIANT = "checkpoint.pth", "variant.yml"
 

@@ -11,10 +11,10 @@ import torch
 import yaml
 from torch import Tensor
 
+from ..classes import DATASETS
 from ..config import SegmenterConfig
-from ..datasets import DATASETS
+from ..io.folder_writer import written_whole
 from .official import HEAD_DIM, NORMALIZATIONS, NUMERICS, VARIANT, WEIGHTS
-from .saving import written_whole
 
 _HEAD_CLASSES = 1000  # rows of the unused classification heads that the program always makes
 # What its encoder cannot be told.

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import SegmenterConfig
-from .fitting import Checkpoint
+from .build import Checkpoint
 from .reading import CheckpointError, read_json, read_safetensors
 
 FORMAT_VERSION = 1

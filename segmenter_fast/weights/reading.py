@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import foreign
+from . import safe_unpickle as foreign
 
 
 class CheckpointError(ValueError):

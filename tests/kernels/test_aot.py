@@ -8,7 +8,7 @@ import types
 
 import pytest
 
-from segmenter_fast.kernels.library import HAS_TRITON, INTERPRET
+from segmenter_fast.kernels.registry import HAS_TRITON, INTERPRET
 
 if not HAS_TRITON:
     pytest.skip("needs Triton", allow_module_level=True)
@@ -16,7 +16,7 @@ if INTERPRET:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled", allow_module_level=True)
 
 from segmenter_fast.kernels import aot
-from segmenter_fast.kernels.common import Specialization
+from segmenter_fast.kernels.gpu.common import Specialization
 
 
 def largest_tile(specialization: Specialization) -> int:

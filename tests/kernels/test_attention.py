@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from segmenter_fast.kernels import attention, reference
-from segmenter_fast.kernels.library import INTERPRET
 from segmenter_fast.kernels.ops.attention import attention_with
+from segmenter_fast.kernels.registry import INTERPRET
 from support.accuracy import assert_as_accurate
 
 from .conftest import Backend
@@ -275,8 +275,8 @@ def test_derivatives_that_do_not_exist(backend: Backend) -> None:
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx1100"])
 def test_launch_config_of_every_chip(arch: str) -> None:
-    forward = pytest.importorskip("segmenter_fast.kernels.attention_forward", reason="needs Triton")
-    backward = importlib.import_module("segmenter_fast.kernels.attention_backward")
+    forward = pytest.importorskip("segmenter_fast.kernels.gpu.attention_forward", reason="needs Triton")
+    backward = importlib.import_module("segmenter_fast.kernels.gpu.attention_backward")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for dim in forward.HEAD_DIMS:
             for n in (1, 257, 4097):

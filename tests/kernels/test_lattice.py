@@ -12,7 +12,7 @@ from torch import Tensor
 
 from segmenter_fast import kernels
 from segmenter_fast.kernels import reference
-from segmenter_fast.kernels.library import INTERPRET
+from segmenter_fast.kernels.registry import INTERPRET
 from support.accuracy import assert_as_accurate
 
 from .conftest import Backend

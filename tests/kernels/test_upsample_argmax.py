@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from segmenter_fast import kernels
-from segmenter_fast.kernels.library import INTERPRET
+from segmenter_fast.kernels.registry import INTERPRET
 
 # The interpreter is numpy, which warns of the infinities that the tests hand it.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import segmenter_fast as sf
 from segmenter_fast import VARIANTS
-from segmenter_fast.datasets import DATASETS
+from segmenter_fast.classes import DATASETS
 from segmenter_fast.weights.official_export import variant_from_config, write_folder
 from segmenter_fast.weights.reading import read_torch, read_yaml
 from support.checkpoints import GOLDEN, same, small_model

@@ -6,7 +6,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ...datasets import Color
+from ...classes import Color
 
 IGNORE = 255
 """The label of pixels that count neither in the loss nor in the scores."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...datasets import Dataset
+from ...classes import Dataset
 from ...visualize import default_palette
 from .base import IGNORE
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ...datasets import DATASETS, Dataset
-from ...predict_folder import IMAGE_SUFFIXES
+from ...classes import DATASETS, Dataset
+from ...inference.folders import IMAGE_SUFFIXES
 from .base import IGNORE
 from .classes import read_classes
 from .pairs import INVALID, Pair, PairedFiles

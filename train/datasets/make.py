@@ -8,8 +8,8 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...datasets import Dataset
-from ...predict_folder import write_png
+from ...classes import Dataset
+from ...inference.folders import write_png
 from ...visualize import label_image
 from .classes import write_classes
 from .layouts import SPLITS

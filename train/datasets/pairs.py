@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ...datasets import Color
-from ...images import read_image
+from ...classes import Color
+from ...io.images import read_image
 from .base import IGNORE, SampleError
 
 INVALID = -1

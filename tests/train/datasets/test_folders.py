@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segmenter_fast.datasets import DATASETS
+from segmenter_fast.classes import DATASETS
 from segmenter_fast.train.datasets import SampleError, open_dataset
 from segmenter_fast.train.datasets.classes import read_classes
 from segmenter_fast.visualize import default_palette

@@ -1,0 +1,1 @@
+"""The fused ops in Triton, for CUDA and ROCm."""

@@ -1,0 +1,299 @@
+"""Attention backward in Triton.
+
+With p = exp(q k^T * scale - lse), by exp2, dO = ``grad_out`` and O = ``out`` (shapes as in ``attention_forward``):
+    delta_i = dO_i . O_i        ds = p * (dO v^T - delta)
+    dv = p^T dO                 dk = ds^T q * scale              dq = ds k * scale
+Two passes, each of which owns what it writes, so that there are no atomics and equal input gives equal bits. The first
+owns BLOCK_M queries, forms delta (saved for the second) and walks the keys for dq; the second owns BLOCK_N keys and
+walks the queries for dk and dv. Both rebuild p from the saved log-sum-exp. The three gradients are written as the
+slices of one contiguous ``(B, N, 3, H, D)`` buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .attention_forward import SHORT, TAIL_N, Tiles, check, load_rows, shipped_tiles, store_rows, table_arch
+from .common import LOG2_E, Specialization, device_arch, dot_precision
+
+
+@triton.jit
+def _add_keys(
+    dq, q, grad_out, lse, delta, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
+    ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dq`` plus what ROWS keys add to it, not yet scaled."""
+    k = load_rows(k_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
+    v = load_rows(v_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
+    p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])  # (BLOCK_M, ROWS)
+    if EDGE:
+        p = tl.where(start + tl.arange(0, ROWS)[None, :] < seq_len, p, 0.0)
+    ds = p * (tl.dot(grad_out, v.T, input_precision=PRECISION) - delta[:, None])
+    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+
+@triton.jit
+def _add_queries(
+    dk, dv, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, start, stride_n, stride_grad_n, seq_len, scale_log2,
+    ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``dk`` (not yet scaled) and ``dv`` plus what ROWS queries add to them."""
+    q = load_rows(q_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
+    grad_out = load_rows(grad_out_ptr, start, stride_grad_n, seq_len, ROWS, DIM, PAD, EDGE)
+    offs_m = start + tl.arange(0, ROWS)
+    if EDGE:  # a log-sum-exp of infinity makes p zero
+        lse = tl.load(lse_ptr + offs_m, mask=offs_m < seq_len, other=float("inf"))
+        delta = tl.load(delta_ptr + offs_m, mask=offs_m < seq_len, other=0.0)
+    else:
+        lse = tl.load(lse_ptr + offs_m)
+        delta = tl.load(delta_ptr + offs_m)
+    scores = tl.dot(k, q.T, input_precision=PRECISION)  # (BLOCK_N, ROWS)
+    p = tl.exp2(scores * scale_log2 - lse[None, :])
+    dv = tl.dot(p.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
+    ds = p * (tl.dot(v, grad_out.T, input_precision=PRECISION) - delta[None, :])
+    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=["seq_len", "heads"])
+def attention_backward_queries_kernel(
+    grad_out_ptr,  # (B, N, H, D)
+    qkv_ptr,  # (B, N, 3, H, D)
+    out_ptr,  # (B, N, H, D), contiguous
+    lse_ptr,  # (B, H, N), contiguous, to base 2
+    delta_ptr,  # (B, H, N), contiguous, written
+    grad_qkv_ptr,  # (B, N, 3, H, D), contiguous; the queries' slice is written
+    stride_grad_b: tl.int64,
+    stride_grad_n: tl.int64,
+    stride_grad_h: tl.int64,
+    stride_b: tl.int64,
+    stride_n: tl.int64,
+    stride_s: tl.int64,
+    stride_h: tl.int64,
+    seq_len,
+    heads,
+    scale,
+    scale_log2,  # scale * log2(e), rounded as in the forward
+    HEAD_DIM: tl.constexpr,
+    PAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(seq_len, BLOCK_M)
+    head_index = (tl.program_id(0) // blocks).to(tl.int64)
+    start_m = (tl.program_id(0) % blocks) * BLOCK_M
+    b, h = head_index // heads, head_index % heads
+    stride_n, stride_grad_n = stride_n.to(tl.int64), stride_grad_n.to(tl.int64)
+    stride_out = heads.to(tl.int64) * HEAD_DIM
+    q_ptr = qkv_ptr + b * stride_b + h * stride_h
+    k_ptr = q_ptr + stride_s
+    v_ptr = k_ptr + stride_s
+    grad_out_ptr += b * stride_grad_b + h * stride_grad_h
+    out_ptr += b * seq_len * stride_out + h * HEAD_DIM
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    mask_m = offs_m < seq_len
+
+    grad_out = load_rows(grad_out_ptr, start_m, stride_grad_n, seq_len, BLOCK_M, HEAD_DIM, PAD_DIM, True)
+    out = load_rows(out_ptr, start_m, stride_out, seq_len, BLOCK_M, HEAD_DIM, PAD_DIM, True)
+    delta = tl.sum(grad_out.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + head_index * seq_len + offs_m, delta, mask=mask_m)
+    lse = tl.load(lse_ptr + head_index * seq_len + offs_m, mask=mask_m, other=0.0)
+    q = load_rows(q_ptr, start_m, stride_n, seq_len, BLOCK_M, HEAD_DIM, PAD_DIM, True)
+
+    dq = tl.zeros((BLOCK_M, PAD_DIM), tl.float32)
+    full = seq_len // BLOCK_N * BLOCK_N
+    for start in tl.range(0, full, BLOCK_N):
+        dq = _add_keys(
+            dq, q, grad_out, lse, delta, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
+            BLOCK_N, HEAD_DIM, PAD_DIM, False, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(full, seq_len, TAIL_N, num_stages=1):
+        dq = _add_keys(
+            dq, q, grad_out, lse, delta, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
+            TAIL_N, HEAD_DIM, PAD_DIM, True, PRECISION,
+        )  # fmt: skip
+    dq_ptr = grad_qkv_ptr + b * seq_len * 3 * stride_out + h * HEAD_DIM
+    store_rows(dq_ptr, dq * scale, start_m, 3 * stride_out, seq_len, BLOCK_M, HEAD_DIM, PAD_DIM)
+
+
+@triton.jit(do_not_specialize=["seq_len", "heads"])
+def attention_backward_keys_kernel(
+    grad_out_ptr,  # (B, N, H, D)
+    qkv_ptr,  # (B, N, 3, H, D)
+    lse_ptr,  # (B, H, N), contiguous, to base 2
+    delta_ptr,  # (B, H, N), contiguous
+    grad_qkv_ptr,  # (B, N, 3, H, D), contiguous; the slices of keys and values are written
+    stride_grad_b: tl.int64,
+    stride_grad_n: tl.int64,
+    stride_grad_h: tl.int64,
+    stride_b: tl.int64,
+    stride_n: tl.int64,
+    stride_s: tl.int64,
+    stride_h: tl.int64,
+    seq_len,
+    heads,
+    scale,
+    scale_log2,  # scale * log2(e), rounded as in the forward
+    HEAD_DIM: tl.constexpr,
+    PAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    blocks = tl.cdiv(seq_len, BLOCK_N)
+    head_index = (tl.program_id(0) // blocks).to(tl.int64)
+    start_n = (tl.program_id(0) % blocks) * BLOCK_N
+    b, h = head_index // heads, head_index % heads
+    stride_n, stride_grad_n = stride_n.to(tl.int64), stride_grad_n.to(tl.int64)
+    stride_out = heads.to(tl.int64) * HEAD_DIM
+    q_ptr = qkv_ptr + b * stride_b + h * stride_h
+    k_ptr = q_ptr + stride_s
+    v_ptr = k_ptr + stride_s
+    grad_out_ptr += b * stride_grad_b + h * stride_grad_h
+    lse_ptr += head_index * seq_len
+    delta_ptr += head_index * seq_len
+
+    k = load_rows(k_ptr, start_n, stride_n, seq_len, BLOCK_N, HEAD_DIM, PAD_DIM, True)
+    v = load_rows(v_ptr, start_n, stride_n, seq_len, BLOCK_N, HEAD_DIM, PAD_DIM, True)
+    dk = tl.zeros((BLOCK_N, PAD_DIM), tl.float32)
+    dv = tl.zeros((BLOCK_N, PAD_DIM), tl.float32)
+    full = seq_len // BLOCK_M * BLOCK_M
+    for start in tl.range(0, full, BLOCK_M):
+        dk, dv = _add_queries(
+            dk, dv, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, start, stride_n, stride_grad_n, seq_len, scale_log2,
+            BLOCK_M, HEAD_DIM, PAD_DIM, False, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(full, seq_len, TAIL_M, num_stages=1):
+        dk, dv = _add_queries(
+            dk, dv, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, start, stride_n, stride_grad_n, seq_len, scale_log2,
+            TAIL_M, HEAD_DIM, PAD_DIM, True, PRECISION,
+        )  # fmt: skip
+    dk_ptr = grad_qkv_ptr + b * seq_len * 3 * stride_out + (heads + h) * HEAD_DIM
+    dv_ptr = dk_ptr + stride_out
+    store_rows(dk_ptr, dk * scale, start_n, 3 * stride_out, seq_len, BLOCK_N, HEAD_DIM, PAD_DIM)
+    store_rows(dv_ptr, dv, start_n, 3 * stride_out, seq_len, BLOCK_N, HEAD_DIM, PAD_DIM)
+
+
+# As in the forward: short and long sequences, each with the tiles of the queries' pass and of the keys' pass.
+_HALF = {
+    ("sm_80", False): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)), (Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))),
+    ("sm_80", True): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)), (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2))),
+    ("sm_90", False): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)), (Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))),
+    ("sm_90", True): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)), (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2))),
+    ("sm_100", False): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)), (Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))),
+    ("sm_100", True): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)), (Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))),
+    ("gfx942", False): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)), (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2))),
+    ("gfx942", True): ((Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2)), (Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2))),
+}
+_FLOAT = {  # by padded head size
+    16: (Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2)),
+    32: (Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2)),
+    64: (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)),
+    128: (Tiles(16, 32, 8, 2), Tiles(32, 16, 8, 2)),
+}
+_FLOAT_GFX = {
+    16: (Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
+    32: (Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
+    64: (Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
+    128: (Tiles(16, 32, 4, 2), Tiles(32, 16, 4, 2)),
+}
+
+
+def launch_config(head_dim: int, seq_len: int, dtype: torch.dtype, arch: str) -> tuple[Tiles, Tiles]:
+    """The tiles of the queries' and of the keys' pass, chosen as in the forward."""
+    if dtype == torch.float32:
+        return (_FLOAT_GFX if arch.startswith("gfx") else _FLOAT)[triton.next_power_of_2(head_dim)]
+    return _HALF[table_arch(arch), head_dim > 64][seq_len > SHORT]
+
+
+def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """Gradient of ``qkv`` as one contiguous ``(B, N, 3, H, D)`` buffer. A ``grad_out`` with a last stride is copied."""
+    check(qkv)
+    b, n, _, heads, dim = qkv.shape
+    grad_qkv = qkv.new_empty(qkv.shape)
+    if grad_qkv.numel() == 0:
+        return grad_qkv
+    grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
+    delta = torch.empty_like(lse)
+    arch = device_arch(qkv)
+    queries, keys = launch_config(dim, n, qkv.dtype, arch)
+    shared = dict(
+        grad_out_ptr=grad_out,
+        qkv_ptr=qkv,
+        lse_ptr=lse,
+        delta_ptr=delta,
+        grad_qkv_ptr=grad_qkv,
+        stride_grad_b=grad_out.stride(0),
+        stride_grad_n=grad_out.stride(1),
+        stride_grad_h=grad_out.stride(2),
+        stride_b=qkv.stride(0),
+        stride_n=qkv.stride(1),
+        stride_s=qkv.stride(2),
+        stride_h=qkv.stride(3),
+        seq_len=n,
+        heads=heads,
+        scale=scale,
+        scale_log2=scale * LOG2_E.value,
+        HEAD_DIM=dim,
+        PAD_DIM=triton.next_power_of_2(dim),
+        PRECISION=dot_precision(qkv.dtype, arch),
+    )
+    attention_backward_queries_kernel[(triton.cdiv(n, queries.block_m) * b * heads,)](
+        **shared,
+        out_ptr=out,
+        BLOCK_M=queries.block_m,
+        BLOCK_N=queries.block_n,
+        TAIL_N=TAIL_N,
+        num_warps=queries.num_warps,
+        num_stages=queries.num_stages,
+    )
+    attention_backward_keys_kernel[(triton.cdiv(n, keys.block_n) * b * heads,)](
+        **shared,
+        BLOCK_M=keys.block_m,
+        BLOCK_N=keys.block_n,
+        TAIL_M=TAIL_N,
+        num_warps=keys.num_warps,
+        num_stages=keys.num_stages,
+    )
+    return grad_qkv
+
+
+def specializations(arch: str) -> Iterator[Specialization]:
+    """Both passes; ``grad_out`` with the strides of a contiguous one."""
+    strides = ("stride_grad_b", "stride_grad_n", "stride_grad_h", "stride_b", "stride_n", "stride_s", "stride_h")
+    for name, precision, dim, (queries, keys) in shipped_tiles(arch, launch_config):
+        shared: dict[str, Any] = {
+            "HEAD_DIM": dim,
+            "PAD_DIM": triton.next_power_of_2(dim),
+            "PRECISION": precision,
+        }
+        signature = {
+            **dict.fromkeys(("grad_out_ptr", "qkv_ptr", "grad_qkv_ptr"), f"*{name}"),
+            **dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32"),
+            **dict.fromkeys(strides, "i64"),
+            **dict.fromkeys(("seq_len", "heads"), "i32"),
+            **dict.fromkeys(("scale", "scale_log2"), "fp32"),
+        }
+        yield Specialization(
+            f"attention_backward queries D={dim} {name} {precision} {tuple(queries)}",
+            attention_backward_queries_kernel,
+            {**signature, "out_ptr": f"*{name}"},
+            {**shared, "BLOCK_M": queries.block_m, "BLOCK_N": queries.block_n, "TAIL_N": TAIL_N},
+            {"num_warps": queries.num_warps, "num_stages": queries.num_stages},
+        )
+        yield Specialization(
+            f"attention_backward keys D={dim} {name} {precision} {tuple(keys)}",
+            attention_backward_keys_kernel,
+            signature,
+            {**shared, "BLOCK_M": keys.block_m, "BLOCK_N": keys.block_n, "TAIL_M": TAIL_N},
+            {"num_warps": keys.num_warps, "num_stages": keys.num_stages},
+        )

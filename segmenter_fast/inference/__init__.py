@@ -1,0 +1,5 @@
+"""Sliding windows, single images and folders of images. The public name is ``slide``."""
+
+from .slide import slide
+
+__all__ = ["slide"]

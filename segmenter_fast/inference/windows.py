@@ -1,0 +1,175 @@
+"""How an output pixel is composed of patch-level masks, along one axis; the composition is separable.
+
+Canvas pixel y is the mean of the windows that cover it, each a bilinear tap of that window's patches; the canvas is
+resized bilinearly to the output. So output y is a weighted sum of a few patch rows, a sparse row A[y], and between two
+bends A is linear in y: it needs to be evaluated at the first and the last output of each run only, the points of a
+lattice. Everything in between is a bilinear mix of four lattice points, whatever windows and scales were.
+
+Source: the official program's inference; weights in exact integer arithmetic and float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.bilinear import Axis
+
+# Second differences of weights, which are at most 1, that count as a bend; rounding leaves 1e-15.
+_BEND = 1e-9
+
+
+def check_windows(window: int, stride: int, batch_size: int) -> None:
+    """What ``slide`` says of these arguments.
+
+    Raises:
+        ValueError: one of them is below 1, or the stride above the window.
+    """
+    for name, given in (("window", window), ("stride", stride), ("batch_size", batch_size)):
+        if given < 1:
+            raise ValueError(f"{name} must be at least 1, got {given}")
+    if stride > window:
+        raise ValueError(
+            f"stride must be at most the window, {window}, or pixels between windows get no label; got {stride}"
+        )
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows along one axis of an image of ``side`` pixels, cut to it where it is shorter.
+
+    Each is a ``grid`` of patches, upsampled to ``upsampled`` pixels, of which the first ``window`` are kept.
+    """
+
+    side: int
+    window: int
+    grid: int
+    upsampled: int
+    anchors: tuple[int, ...]
+
+    @classmethod
+    def make(cls, side: int, window: int, stride: int, patch: int, padded: bool) -> Windows:
+        """Anchors are every stride below the last one, which ends at the border; ``padded``: to whole patches."""
+        window = min(window, side)
+        grid = -(-window // patch)
+        last = side - window
+        return cls(side, window, grid, grid * patch if padded else window, (*range(0, last, stride), last))
+
+    def taps(self, size: int) -> tuple[Tensor, Tensor]:
+        """Patches (int64) and weights (float64), ``(size, taps)``, of the outputs of an axis resized to ``size``.
+
+        Patch g of window w is w * grid + g. Some weights are 0, and a patch may occur twice.
+        """
+        anchors, pixels = torch.tensor(self.anchors), torch.arange(self.side)
+        first = torch.searchsorted(anchors + self.window, pixels, right=True)
+        cover = torch.searchsorted(anchors, pixels, right=True) - first
+        window = first[:, None] + torch.arange(int(cover.max()))  # (side, windows over a pixel)
+        covers = window < (first + cover)[:, None]
+        window = window.where(covers, first[:, None])
+        inside = pixels[:, None] - anchors[window]
+        lower, upper, weight = Axis.make(self.grid, self.upsampled, self.window).taps()
+        share = covers.double() / cover[:, None]
+        weight = weight[inside]
+        patches = torch.cat([window * self.grid + end[inside] for end in (lower, upper)], 1)
+        weights = torch.cat([share * (1 - weight), share * weight], 1)
+        if size == self.side:
+            return patches, weights
+        lower, upper, weight = Axis.make(self.side, size).taps()
+        weight = weight[:, None]
+        weights = torch.cat([weights[lower] * (1 - weight), weights[upper] * weight], 1)
+        return torch.cat([patches[lower], patches[upper]], 1), weights
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """Points along one axis, and for each of ``size`` outputs the two that it mixes.
+
+    Point p is the sum of ``weights[start[p]:start[p + 1]]`` times the patches of the same places.
+    """
+
+    lower: Tensor  # (size,) int64, a point
+    upper: Tensor  # (size,) int64
+    weight: Tensor  # (size,) float64, of the upper point
+    start: Tensor  # (points + 1,) int64
+    patches: Tensor  # int64
+    weights: Tensor  # float64
+
+    @classmethod
+    def make(cls, windows: Windows, size: int, mirrored: bool = False) -> Lattice:
+        """The lattice of ``windows`` resized to ``size`` outputs, in reversed order where ``mirrored``."""
+        patches, weights = windows.taps(size)
+        if mirrored:
+            patches, weights = patches.flip(0), weights.flip(0)
+        outputs = torch.arange(size)[:, None].expand_as(patches)
+        there = weights != 0
+        table = torch.stack([outputs[there], patches[there]]), weights[there]
+        first, last = _runs(*table, size)
+        # A point for each end of a run; a run of one output has one, and mixes it with itself.
+        single = first == last
+        count = 2 - single.long()
+        begin = count.cumsum(0) - count
+        length = last - first + 1
+        position = torch.arange(size) - first.repeat_interleave(length)
+        weight = position.double() / (length - 1).clamp(min=1).repeat_interleave(length)
+        weight[single.repeat_interleave(length)] = 0.5
+        points = torch.stack([first, last], 1)[torch.stack([torch.ones_like(single), ~single], 1)]
+        rows = torch.sparse_coo_tensor(*table, (size, int(patches.max()) + 1), check_invariants=False).coalesce()
+        begins = torch.searchsorted(rows.indices()[0].contiguous(), torch.arange(size + 1))
+        taken = begins.diff()[points]
+        start = F.pad(taken.cumsum(0), (1, 0))
+        entries = torch.arange(int(start[-1])) + (begins[points] - start[:-1]).repeat_interleave(taken)
+        return cls(
+            begin.repeat_interleave(length),
+            (begin + count - 1).repeat_interleave(length),
+            weight,
+            start,
+            rows.indices()[1, entries],
+            rows.values()[entries],
+        )
+
+    def used(self, first: int, last: int) -> tuple[int, int]:
+        """The points of outputs ``[first, last)``, from one to one past the last."""
+        return int(self.lower[first]), int(self.upper[last - 1]) + 1
+
+    def patches_of(self, first: int, last: int) -> tuple[int, int]:
+        """The smallest and the largest patch that points ``[first, last)`` take."""
+        patches = self.patches[int(self.start[first]) : int(self.start[last])]
+        return int(patches.min()), int(patches.max())
+
+    def evaluate(self, table: Tensor, first: int, last: int, offset: int = 0) -> Tensor:
+        """``(patches, n)`` values, the first one that of patch ``offset`` -> ``(last - first, n)`` of the points."""
+        begin, end = int(self.start[first]), int(self.start[last])
+        return F.embedding_bag(
+            (self.patches[begin:end] - offset).to(table.device),
+            table,
+            (self.start[first:last] - begin).to(table.device),
+            mode="sum",
+            per_sample_weights=self.weights[begin:end].to(table),
+        )
+
+
+def _runs(places: Tensor, weights: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """First and last outputs of the runs of a table ``(2, n)``, ``(n,)``: linear in each, none of two outputs."""
+    shifts, factors = torch.tensor([-1, 0, 1]), torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64)
+    outputs = (places[0] + shifts[:, None]).flatten()
+    values = (weights * factors[:, None]).flatten()
+    inner = (outputs > 0) & (outputs < size - 1)
+    differences = torch.sparse_coo_tensor(
+        torch.stack([outputs[inner], places[1].repeat(3)[inner]]),
+        values[inner],
+        (size, int(places[1].max()) + 1),
+        check_invariants=False,
+    ).coalesce()
+    bends = differences.indices()[0, differences.values().abs() > _BEND].unique()
+    ends, begin = [], 0
+    for bend in [*bends.tolist(), size - 1]:
+        if bend == begin + 1:  # two outputs: a run each, so that no point of weight 0 is mixed in
+            ends.append(begin)
+        if bend >= begin + 1 or bend == size - 1:
+            ends.append(bend)
+            begin = bend + 1
+    last = torch.tensor(sorted(set(ends)))
+    return F.pad(last[:-1] + 1, (1, 0)), last

@@ -1,0 +1,98 @@
+"""Label maps as tiled TIFF, written from bands of rows."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..classes import Color
+from ..config import Pair
+
+TILE = 512
+_PLAIN_TIFF_BYTES = (1 << 32) - (1 << 25)
+
+
+def check_label_tiff(num_classes: int = 1) -> None:
+    """Whether ``write_label_tiff`` can write.
+
+    Raises:
+        ValueError: more classes than 16 bits hold, or tifffile is not installed.
+    """
+    if num_classes > 65536:
+        raise ValueError(f"labels of at most 65536 classes can be written as TIFF, got {num_classes}")
+    try:
+        import tifffile  # noqa: F401
+    except ImportError as error:
+        raise ValueError("labels as TIFF need tifffile: pip install 'segmenter-fast[large]'") from error
+
+
+def write_label_tiff(
+    path: Path,
+    bands: Iterable[np.ndarray],
+    size: Pair,
+    palette: Sequence[Color],
+    class_names: Sequence[str],
+) -> None:
+    """Writes ``(h, W)`` bands, top to bottom, as one TIFF of class indices beside ``path`` and renames it.
+
+    Tiles of at most 512 x 512, Deflate. Up to 256 classes pixels are uint8 with the palette as colour map, above they
+    are 16-bit grey. The description holds a class name a line, in the order of the indices. BigTIFF only where the
+    pixels could pass 4 GB.
+
+    Raises:
+        ValueError: as ``check_label_tiff``, or bands that do not add up to ``size``.
+        OSError: the file cannot be written; nothing half-written stays.
+    """
+    check_label_tiff(len(palette))
+    import tifffile
+
+    dtype = np.dtype(np.uint8 if len(palette) <= 256 else np.uint16)
+    tile = tuple(min(TILE, -(-side // 16) * 16) for side in size)
+    colours: dict[str, Any] = {"photometric": "minisblack"}
+    if dtype == np.uint8:
+        table = np.zeros((3, 256), np.uint16)
+        table[:, : len(palette)] = np.asarray(palette, np.uint16).T * 257
+        colours = {"photometric": "palette", "colormap": table}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with tifffile.TiffWriter(part, bigtiff=size[0] * size[1] * dtype.itemsize > _PLAIN_TIFF_BYTES) as file:
+            file.write(
+                _tiles(bands, size, (tile[0], tile[1]), dtype),
+                shape=size,
+                dtype=dtype,
+                tile=tile,
+                compression="zlib",
+                metadata=None,
+                description="\n".join(class_names).encode(),
+                software="segmenter-fast",
+                maxworkers=1,
+                **colours,
+            )
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _tiles(bands: Iterable[np.ndarray], size: Pair, tile: Pair, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Row after row of tiles, padded with 0 to whole ones."""
+    height, width = tile
+    rows = np.zeros((height, -(-size[1] // width) * width), dtype)
+    filled = done = 0
+    for band in bands:
+        if band.ndim != 2 or band.shape[1] != size[1]:
+            raise ValueError(f"bands must be (h, {size[1]}), got {band.shape}")
+        while len(band):
+            taken = min(height - filled, len(band))
+            rows[filled : filled + taken, : size[1]] = band[:taken]
+            band, filled, done = band[taken:], filled + taken, done + taken
+            if filled == height or done == size[0]:
+                rows[filled:] = 0
+                yield from (rows[:, left : left + width].copy() for left in range(0, rows.shape[1], width))
+                filled = 0
+    if done != size[0]:
+        raise ValueError(f"bands must add up to {size[0]} rows, got {done}")

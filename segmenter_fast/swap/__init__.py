@@ -1,1 +1,0 @@
-"""The parts of ``accelerate``: fused forwards, trying them out, and the survey of a model."""

@@ -1,0 +1,128 @@
+"""Which input goes where, and outputs that are whole or not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segmenter_fast.inference.folders import Job, make_writable, plan
+from segmenter_fast.io.atomic import write_png
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+
+
+def outputs(jobs: list[Job], out: Path) -> dict[str, str]:
+    """source name with its folder -> place below out/labels."""
+    return {"/".join(job.source.parts[-2:]): str(job.labels.relative_to(out / "labels")) for job in jobs}
+
+
+def test_a_folder_keeps_its_tree(tmp_path: Path) -> None:
+    touch(tmp_path / "in/a.jpg", tmp_path / "in/sub/a.PNG", tmp_path / "in/sub/deep/b.tiff")
+    touch(tmp_path / "in/notes.txt", tmp_path / "in/.hidden.png")
+    jobs = plan([tmp_path / "in"], tmp_path / "out")
+    assert outputs(jobs, tmp_path / "out") == {
+        "in/a.jpg": "a.png",
+        "sub/a.PNG": "sub/a.png",
+        "deep/b.tiff": "sub/deep/b.png",
+    }
+    assert jobs[0].overlay == tmp_path / "out/overlays/a.png"
+    assert all(job.overlay is None for job in plan([tmp_path / "in"], tmp_path / "out", overlay=False))
+
+
+def test_one_name_in_several_inputs(tmp_path: Path) -> None:
+    touch(tmp_path / "x/a.jpg", tmp_path / "y/a.jpg", tmp_path / "z/w/a.jpg")
+    jobs = plan([tmp_path / "x", tmp_path / "y/a.jpg", tmp_path / "z/w"], tmp_path / "out")
+    assert outputs(jobs, tmp_path / "out") == {"x/a.jpg": "x/a.png", "y/a.jpg": "y/a.png", "w/a.jpg": "z/w/a.png"}
+
+
+def test_one_stem_with_several_suffixes(tmp_path: Path) -> None:
+    touch(*(tmp_path / "in" / name for name in ("a.jpg", "a.png", "a.jpg.png", "b.png")), tmp_path / "in/sub/c.png")
+    jobs = plan([tmp_path / "in"], tmp_path / "out")
+    assert outputs(jobs, tmp_path / "out") == {
+        "in/a.jpg": "a.jpg.png",
+        "in/a.png": "a.png.png",
+        "in/a.jpg.png": "a.jpg.png.png",
+        "in/b.png": "b.png.png",
+        "sub/c.png": "sub/c.png",
+    }
+
+
+def test_an_input_given_twice_is_done_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path / "in/a.jpg")
+    monkeypatch.chdir(tmp_path)
+    assert len(plan([Path("in"), Path("in/a.jpg"), tmp_path / "in/../in/a.jpg"], Path("out"))) == 1
+
+
+def test_outputs_inside_the_input_are_no_inputs(tmp_path: Path) -> None:
+    touch(
+        tmp_path / "in/a.jpg",
+        tmp_path / "in/labels/a.png",
+        tmp_path / "in/overlays/a.png",
+        tmp_path / "in/s/labels/b.png",
+    )
+    jobs = plan([tmp_path / "in"], tmp_path / "in")
+    assert [str(job.source.relative_to(tmp_path / "in")) for job in jobs] == ["a.jpg", "s/labels/b.png"]
+
+
+def test_what_cannot_be_planned_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"input .*nowhere does not exist"):
+        plan([tmp_path / "nowhere"], tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no images in .*empty; known suffixes are \.jpg"):
+        plan([tmp_path / "empty"], tmp_path / "out")
+    touch(tmp_path / "out/labels/a.png")
+    with pytest.raises(ValueError, match=r"labels/a\.png is itself an input"):
+        plan([tmp_path / "out/labels/a.png"], tmp_path / "out")
+
+
+def test_files_that_are_named_need_no_known_suffix(tmp_path: Path) -> None:
+    touch(tmp_path / "photo.heic")
+    assert outputs(plan([tmp_path / "photo.heic"], tmp_path / "out"), tmp_path / "out").popitem()[1] == "photo.png"
+
+
+def test_finished_means_every_output(tmp_path: Path) -> None:
+    job = Job(tmp_path / "a.jpg", tmp_path / "labels/a.png", tmp_path / "overlays/a.png")
+    assert not job.finished
+    touch(job.labels)
+    assert not job.finished
+    assert Job(job.source, job.labels, None).finished
+    touch(tmp_path / "overlays/a.png")
+    assert job.finished
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    make_writable(tmp_path / "new/out")
+    assert sorted(os.listdir(tmp_path / "new/out")) == ["labels", "overlays"]
+    assert not list(tmp_path.rglob("*.part"))
+    touch(tmp_path / "file")
+    for out in (tmp_path / "file", tmp_path / "file/below"):
+        with pytest.raises(OSError, match=rf"output folder {out} cannot be written"):
+            make_writable(out)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_write_cut_short_leaves_nothing_and_spares_what_was_there(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.fromarray(np.full((4, 4), 7, np.uint8))
+    write_png(image, tmp_path / "a/x.png")
+    before = (tmp_path / "a/x.png").read_bytes()
+
+    def cut_short(image: Image.Image, path: Path, **options: object) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", cut_short)
+    for name in ("x.png", "y.png"):
+        with pytest.raises(error):
+            write_png(image, tmp_path / "a" / name)
+    assert os.listdir(tmp_path / "a") == ["x.png"]
+    assert (tmp_path / "a/x.png").read_bytes() == before
