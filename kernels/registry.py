@@ -19,6 +19,8 @@ from torch.autograd import forward_ad
 
 library = torch.library.Library("segmenter_fast", "DEF")
 
+# The Triton attention takes these. Models are held to them on every device, because they may move to a GPU.
+HEAD_SIZES = (16, 32, 64, 80, 96, 128)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on"}
 

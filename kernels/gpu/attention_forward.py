@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registry import HEAD_SIZES
 from .common import LOG2_E, Specialization, device_arch, dot_precision, refuse_float64
 
-HEAD_DIMS = (16, 32, 64, 80, 96, 128)
 TAIL_N = 16
 SHORT = 512  # tokens
 
@@ -173,9 +173,9 @@ def table_arch(arch: str) -> str:
 def check(qkv: Tensor) -> None:
     """Refuse what the Triton kernels do not take."""
     refuse_float64("attention", qkv)
-    if qkv.shape[-1] not in HEAD_DIMS:
+    if qkv.shape[-1] not in HEAD_SIZES:
         raise ValueError(
-            f"attention on this device takes head sizes {HEAD_DIMS}, got {qkv.shape[-1]} in qkv of shape "
+            f"attention on this device takes head sizes {HEAD_SIZES}, got {qkv.shape[-1]} in qkv of shape "
             f"{tuple(qkv.shape)}; use segmenter_fast.kernels.reference.attention for other head sizes"
         )
 
@@ -221,7 +221,7 @@ def shipped_tiles(
     """Element type, precision, head size and every distinct answer of a ``launch_config``."""
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     for name, dtype in types.items():
-        for dim in HEAD_DIMS:
+        for dim in HEAD_SIZES:
             for tiles in dict.fromkeys(config(dim, seq_len, dtype, arch) for seq_len in (SHORT, SHORT + 1)):
                 for precision in ("ieee", "tf32") if name == "fp32" and arch.startswith("sm_") else ("ieee",):
                     yield name, precision, dim, tiles

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..kernels.registry import HEAD_SIZES
 from ..vit import Attention
 from .forwards import (
     CALLED,
@@ -26,9 +27,6 @@ from .forwards import (
     head_count,
 )
 from .verify import Call, blueprint, disagreement
-
-# What kernels.attention takes on a GPU. It holds for every device, because a model may move to one.
-HEAD_SIZES = (16, 32, 64, 80, 96, 128)
 
 # Optional arguments; given, they send the call to the module's own forward.
 _OPTIONAL = frozenset({"mask", "attn_mask", "attn_bias", "is_causal", "return_attention"})

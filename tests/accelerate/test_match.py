@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import segmenter_fast as sf
 from segmenter_fast.accelerate.forwards import FusedAttention, FusedBlock
-from segmenter_fast.accelerate.match import HEAD_SIZES, survey
+from segmenter_fast.accelerate.match import survey
 from segmenter_fast.weights.timm import import_timm
 from support.mmseg_lookalike import MmMultiheadAttention, MmSegmenterHead
 from support.official_lookalike import OfficialBlock, OfficialMaskTransformer
@@ -257,8 +257,3 @@ def test_equal_layers_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "disagreement", lambda part, *rest: trials.append(part) or disagreement(part, *rest))
     assert len(list(survey(nn.ModuleList(Plain() for _ in range(5))))) == 5
     assert len(trials) == 1
-
-
-def test_head_sizes_are_those_of_the_kernel() -> None:
-    forward = pytest.importorskip("segmenter_fast.kernels.gpu.attention_forward", reason="needs triton")
-    assert HEAD_SIZES == forward.HEAD_DIMS

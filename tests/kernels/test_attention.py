@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from segmenter_fast.kernels import attention, reference
 from segmenter_fast.kernels.ops.attention import attention_with
-from segmenter_fast.kernels.registry import INTERPRET
+from segmenter_fast.kernels.registry import HEAD_SIZES, INTERPRET
 from support.accuracy import assert_as_accurate
 
 from .conftest import Backend
@@ -278,7 +278,7 @@ def test_launch_config_of_every_chip(arch: str) -> None:
     forward = pytest.importorskip("segmenter_fast.kernels.gpu.attention_forward", reason="needs Triton")
     backward = importlib.import_module("segmenter_fast.kernels.gpu.attention_backward")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        for dim in forward.HEAD_DIMS:
+        for dim in HEAD_SIZES:
             for n in (1, 257, 4097):
                 for tiles in (forward.launch_config(dim, n, dtype, arch), *backward.launch_config(dim, n, dtype, arch)):
                     # the tail's blocks divide a full block, so that a tail never outgrows it
