@@ -5,10 +5,11 @@ PYTHON ?= python3
 .PHONY: demo test lint bench clean
 
 # Reinstalls only when the requirements changed.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt mend_torchvision.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt torch==2.13.0
 	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(PY) mend_torchvision.py
 	touch $@
 
 demo: $(VENV)/.installed

@@ -15,10 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..vision import import_torchvision
-
-_v2 = import_torchvision().transforms.v2
-_F, _Interpolation = _v2.functional, _v2.InterpolationMode
+try:
+    from torchvision.transforms.v2 import InterpolationMode
+    from torchvision.transforms.v2 import functional as TF
+except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision's operators do not load
+    raise ImportError(
+        f"training needs a torchvision that fits the installed torch: pip install 'segmenter-fast[train]' ({error})"
+    ) from error
 
 CROPS = 10
 """How many crops are tried for one in which no class fills too much; the next is taken as it is."""
@@ -67,22 +70,22 @@ class TrainTransform:
         size = resized(labels.shape, max(1, int(self.resize * _uniform(*self.ratios, generator))))
         target = resize_labels(_tensor(labels), size)
         top, left = random_crop(target, self.crop, self.max_share, self.ignore_index, generator)
-        target = _F.crop_image(target, top, left, *_cropped(size, self.crop))
+        target = TF.crop_image(target, top, left, *_cropped(size, self.crop))
 
         pixels = _tensor(image).permute(2, 0, 1)  # channels-last memory, in which uint8 resizing is fastest
-        pixels = _F.resize_image(pixels, list(size), _Interpolation.BILINEAR, antialias=False)
-        pixels = _F.crop_image(pixels, top, left, *_cropped(size, self.crop))
+        pixels = TF.resize_image(pixels, list(size), InterpolationMode.BILINEAR, antialias=False)
+        pixels = TF.crop_image(pixels, top, left, *_cropped(size, self.crop))
         if self.flip and _coin(generator):
-            pixels, target = _F.horizontal_flip_image(pixels), _F.horizontal_flip_image(target)
+            pixels, target = TF.horizontal_flip_image(pixels), TF.horizontal_flip_image(target)
         colors = pixels.contiguous().to(torch.float32).div_(255)
         if self.photometric:
             colors = photometric(colors, generator)
-        colors = _F.normalize_image(colors, list(self.mean), list(self.std), inplace=True)
+        colors = TF.normalize_image(colors, list(self.mean), list(self.std), inplace=True)
 
         beyond = [0, 0, self.crop - target.shape[1], self.crop - target.shape[0]]  # left, top, right, bottom
         if any(beyond):
-            colors = _F.pad_image(colors, beyond, fill=0)
-            target = _F.pad_image(target[None], beyond, fill=self.ignore_index)[0]
+            colors = TF.pad_image(colors, beyond, fill=0)
+            target = TF.pad_image(target[None], beyond, fill=self.ignore_index)[0]
         return colors, target.to(torch.int64)
 
 
@@ -136,7 +139,7 @@ def photometric(colors: Tensor, generator: torch.Generator) -> Tensor:
     if _coin(generator):
         colors = saturate(colors, _uniform(*SATURATION, generator))
     if _coin(generator):
-        colors = _F.adjust_hue_image(colors, _uniform(-HUE, HUE, generator))
+        colors = TF.adjust_hue_image(colors, _uniform(-HUE, HUE, generator))
     return colors if contrast_first else _contrast(colors, generator)
 
 

@@ -22,7 +22,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
 from ..config import SegmenterConfig, Triple
-from ..vision import import_torchvision
 from ..vit import resize_positions
 from .reading import CheckpointError
 
@@ -144,16 +143,15 @@ def _require_same_functions(model: Any, name: str, config: SegmenterConfig) -> N
 
 @functools.cache
 def import_timm() -> ModuleType:
-    """timm, which imports torchvision and so needs ``import_torchvision`` first.
+    """Import timm.
 
     Raises:
-        ImportError: timm or torchvision is not installed, saying how to install both.
+        ImportError: timm or torchvision is not installed, or torchvision was built for another torch.
     """
     try:
-        import_torchvision()
         import timm
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision's operators do not load
         raise ImportError(
-            f"timm weights need timm and torchvision: pip install 'segmenter-fast[train]' ({error})"
+            f"timm weights need timm and a torchvision that fits torch: pip install 'segmenter-fast[train]' ({error})"
         ) from error
     return timm

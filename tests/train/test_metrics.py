@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from segmenter_fast.train.metrics import ConfusionMatrix
-from segmenter_fast.vision import import_torchvision
 
 
 def maps(seed: int, classes: int, drawn_from: int) -> tuple[Tensor, Tensor]:
@@ -29,7 +28,6 @@ def maps(seed: int, classes: int, drawn_from: int) -> tuple[Tensor, Tensor]:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 2**31), st.integers(2, 40), st.integers(1, 40))
 def test_agrees_with_torchmetrics(seed: int, classes: int, drawn_from: int) -> None:
-    import_torchvision()  # torchmetrics imports it
     from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
     batches = [maps(seed + index, classes, min(drawn_from, classes)) for index in range(2)]
