@@ -15,6 +15,7 @@ from PIL import Image, ImageOps
 from rich.table import Table
 
 from segmenter_fast import Segmenter, create_model
+from segmenter_fast.io.atomic import write_png
 from segmenter_fast.io.images import ImageSource, normalise, read_image
 from segmenter_fast.reference import ReferenceSegmenter
 from segmenter_fast.visualize import default_palette, overlay
@@ -113,9 +114,7 @@ def _compare(
             raise RuntimeError(f"{variant}: the {name} model could not be timed: {time.note}")
         good[name] = time
     path = out / f"{variant}.png"
-    partial = path.with_suffix(".partial.png")
-    overlay(pixels, labels[0].cpu().numpy(), default_palette(model.config.num_classes)).save(partial)
-    partial.replace(path)
+    write_png(overlay(pixels, labels[0].cpu().numpy(), default_palette(model.config.num_classes)), path)
     return Comparison(
         variant,
         dtype,

@@ -1,12 +1,13 @@
-"""Result files: one JSON for each op, written beside and renamed, so that a reader never meets half a file."""
+"""Result files: one JSON for each op, written complete or not at all."""
 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+from segmenter_fast.io.atomic import atomic_path
 
 from .cases import Row
 from .device import Ceilings, DeviceRecord
@@ -42,15 +43,10 @@ def write(result: Result, folder: Path) -> Path:
 
 
 def write_json(content: Any, path: Path) -> Path:
-    """Write ``content`` to ``path`` through a file beside it. NaN and infinities are refused."""
+    """Write ``content`` to ``path``. NaN and infinities are refused."""
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(text)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(text)
     return path
 
 

@@ -10,7 +10,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .config import Pair
+from .io.atomic import atomic_path
 from .io.images import normalise
 from .program import OUTPUTS, Program
 from .segmenter import Segmenter
@@ -124,15 +124,12 @@ def export(
     height, width = model.config.image_size if size is None else size
     task = _Task(Path(path), (height, width), batch_size, output, uint8, dtype)
     model = copy.deepcopy(model).eval()
-    # Beside the target, so that the finished file is moved into place at once, and whatever fails leaves nothing.
-    with tempfile.TemporaryDirectory(prefix=f".{task.path.name}.", dir=task.path.parent) as beside:
-        written = Path(beside) / task.path.name
+    with atomic_path(task.path) as written:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch's exporters use what PyTorch deprecates
             run = (_write_onnx if task.path.suffix == ".onnx" else _write_pt2)(model, task, written)
         batches = _DYNAMIC_BATCHES[1:] if batch_size is None else (batch_size,)
         differing = sum(_check(model, task, run, batch) for batch in batches)
-        os.replace(written, task.path)
     return Exported(task.path, sum(batches) * height * width, differing)
 
 

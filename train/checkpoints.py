@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from ..io.folder_writer import written_whole
+from ..io.atomic import atomic_path
 from ..segmenter import Segmenter
 from ..weights.reading import CheckpointError, read_torch
 from .distributed import World
@@ -124,15 +124,15 @@ def steps_kept(run: Path) -> list[int]:
 
 
 def save(run: Path, content: dict[str, Any]) -> Path:
-    """Writes a checkpoint beside the others, to the disk, and gives it its name only then.
+    """Write a checkpoint, complete or not at all.
 
     Raises:
         OSError: it cannot be written; the earlier ones stay as they are.
     """
     path = path_of(run, content["step"])
     try:
-        with written_whole(path.parent) as beside:
-            torch.save(content, beside / path.name)
+        with atomic_path(path) as temporary:
+            torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # RuntimeError: how torch.save reports a full disk
         kept = steps_kept(run)
         remain = f"the checkpoint of step {kept[-1]} is whole" if kept else "there is no earlier one"

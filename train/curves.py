@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from segmenter_fast.io.atomic import atomic_path
 
 from .logs import LOG, read_log
 
@@ -62,7 +63,7 @@ def read_runs(runs: Sequence[Path]) -> list[Curves]:
 
 
 def draw_curves(runs: Sequence[Curves], path: Path) -> Path:
-    """Draw loss and mIoU side by side, a colour a run, to a PNG file; it is written beside and renamed.
+    """Draw loss and mIoU side by side, a colour a run, to a PNG file.
 
     Raises:
         ValueError: no run, or a path that does not end in .png.
@@ -88,13 +89,10 @@ def draw_curves(runs: Sequence[Curves], path: Path) -> Path:
         left.set(xlabel="step", ylabel="loss", title="training loss, and its running mean")
         right.set(xlabel="step", ylabel="mIoU", title="mIoU of the evaluations", ylim=(0, 1))
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            figure.savefig(beside, dpi=110, format="png")
-            os.replace(beside, path)
+            with atomic_path(path) as temporary:
+                figure.savefig(temporary, dpi=110)
         finally:
-            beside.unlink(missing_ok=True)
             plt.close(figure)
     return path
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from segmenter_fast.inference.folders import write_png
+from segmenter_fast.io.atomic import atomic_path, write_png
 
 from .metrics import Scores
 
@@ -204,12 +203,8 @@ def _records(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
 
 
 def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
 def _summary_writer(folder: Path, purge_step: int) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from ..config import SegmenterConfig
-from ..io.folder_writer import written_whole
+from ..io.atomic import atomic_files, atomic_path
 from ..weights import ours
 from ..weights.reading import read_json
 from . import checkpoints
@@ -138,8 +138,8 @@ def export(run: Path, name: str, config: SegmenterConfig, state: Mapping[str, Te
     Raises:
         OSError: it cannot be written.
     """
-    with written_whole(run / name) as beside:
-        ours.write_folder(beside, config, state)
+    with atomic_files(run / name) as temporary:
+        ours.write_folder(temporary, config, state)
 
 
 def copy_to_best(run: Path) -> None:
@@ -148,11 +148,11 @@ def copy_to_best(run: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    with written_whole(run / BEST) as beside:
+    with atomic_files(run / BEST) as temporary:
         for file in (run / LAST).iterdir():
-            shutil.copy(file, beside)
+            shutil.copy(file, temporary)
 
 
 def _write_json(folder: Path, name: str, content: Mapping[str, Any]) -> None:
-    with written_whole(folder) as beside:
-        (beside / name).write_text(json.dumps(content, indent=2) + os.linesep, encoding="utf-8")
+    with atomic_path(folder / name) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + os.linesep, encoding="utf-8")

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from segmenter_fast import load
-from segmenter_fast.io.folder_writer import written_whole
+from segmenter_fast.io.atomic import atomic_files
 from segmenter_fast.weights.ours import CONFIG, WEIGHTS
 from segmenter_fast.weights.reading import read_json
 
@@ -58,10 +58,10 @@ def ship(run: Path, out: Path = MODEL) -> dict[str, object]:
             for name, iou in zip(dataset.class_names, scores.iou, strict=True)
         },
     }
-    with written_whole(out) as beside:
+    with atomic_files(out) as temporary:
         for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(run / BEST / name, beside / name)
-        (beside / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            shutil.copyfile(run / BEST / name, temporary / name)
+        (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
 
 

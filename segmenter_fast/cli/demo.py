@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..devices import choose_device, choose_dtype
+from ..io.atomic import write_png
 from .app import Device, DeviceOption, Dtype, DtypeOption, app, say
 
 
@@ -45,11 +46,8 @@ def _show(out: Path, device: torch.device) -> None:
     model = trained_model().to(device)
     dataset = held_out(model)
     shown = showcase(model, dataset)
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "shapes.png"
-    partial = path.with_suffix(".partial.png")
-    shown.picture.save(partial)
-    partial.replace(path)
+    write_png(shown.picture, path)
     typer.echo(
         f"trained model: mIoU {shown.scores.miou:.3f} on {SCENES} scenes of the held-out seed {dataset.seed}: {path}"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +12,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import SegmenterConfig
+from ..io.atomic import atomic_path
 from .app import Device, DeviceOption, Dtype, DtypeOption, app, factors, model_of
 
 if TYPE_CHECKING:
@@ -126,11 +126,5 @@ def _totals(scores: Scores, images: int) -> str:
 
 
 def _write_json(described: dict[str, Any], scores: Scores, path: Path) -> None:
-    """Writes beside and renames."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps({**described, **scores.to_dict()}, indent=1, allow_nan=False) + "\n")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps({**described, **scores.to_dict()}, indent=1, allow_nan=False) + "\n")

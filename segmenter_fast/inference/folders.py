@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -91,11 +92,10 @@ def make_writable(out: Path, overlay: bool = True) -> None:
     """
     for name in (LABELS, OVERLAYS) if overlay else (LABELS,):
         folder = out / name
-        trial = folder / f".{os.getpid()}.part"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            trial.touch()
-            trial.unlink(missing_ok=True)  # processes on other machines may have this one's number
+            with tempfile.TemporaryFile(dir=folder):
+                pass
         except OSError as error:
             raise OSError(f"output folder {out} cannot be written: {error.strerror or error}") from error
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from ..config import Pair
+from ..io.atomic import atomic_path
 from .predict import Settings
 
 Identity = dict[str, Any]
@@ -57,9 +58,8 @@ class Spool:
         output.parent.mkdir(parents=True, exist_ok=True)
         if not resume or self.restarted or not (self._rows.exists() and self._about.exists()):
             self.remove()
-            beside = self._about.with_name(f"{self._about.name}.{os.getpid()}")
-            beside.write_text(json.dumps(identity, indent=1) + "\n")
-            beside.replace(self._about)
+            with atomic_path(self._about) as temporary:
+                temporary.write_text(json.dumps(identity, indent=1) + "\n")
             self._rows.touch()
         self.finished = min(self._rows.stat().st_size // self._row_bytes, size[0])
         os.truncate(self._rows, self.finished * self._row_bytes)

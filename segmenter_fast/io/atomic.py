@@ -1,19 +1,52 @@
-"""Image files that are whole or not there."""
+"""Writing files that appear complete or not at all, also after a crash or a loss of power."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from PIL import Image
 
 
+@contextmanager
+def atomic_files(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder inside ``folder``, which is made; its content replaces that of the same names.
+
+    Files are renamed after the block, when all of them are on disk. If the block raises, or the disk is full, the
+    earlier files stay as they were and the temporary folder is deleted.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+        temporary = Path(name)
+        yield temporary
+        for path in temporary.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        for path in sorted(temporary.iterdir()):
+            os.replace(path, folder / path.name)
+    if os.name == "posix":  # the new names are on disk, too; other systems cannot open a folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """``atomic_files`` for a single file, or a new folder: yield the temporary path that becomes ``path``."""
+    with atomic_files(path.parent) as temporary:
+        yield temporary / path.name
+
+
 def write_png(image: Image.Image, path: Path) -> None:
-    """Writes beside ``path`` and renames, so that ``path`` is never half a file; makes the folders above."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        image.save(part, format="PNG")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    """Write an image as PNG; see ``atomic_files``."""
+    with atomic_path(path) as temporary:
+        image.save(temporary, format="PNG")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from ..classes import Color
 from ..config import Pair
+from .atomic import atomic_path
 
 TILE = 512
 _PLAIN_TIFF_BYTES = (1 << 32) - (1 << 25)
@@ -37,7 +37,7 @@ def write_label_tiff(
     palette: Sequence[Color],
     class_names: Sequence[str],
 ) -> None:
-    """Writes ``(h, W)`` bands, top to bottom, as one TIFF of class indices beside ``path`` and renames it.
+    """Write ``(h, W)`` bands, top to bottom, as one TIFF of class indices.
 
     Tiles of at most 512 x 512, Deflate. Up to 256 classes pixels are uint8 with the palette as colour map, above they
     are 16-bit grey. The description holds a class name a line, in the order of the indices. BigTIFF only where the
@@ -57,25 +57,22 @@ def write_label_tiff(
         table = np.zeros((3, 256), np.uint16)
         table[:, : len(palette)] = np.asarray(palette, np.uint16).T * 257
         colours = {"photometric": "palette", "colormap": table}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with tifffile.TiffWriter(part, bigtiff=size[0] * size[1] * dtype.itemsize > _PLAIN_TIFF_BYTES) as file:
-            file.write(
-                _tiles(bands, size, (tile[0], tile[1]), dtype),
-                shape=size,
-                dtype=dtype,
-                tile=tile,
-                compression="zlib",
-                metadata=None,
-                description="\n".join(class_names).encode(),
-                software="segmenter-fast",
-                maxworkers=1,
-                **colours,
-            )
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with (
+        atomic_path(path) as temporary,
+        tifffile.TiffWriter(temporary, bigtiff=size[0] * size[1] * dtype.itemsize > _PLAIN_TIFF_BYTES) as file,
+    ):
+        file.write(
+            _tiles(bands, size, (tile[0], tile[1]), dtype),
+            shape=size,
+            dtype=dtype,
+            tile=tile,
+            compression="zlib",
+            metadata=None,
+            description="\n".join(class_names).encode(),
+            software="segmenter-fast",
+            maxworkers=1,
+            **colours,
+        )
 
 
 def _tiles(bands: Iterable[np.ndarray], size: Pair, tile: Pair, dtype: np.dtype) -> Iterator[np.ndarray]:

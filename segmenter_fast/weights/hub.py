@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
 
-from ..io.folder_writer import written_whole
+from ..io.atomic import atomic_files
 from ..numerics import program_of
 from . import ours
 from .build import build
@@ -45,10 +45,10 @@ class HubMixin(
         model_card_kwargs: dict[str, Any] | None = None,
         **push_to_hub_kwargs: Any,
     ) -> str | None:
-        """Writes ``model.safetensors``, ``config.json`` and, where there is none, a model card.
+        """Write ``model.safetensors``, ``config.json`` and, where there is none, a model card.
 
-        All are written beside and renamed once they are complete and on disk, so that a save that fails half-way
-        leaves an earlier checkpoint as it was. ``config`` is ignored: the model's own describes its weights.
+        A save that fails half-way leaves an earlier checkpoint as it was. ``config`` is ignored: the model's own
+        describes its weights.
 
         Returns:
             The address of the commit with ``push_to_hub=True``, otherwise None.
@@ -57,10 +57,10 @@ class HubMixin(
             OSError: the folder cannot be written.
         """
         folder = Path(save_directory)
-        with written_whole(folder) as beside:
-            super().save_pretrained(beside, model_card_kwargs=model_card_kwargs)
+        with atomic_files(folder) as temporary:
+            super().save_pretrained(temporary, model_card_kwargs=model_card_kwargs)
             if (folder / _CARD).exists():
-                (beside / _CARD).unlink()
+                (temporary / _CARD).unlink()
         if push_to_hub:
             return self.push_to_hub(repo_id or folder.name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
         return None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..classes import DATASETS
 from ..config import SegmenterConfig
-from ..io.folder_writer import written_whole
+from ..io.atomic import atomic_files
 from .official import HEAD_DIM, NORMALIZATIONS, NUMERICS, VARIANT, WEIGHTS
 
 _HEAD_CLASSES = 1000  # rows of the unused classification heads that the program always makes
@@ -48,13 +48,13 @@ def write_folder(folder: Path, config: SegmenterConfig, state: Mapping[str, Tens
         for name in ("head", "head_dist") if config.distillation_token else ("head",):
             tensors[f"encoder.{name}.weight"] = torch.zeros(_HEAD_CLASSES, config.embed_dim)
             tensors[f"encoder.{name}.bias"] = torch.zeros(_HEAD_CLASSES)
-    with written_whole(folder) as beside:
+    with atomic_files(folder) as temporary:
         try:
-            torch.save({"model": tensors, "n_cls": config.num_classes}, beside / WEIGHTS)
+            torch.save({"model": tensors, "n_cls": config.num_classes}, temporary / WEIGHTS)
         except RuntimeError as error:  # how it reports a full disk
             raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
         # the default dumper writes the image size with the tag !!python/tuple, as the program does
-        (beside / VARIANT).write_text(yaml.dump(variant_from_config(config)), encoding="utf-8")
+        (temporary / VARIANT).write_text(yaml.dump(variant_from_config(config)), encoding="utf-8")
     return _differences(config)
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from segmenter_fast.inference.folders import Job, make_writable, plan
-from segmenter_fast.io.atomic import write_png
 
 
 def touch(*paths: Path) -> None:
@@ -106,23 +103,3 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> Non
     for out in (tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(OSError, match=rf"output folder {out} cannot be written"):
             make_writable(out)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
-def test_a_write_cut_short_leaves_nothing_and_spares_what_was_there(
-    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    image = Image.fromarray(np.full((4, 4), 7, np.uint8))
-    write_png(image, tmp_path / "a/x.png")
-    before = (tmp_path / "a/x.png").read_bytes()
-
-    def cut_short(image: Image.Image, path: Path, **options: object) -> None:
-        path.write_bytes(b"half")
-        raise error
-
-    monkeypatch.setattr(Image.Image, "save", cut_short)
-    for name in ("x.png", "y.png"):
-        with pytest.raises(error):
-            write_png(image, tmp_path / "a" / name)
-    assert os.listdir(tmp_path / "a") == ["x.png"]
-    assert (tmp_path / "a/x.png").read_bytes() == before

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 
 from PIL import Image
 
 from ...classes import Dataset
-from ...inference.folders import write_png
+from ...io.atomic import atomic_path
 from ...visualize import label_image
 from .classes import write_classes
 from .layouts import SPLITS
@@ -19,7 +17,7 @@ from .shapes import Shapes
 def make_folder(folder: Path, images: int, size: int = 128, seed: int = 0) -> dict[str, int]:
     """The first scenes of ``shapes`` as ``images/`` and ``labels/``, with ``classes.json``, in ``folder``.
 
-    A fifth of ``images``, at least one, are for validation. The folder appears when it is whole.
+    A fifth of ``images``, at least one, are for validation. The folder appears when it is complete.
 
     Returns:
         How many images each split has.
@@ -36,16 +34,14 @@ def make_folder(folder: Path, images: int, size: int = 128, seed: int = 0) -> di
     held_out = max(1, images // 5)
     counts = dict(zip(SPLITS, (images - held_out, held_out), strict=True))
     scenes = {split: Shapes.of_split(split, seed, size) for split in SPLITS}
-    part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
+    with atomic_path(folder) as temporary:
         for split, count in counts.items():
+            for kind in ("images", "labels"):
+                (temporary / kind / split).mkdir(parents=True)
             for index in range(count):
                 pixels, labels = scenes[split].read(index)
-                name = f"{split}/{scenes[split].name(index)}.png"
-                write_png(Image.fromarray(pixels), part / "images" / name)
-                write_png(label_image(labels, scenes[split].palette), part / "labels" / name)
-        write_classes(part, Dataset(scenes["train"].class_names, scenes["train"].palette))
-        os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+                name = f"{scenes[split].name(index)}.png"
+                Image.fromarray(pixels).save(temporary / "images" / split / name)
+                label_image(labels, scenes[split].palette).save(temporary / "labels" / split / name)
+        write_classes(temporary, Dataset(scenes["train"].class_names, scenes["train"].palette))
     return counts

@@ -1,0 +1,84 @@
+"""Files appear complete or not at all, with the permissions that the umask leaves."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segmenter_fast.io.atomic import atomic_files, atomic_path, write_png
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(path.relative_to(folder)): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_are_replaced_together_when_the_block_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "new/folder"
+    for text in ("first", "second"):
+        with atomic_files(folder) as temporary:
+            assert temporary.parent == folder
+            for name in ("a", "b"):
+                (temporary / name).write_text(text)
+            assert text not in {path.read_text() for path in folder.iterdir() if path.is_file()}
+        assert contents(folder) == {"a": text, "b": text}
+        assert sorted(os.listdir(folder)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_block_that_raises_changes_nothing(error: type[BaseException], tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("before")
+
+    def cut_short() -> None:
+        with atomic_files(tmp_path) as temporary:
+            for name in ("a", "b"):
+                (temporary / name).write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        cut_short()
+    assert contents(tmp_path) == {"a": "before"}
+
+
+def test_a_new_folder_appears_with_its_tree(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "data") as temporary:
+        (temporary / "images/train").mkdir(parents=True)
+        (temporary / "images/train/x").write_text("pixels")
+        assert not (tmp_path / "data").exists()
+    assert contents(tmp_path) == {"data/images/train/x": "pixels"}
+    assert os.listdir(tmp_path) == ["data"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs a system with a umask")
+def test_the_umask_is_followed(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        with atomic_path(tmp_path / "x") as temporary:
+            temporary.write_text("x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+def test_a_png_cut_short_leaves_nothing_and_spares_what_was_there(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = Image.fromarray(np.full((4, 4), 7, np.uint8))
+    write_png(image, tmp_path / "a/x.png")
+    before = (tmp_path / "a/x.png").read_bytes()
+
+    def cut_short(image: Image.Image, path: Path, **options: object) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(Image.Image, "save", cut_short)
+    for name in ("x.png", "y.png"):
+        with pytest.raises(error):
+            write_png(image, tmp_path / "a" / name)
+    assert os.listdir(tmp_path / "a") == ["x.png"]
+    assert (tmp_path / "a/x.png").read_bytes() == before
