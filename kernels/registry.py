@@ -7,6 +7,7 @@ not exist the plain formulations serve every device, said once by a warning.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -24,27 +25,57 @@ HEAD_SIZES = (16, 32, 64, 80, 96, 128)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on"}
 
+# Dtype of statistics, accumulators and losses for the dtype of an input: float64 for float64, float32 for all others.
+statistics_dtype = functools.partial(torch.promote_types, torch.float32)
 
-def _lazy(module: str, function: str) -> Callable[..., Any]:
-    """The function, imported at its first call: a CPU process never pays for importing Triton."""
+
+def define(
+    schema: str,
+    *,
+    triton: str | None,
+    plain: Callable[..., Any],
+    fake: Callable[..., Any],
+    pack: Callable[..., tuple[Any, ...]] | None = None,
+) -> None:
+    """Define an operator and register its backends.
+
+    Args:
+        schema: name, arguments and results, as for ``torch.library.define``.
+        triton: ``".module:function"``, imported at the first call, so that a CPU process never imports Triton; None
+            for an operator that is plain PyTorch on every device.
+        plain: formulation for the CPU and for every device without Triton.
+        fake: function of the schema's arguments that returns empty results of the right shapes and dtypes.
+        pack: turns the schema's flat arguments into those of ``triton`` and ``plain``; not given where they are equal.
+    """
+    name = schema.split("(")[0]
+    library.define(schema)
+    torch.library.register_fake(f"segmenter_fast::{name}", fake, lib=library)
+    fused = None
+    if triton and HAS_TRITON:
+        fused = _triton_backend(*triton.split(":"), pack)
+        library.impl(name, fused, "CUDA")
+    if pack:
+        plain = _packed(plain, pack)
+    library.impl(name, fused if fused and INTERPRET else plain, "CPU")
+    library.impl(name, _warning(plain) if triton and not HAS_TRITON else plain, "CompositeExplicitAutograd")
+
+
+def _triton_backend(module: str, function: str, pack: Callable[..., tuple[Any, ...]] | None) -> Callable[..., Any]:
+    """Launch on the device of the first argument: Triton launches on the current one."""
 
     def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module, __package__), function)(*args)
+        backend = getattr(importlib.import_module(module, __package__), function)
+        with torch.cuda.device_of(args[0]):
+            return backend(*(pack(*args) if pack else args))
 
     return call
 
 
-def _on_its_device(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current device; make that the first argument's."""
-
-    def call(first: torch.Tensor, *args: Any) -> Any:
-        with torch.cuda.device_of(first):
-            return function(first, *args)
-
-    return call
+def _packed(function: Callable[..., Any], pack: Callable[..., tuple[Any, ...]]) -> Callable[..., Any]:
+    return lambda *args: function(*pack(*args))
 
 
-def _without_triton(function: Callable[..., Any]) -> Callable[..., Any]:
+def _warning(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         warnings.warn(
             "Triton is not installed: segmenter_fast.kernels runs its plain PyTorch formulations on this device",
@@ -54,26 +85,6 @@ def _without_triton(function: Callable[..., Any]) -> Callable[..., Any]:
         return function(*args)
 
     return call
-
-
-def define(schema: str, *, triton: str | None, plain: str, fake: Callable[..., Any]) -> None:
-    """Define an operator. ``triton`` and ``plain`` name the backend functions as ``".module:function"``.
-
-    An operator whose ``triton`` is None is plain PyTorch on every device.
-    """
-    name = schema.split("(")[0]
-    library.define(schema)
-    torch.library.register_fake(f"segmenter_fast::{name}", fake, lib=library)
-    plain_function = _lazy(*plain.split(":"))
-    fused = _on_its_device(_lazy(*triton.split(":"))) if triton and HAS_TRITON else None
-    cpu = fused if fused and INTERPRET else plain_function
-    library.impl(name, cpu, "CPU")
-    if triton and not HAS_TRITON:
-        library.impl(name, _without_triton(plain_function), "CompositeExplicitAutograd")
-    else:
-        library.impl(name, plain_function, "CompositeExplicitAutograd")
-        if fused:
-            library.impl(name, fused, "CUDA")
 
 
 def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:

@@ -14,6 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..registry import statistics_dtype
+
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -27,7 +29,7 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor
     """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` and the log-sum-exp ``(B, H, N)``, empty unless asked for."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each, views
     if qkv.numel() == 0 or qkv.device.type != "cpu":
-        scores = (q @ k.mT).to(_statistics(qkv)) * scale
+        scores = (q @ k.mT).to(statistics_dtype(qkv.dtype)) * scale
         lse = scores.logsumexp(-1)
         out = (scores - lse.unsqueeze(-1)).exp().to(qkv.dtype) @ v
     else:
@@ -53,7 +55,3 @@ def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, 
     for index, grad in enumerate(grads):
         grad_qkv[:, :, index] = grad.transpose(1, 2)
     return grad_qkv
-
-
-def _statistics(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

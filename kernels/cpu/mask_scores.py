@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..registry import statistics_dtype
+
 
 def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """``(B, N, D), (B, K, D), (K,), (K,)`` -> ``(B, N, K)``."""
@@ -40,8 +42,8 @@ def mask_scores_backward(
 
 
 def _widened(patches: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-    statistics = torch.promote_types(patches.dtype, torch.float32)
-    return patches.to(statistics), classes.to(statistics)
+    dtype = statistics_dtype(patches.dtype)
+    return patches.to(dtype), classes.to(dtype)
 
 
 def _cosines(patches: Tensor, classes: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bilinear import Axis
+from ..registry import statistics_dtype
 
 # Corners, and pixels, of the cells that are treated at once: about what the caches take.
 TILE = 1 << 19
@@ -38,7 +39,7 @@ def upsample_argmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], ali
         return labels.zero_()
     ys, xs = (Axis.make(*axis, align_corners) for axis in zip((h, w), size, crop, strict=True))
     for image, out in zip(masks, labels, strict=True):
-        image = image if image.dtype == torch.float64 else image.float()
+        image = image.to(statistics_dtype(image.dtype))
         smallest, largest = image.aminmax()
         # NaN fails the comparison, too.
         if ys.longest_cell * xs.longest_cell >= SMALLEST and torch.maximum(-smallest, largest) < LARGEST:

@@ -11,34 +11,27 @@ The gradient leaves each strip through the transpose of the resize at once, so t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
+from ..loss_options import LossOptions
+from ..registry import statistics_dtype
 from .strips import Resize, Transpose
 
 
 def upsample_cross_entropy(
-    masks: Tensor,
-    target: Tensor,
-    size: Sequence[int],
-    ignore_index: int,
-    weight: Tensor | None,
-    label_smoothing: float,
-    reduction: str,
-    align_corners: bool,
-    with_grad: bool,
+    masks: Tensor, target: Tensor, options: LossOptions, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss and, where asked for, the gradient of the masks for a loss gradient of 1; else an empty tensor."""
-    dtype = _statistics(masks)
-    total = _check_target(target, masks.shape[1], ignore_index, weight)
+    dtype = statistics_dtype(masks.dtype)
+    reduction = options.reduction
+    total = _check_target(target, masks.shape[1], options)
     grad = masks.new_zeros(masks.shape if with_grad else (0,), dtype=dtype)
     per_pixel = masks.new_empty(target.shape if reduction == "none" else (0,), dtype=dtype)
     scale = (1 / total).to(dtype) if reduction == "mean" else total.new_ones((), dtype=dtype)
     loss = total.new_zeros(())
-    resize = Resize(masks, size, target.shape[1:], align_corners, dtype)
-    pixel = _Pixels(masks.shape[1], ignore_index, weight, label_smoothing, dtype)
+    resize = Resize(masks, options.size, target.shape[1:], options.align_corners, dtype)
+    pixel = _Pixels(masks.shape[1], options, dtype)
     for image in range(masks.shape[0]):
         transpose = Transpose(resize, grad[image]) if with_grad else None
         for strip, logits in resize.rows(masks[image]):
@@ -62,21 +55,12 @@ def scale_gradient(grad_loss: Tensor, grad_masks: Tensor, masks: Tensor) -> Tens
     return (grad_masks * grad_loss).to(masks.dtype)
 
 
-def pixel_backward(
-    grad_loss: Tensor,
-    masks: Tensor,
-    target: Tensor,
-    size: Sequence[int],
-    ignore_index: int,
-    weight: Tensor | None,
-    label_smoothing: float,
-    align_corners: bool,
-) -> Tensor:
+def pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     """Gradient of the masks for a loss gradient per pixel (reduction "none")."""
-    dtype = _statistics(masks)
+    dtype = statistics_dtype(masks.dtype)
     grad = masks.new_zeros(masks.shape, dtype=dtype)
-    resize = Resize(masks, size, target.shape[1:], align_corners, dtype)
-    pixel = _Pixels(masks.shape[1], ignore_index, weight, label_smoothing, dtype)
+    resize = Resize(masks, options.size, target.shape[1:], options.align_corners, dtype)
+    pixel = _Pixels(masks.shape[1], options, dtype)
     for image in range(masks.shape[0]):
         transpose = Transpose(resize, grad[image])
         for strip, logits in resize.rows(masks[image]):
@@ -90,12 +74,10 @@ def pixel_backward(
 class _Pixels:
     """Loss and gradient of one strip; ``gradient`` continues from what ``loss`` left in the logits' buffer."""
 
-    def __init__(
-        self, classes: int, ignore_index: int, weight: Tensor | None, label_smoothing: float, dtype: torch.dtype
-    ) -> None:
-        self.ignore_index, self.weight = ignore_index, weight
-        self.hard, self.soft = 1 - label_smoothing, label_smoothing / classes
-        self.total = float(classes) if weight is None else float(weight.sum())
+    def __init__(self, classes: int, options: LossOptions, dtype: torch.dtype) -> None:
+        self.ignore_index, self.weight = options.ignore_index, options.weight
+        self.hard, self.soft = 1 - options.label_smoothing, options.label_smoothing / classes
+        self.total = float(classes) if self.weight is None else float(self.weight.sum())
         self.dtype = dtype
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -129,8 +111,9 @@ class _Pixels:
         return exp
 
 
-def _check_target(target: Tensor, classes: int, ignore_index: int, weight: Tensor | None) -> Tensor:
+def _check_target(target: Tensor, classes: int, options: LossOptions) -> Tensor:
     """The summed class weights of all pixels that count (float64); IndexError for a target that is no class."""
+    ignore_index, weight = options.ignore_index, options.weight
     total = torch.zeros((), dtype=torch.float64, device=target.device)
     for image in target:
         image = image.long()  # a uint8 tensor would wrap what it is compared with
@@ -144,7 +127,3 @@ def _check_target(target: Tensor, classes: int, ignore_index: int, weight: Tenso
             )
         total += counts.sum() if weight is None else weight[classes_seen].where(counts, 0).sum(dtype=torch.float64)
     return total
-
-
-def _statistics(masks: Tensor) -> torch.dtype:
-    return torch.float64 if masks.dtype == torch.float64 else torch.float32

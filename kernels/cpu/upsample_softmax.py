@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..registry import statistics_dtype
 from .strips import Resize, Transpose
 
 
 def upsample_softmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool) -> Tensor:
     """``(B, K, h, w)`` -> ``(B, K, H', W')``."""
     out = masks.new_empty((*masks.shape[:2], *crop))
-    resize = Resize(masks, size, crop, align_corners, _statistics(masks))
+    resize = Resize(masks, size, crop, align_corners, statistics_dtype(masks.dtype))
     for image in range(masks.shape[0]):
         for strip, logits in resize.rows(masks[image]):
             exp = logits.sub_(logits.amax(1, keepdim=True)).exp_()
@@ -26,7 +27,7 @@ def upsample_softmax_backward(
     grad: Tensor, probabilities: Tensor, grid: Sequence[int], size: Sequence[int], align_corners: bool
 ) -> Tensor:
     """Gradient of the masks: p (g - sum_k p g) through the transpose of the resize, ``(B, K, h, w)``."""
-    dtype = _statistics(probabilities)
+    dtype = statistics_dtype(probabilities.dtype)
     grad_masks = probabilities.new_zeros((*probabilities.shape[:2], *grid), dtype=dtype)
     resize = Resize(grad_masks, size, probabilities.shape[2:], align_corners, dtype)
     for image in range(grad_masks.shape[0]):
@@ -41,7 +42,3 @@ def upsample_softmax_backward(
             transpose.add(strip, grad_logits)
         transpose.finish()
     return grad_masks.to(probabilities.dtype)
-
-
-def _statistics(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

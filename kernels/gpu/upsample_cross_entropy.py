@@ -14,7 +14,7 @@ scaled there. "none" has one gradient per pixel: its backward runs the same kern
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 import triton
@@ -22,6 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bilinear import Axis
+from ..loss_options import LossOptions
+from ..registry import statistics_dtype
 from . import cells as corner_kernels
 from . import target_weight as target_kernels
 from .cells import (
@@ -219,47 +221,29 @@ def launch_config(num_classes: int, longest_y: int, longest_x: int) -> Launch:
 
 
 def upsample_cross_entropy(
-    masks: Tensor,
-    target: Tensor,
-    size: Sequence[int],
-    ignore_index: int,
-    weight: Tensor | None,
-    label_smoothing: float,
-    reduction: str,
-    align_corners: bool,
-    with_grad: bool,
+    masks: Tensor, target: Tensor, options: LossOptions, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss and, where asked for, the gradient of the masks for a loss gradient of 1; else an empty tensor."""
-    dtype = _statistics(masks)
+    dtype = statistics_dtype(masks.dtype)
     ones = torch.ones((), dtype=dtype, device=masks.device)
     total = (
-        target_kernels.target_weight(target, ignore_index, weight, masks.shape[1], dtype)
-        if reduction == "mean"
+        target_kernels.target_weight(target, options.ignore_index, options.weight, masks.shape[1], dtype)
+        if options.reduction == "mean"
         else ones
     )
     grad_loss = total.reciprocal().to(dtype).expand(target.shape) if with_grad else None
     grad = masks.new_empty(masks.shape if with_grad else (0,), dtype=dtype)
-    options = (size, ignore_index, weight, label_smoothing, align_corners)
-    loss = _launch(masks, target, grad_loss, grad, *options, per_pixel=reduction == "none")
-    if reduction == "none":
+    per_pixel = options.reduction == "none"
+    loss = _launch(masks, target, grad_loss, grad, options, per_pixel=per_pixel)
+    if per_pixel:
         return loss, grad
     return (loss.sum(dtype=torch.float64) / total).to(dtype), grad
 
 
-def pixel_backward(
-    grad_loss: Tensor,
-    masks: Tensor,
-    target: Tensor,
-    size: Sequence[int],
-    ignore_index: int,
-    weight: Tensor | None,
-    label_smoothing: float,
-    align_corners: bool,
-) -> Tensor:
+def pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     """Gradient of the masks for a loss gradient per pixel (reduction "none")."""
     grad = torch.empty_like(masks, memory_format=torch.contiguous_format)
-    options = (size, ignore_index, weight, label_smoothing, align_corners)
-    _launch(masks, target, grad_loss, grad, *options, per_pixel=False)
+    _launch(masks, target, grad_loss, grad, options, per_pixel=False)
     return grad
 
 
@@ -268,17 +252,15 @@ def _launch(
     target: Tensor,
     grad_loss: Tensor | None,
     grad: Tensor,
-    size: Sequence[int],
-    ignore_index: int,
-    weight: Tensor | None,
-    label_smoothing: float,
-    align_corners: bool,
+    options: LossOptions,
     *,
     per_pixel: bool,
 ) -> Tensor:
     """The losses, per pixel or in partial sums; ``grad``, where there is a ``grad_loss``, is written."""
-    (batch, num_classes, *grid), dtype = masks.shape, _statistics(masks)
-    ys, xs = (Axis.make(*axis, align_corners) for axis in zip(grid, size, target.shape[1:], strict=True))
+    (batch, num_classes, *grid), dtype = masks.shape, statistics_dtype(masks.dtype)
+    ys, xs = (
+        Axis.make(*axis, options.align_corners) for axis in zip(grid, options.size, target.shape[1:], strict=True)
+    )
     config = launch_config(num_classes, ys.longest_cell, xs.longest_cell)
     splits = splits_of(ys, xs, batch, config.block_y, config.block_x)
     cells = batch * ys.size_in * xs.size_in
@@ -291,8 +273,8 @@ def _launch(
     cross_entropy_kernel[(cells * splits,)](
         masks_ptr=masks,
         target_ptr=target,
-        weight_ptr=weight,
-        smoothing_ptr=masks.new_full((), label_smoothing, dtype=dtype) if label_smoothing else None,
+        weight_ptr=options.weight,
+        smoothing_ptr=masks.new_full((), options.label_smoothing, dtype=dtype) if options.label_smoothing else None,
         grad_loss_ptr=grad_loss,
         loss_ptr=loss,
         scratch_ptr=scratch,
@@ -300,7 +282,7 @@ def _launch(
         **strides("stride_t", "bhw", target),
         **strides("stride_g", "bhw", target if grad_loss is None else grad_loss),
         num_classes=num_classes,
-        ignore_index=ignore_index,
+        ignore_index=options.ignore_index,
         splits=splits,
         **geometry(ys, xs),
         PER_PIXEL=per_pixel,
@@ -310,10 +292,6 @@ def _launch(
     if with_grad:
         sum_corners(scratch, grad)
     return loss
-
-
-def _statistics(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def specializations(arch: str) -> Iterator[Specialization]:

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..bilinear import Axis
+from ..registry import statistics_dtype
 from .cells import (
     GEOMETRY,
     SAFE_SPREAD,
@@ -224,7 +224,7 @@ def upsample_softmax_backward(
     ys, xs = (Axis.make(*axis, align_corners) for axis in zip(grid, size, crop, strict=True))
     config = launch_config(num_classes, ys.longest_cell, xs.longest_cell)
     splits = splits_of(ys, xs, batch, config.block_y, config.block_x)
-    dtype = torch.float64 if probabilities.dtype == torch.float64 else torch.float32
+    dtype = statistics_dtype(probabilities.dtype)
     scratch = probabilities.new_empty((splits, batch, *grid, 4, num_classes), dtype=dtype)
     softmax_backward_kernel[(batch * ys.size_in * xs.size_in * splits,)](
         grad_ptr=grad,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..cpu import attention as cpu
 from ..registry import (
     INTERPRET,
     autocast_dtype,
@@ -17,6 +18,7 @@ from ..registry import (
     library,
     once_differentiable,
     refuse_forward_mode,
+    statistics_dtype,
 )
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -87,9 +89,8 @@ def attention_with(backend: str, qkv: Tensor, scale: float | None = None) -> Ten
 
 def _fake(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
     b, n, _, heads, dim = qkv.shape
-    statistics = torch.float64 if qkv.dtype == torch.float64 else torch.float32
     lse_shape = (b, heads, n) if with_lse else (0,)
-    return qkv.new_empty((b, n, heads, dim)), qkv.new_empty(lse_shape, dtype=statistics)
+    return qkv.new_empty((b, n, heads, dim)), qkv.new_empty(lse_shape, dtype=statistics_dtype(qkv.dtype))
 
 
 def _fake_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
@@ -134,13 +135,13 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
 define(
     "attention(Tensor qkv, float scale, bool with_lse) -> (Tensor, Tensor)",
     triton=".gpu.attention_forward:attention_forward",
-    plain=".cpu.attention:attention_forward",
+    plain=cpu.attention_forward,
     fake=_fake,
 )
 define(
     "attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
     triton=".gpu.attention_backward:attention_backward",
-    plain=".cpu.attention:attention_backward",
+    plain=cpu.attention_backward,
     fake=_fake_backward,
 )
 differentiable("attention", _backward, _setup_context)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..cpu import lattice as cpu
 from ..registry import define
 
 _FLOATS = (torch.float32, torch.float64)
@@ -76,12 +77,12 @@ _ARGUMENTS = "(Tensor scores, Tensor rows, Tensor row_weights, Tensor cols, Tens
 define(
     f"lattice_argmax{_ARGUMENTS}",
     triton=".gpu.lattice:lattice_argmax",
-    plain=".cpu.lattice:lattice_argmax",
+    plain=cpu.lattice_argmax,
     fake=_fake_argmax,
 )
 define(
     f"lattice_softmax{_ARGUMENTS}",
     triton=".gpu.lattice:lattice_softmax",
-    plain=".cpu.lattice:lattice_softmax",
+    plain=cpu.lattice_softmax,
     fake=_fake_softmax,
 )

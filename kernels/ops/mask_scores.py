@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..cpu import mask_scores as cpu
 from ..registry import define, differentiable, once_differentiable, refuse_forward_mode
 
 
@@ -65,14 +66,14 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 define(
     "mask_scores(Tensor patches, Tensor classes, Tensor weight, Tensor bias, float eps) -> Tensor",
     triton=".gpu.mask_scores:mask_scores",
-    plain=".cpu.mask_scores:mask_scores",
+    plain=cpu.mask_scores,
     fake=_fake,
 )
 define(
     "mask_scores_backward(Tensor grad, Tensor patches, Tensor classes, Tensor weight, Tensor bias, float eps)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
     triton=".gpu.mask_scores:mask_scores_backward",
-    plain=".cpu.mask_scores:mask_scores_backward",
+    plain=cpu.mask_scores_backward,
     fake=_fake_backward,
 )
 differentiable("mask_scores", _backward, _setup_context)

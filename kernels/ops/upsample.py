@@ -8,7 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..registry import autocast_dtype, define, differentiable, once_differentiable, refuse_forward_mode
+from ..cpu import upsample_argmax as cpu_argmax
+from ..cpu import upsample_cross_entropy as cpu_cross_entropy
+from ..cpu import upsample_softmax as cpu_softmax
+from ..loss_options import LossOptions
+from ..registry import (
+    autocast_dtype,
+    define,
+    differentiable,
+    once_differentiable,
+    refuse_forward_mode,
+    statistics_dtype,
+)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _TARGETS = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -118,16 +129,12 @@ def upsample_cross_entropy(
     if weight is not None:
         if weight.device != masks.device:
             raise ValueError(f"masks and weight must be on one device, got {masks.device} and {weight.device}")
-        weight = weight.detach().to(_statistics_dtype(masks)).contiguous()
+        weight = weight.detach().to(statistics_dtype(masks.dtype)).contiguous()
     with_grad = torch.is_grad_enabled() and masks.requires_grad and reduction != "none"
     refuse_forward_mode("upsample_cross_entropy", masks)
     return torch.ops.segmenter_fast.upsample_cross_entropy(
         masks, target, size, ignore_index, weight, label_smoothing, reduction, align_corners, with_grad
     )[0]
-
-
-def _statistics_dtype(masks: Tensor) -> torch.dtype:
-    return torch.float64 if masks.dtype == torch.float64 else torch.float32
 
 
 def _fake_argmax(masks: Tensor, size: Size, crop: Size, align_corners: bool) -> Tensor:
@@ -143,35 +150,30 @@ def _fake_softmax_backward(grad: Tensor, probabilities: Tensor, grid: Size, size
     return probabilities.new_empty((*probabilities.shape[:2], *grid))
 
 
-def _fake_cross_entropy(
-    masks: Tensor,
-    target: Tensor,
-    size: Size,
-    ignore_index: int,
-    weight: Tensor | None,
-    label_smoothing: float,
-    reduction: str,
-    align_corners: bool,
-    with_grad: bool,
-) -> tuple[Tensor, Tensor]:
-    loss = masks.new_empty(target.shape if reduction == "none" else (), dtype=_statistics_dtype(masks))
-    return loss, masks.new_empty(masks.shape if with_grad else (0,), dtype=_statistics_dtype(masks))
+def _pack(masks: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, LossOptions, bool]:
+    """Arguments of ``upsample_cross_entropy``'s backends from those of its schema."""
+    return masks, target, LossOptions(*options[:-1]), options[-1]
+
+
+def _pack_pixel_backward(
+    grad_loss: Tensor, masks: Tensor, target: Tensor, *options: Any
+) -> tuple[Tensor, Tensor, Tensor, LossOptions]:
+    *others, align_corners = options
+    return grad_loss, masks, target, LossOptions(*others, "none", align_corners)
+
+
+def _fake_cross_entropy(masks: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    _, _, loss_options, with_grad = _pack(masks, target, *options)
+    dtype = statistics_dtype(masks.dtype)
+    loss = masks.new_empty(target.shape if loss_options.reduction == "none" else (), dtype=dtype)
+    return loss, masks.new_empty(masks.shape if with_grad else (0,), dtype=dtype)
 
 
 def _fake_scale(grad_loss: Tensor, grad_masks: Tensor, masks: Tensor) -> Tensor:
     return masks.new_empty(masks.shape)
 
 
-def _fake_pixel_backward(
-    grad_loss: Tensor,
-    masks: Tensor,
-    target: Tensor,
-    size: Size,
-    ignore_index: int,
-    weight: Tensor | None,
-    label_smoothing: float,
-    align_corners: bool,
-) -> Tensor:
+def _fake_pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, *options: Any) -> Tensor:
     return masks.new_empty(masks.shape)
 
 
@@ -190,25 +192,19 @@ def _softmax_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]
 
 
 def _setup_cross_entropy(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
-    masks, target, ctx.size, ctx.ignore_index, weight, ctx.label_smoothing, reduction, ctx.align_corners, _ = inputs
-    ctx.per_pixel = reduction == "none"
+    masks, target, options, _ = _pack(*inputs)
+    ctx.options = options._replace(weight=None)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(masks, *((target, weight) if ctx.per_pixel else (output[1],)))
+    ctx.save_for_backward(masks, *((target, options.weight) if options.reduction == "none" else (output[1],)))
 
 
 def _cross_entropy_backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     masks, *saved = ctx.saved_tensors
-    if ctx.per_pixel:
+    if ctx.options.reduction == "none":
         target, weight = saved
+        size, ignore_index, _, label_smoothing, _, align_corners = ctx.options
         grad_masks = torch.ops.segmenter_fast.upsample_cross_entropy_pixel_backward(
-            grad_loss,
-            masks,
-            target,
-            ctx.size,
-            ctx.ignore_index,
-            weight,
-            ctx.label_smoothing,
-            ctx.align_corners,
+            grad_loss, masks, target, size, ignore_index, weight, label_smoothing, align_corners
         )
     else:
         grad_masks = torch.ops.segmenter_fast.upsample_cross_entropy_backward(grad_loss, *saved, masks)
@@ -218,41 +214,43 @@ def _cross_entropy_backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor
 define(
     "upsample_argmax(Tensor masks, SymInt[] size, SymInt[] crop, bool align_corners) -> Tensor",
     triton=".gpu.upsample_argmax:upsample_argmax",
-    plain=".cpu.upsample_argmax:upsample_argmax",
+    plain=cpu_argmax.upsample_argmax,
     fake=_fake_argmax,
 )
 define(
     "upsample_softmax(Tensor masks, SymInt[] size, SymInt[] crop, bool align_corners) -> Tensor",
     triton=".gpu.upsample_softmax:upsample_softmax",
-    plain=".cpu.upsample_softmax:upsample_softmax",
+    plain=cpu_softmax.upsample_softmax,
     fake=_fake_softmax,
 )
 define(
     "upsample_softmax_backward(Tensor grad, Tensor probabilities, SymInt[] grid, SymInt[] size, bool align_corners)"
     " -> Tensor",
     triton=".gpu.upsample_softmax:upsample_softmax_backward",
-    plain=".cpu.upsample_softmax:upsample_softmax_backward",
+    plain=cpu_softmax.upsample_softmax_backward,
     fake=_fake_softmax_backward,
 )
 define(
     "upsample_cross_entropy(Tensor masks, Tensor target, SymInt[] size, int ignore_index, Tensor? weight,"
     " float label_smoothing, str reduction, bool align_corners, bool with_grad) -> (Tensor, Tensor)",
     triton=".gpu.upsample_cross_entropy:upsample_cross_entropy",
-    plain=".cpu.upsample_cross_entropy:upsample_cross_entropy",
+    plain=cpu_cross_entropy.upsample_cross_entropy,
     fake=_fake_cross_entropy,
+    pack=_pack,
 )
 define(
     "upsample_cross_entropy_backward(Tensor grad_loss, Tensor grad_masks, Tensor masks) -> Tensor",
     triton=None,
-    plain=".cpu.upsample_cross_entropy:scale_gradient",
+    plain=cpu_cross_entropy.scale_gradient,
     fake=_fake_scale,
 )
 define(
     "upsample_cross_entropy_pixel_backward(Tensor grad_loss, Tensor masks, Tensor target, SymInt[] size,"
     " int ignore_index, Tensor? weight, float label_smoothing, bool align_corners) -> Tensor",
     triton=".gpu.upsample_cross_entropy:pixel_backward",
-    plain=".cpu.upsample_cross_entropy:pixel_backward",
+    plain=cpu_cross_entropy.pixel_backward,
     fake=_fake_pixel_backward,
+    pack=_pack_pixel_backward,
 )
 differentiable("upsample_softmax", _softmax_backward, _setup_softmax)
 differentiable("upsample_cross_entropy", _cross_entropy_backward, _setup_cross_entropy)
