@@ -1,36 +1,47 @@
-"""Several processes on one list of images, as torchrun starts them: who does what, and one account of it all.
+"""The processes of one command, as torchrun starts them: rank, size and device, exchange, signals.
 
-Work is shared by rank alone, with no process group and no collective. Where torchrun (or MASTER_ADDR and MASTER_PORT)
-gives the ranks a store, they count in it, and rank 0 waits there for what the others did.
+Several processes are started by ``torchrun``, or by anything that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT. Prediction shares images by rank, and counts them in a key-value store. Training joins a process group,
+which is nccl between GPUs and gloo elsewhere. A process on its own communicates with nobody.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
-_T = TypeVar("_T")
-_PATIENCE = timedelta(minutes=5)
+from .devices import choose_device
+
+T = TypeVar("T")
+_STORE_TIMEOUT = timedelta(minutes=5)
 _POLL_SECONDS = 0.2
 
 
 @dataclass
-class Outcome:
-    """What a rank did: counts of images, and the failed ones with the reasons."""
+class PredictionReport:
+    """Results of one rank: how many images it wrote and skipped, and (image, reason) pairs."""
 
     written: int = 0
     skipped: int = 0
     failures: list[tuple[str, str]] = field(default_factory=list)
     restarts: list[tuple[str, str]] = field(default_factory=list)
-    """Images of an interrupted run that were begun anew, and why."""
+    """Images whose interrupted run could not be continued, and why."""
 
-    def add(self, other: Outcome) -> None:
+    def add(self, other: PredictionReport) -> None:
         self.written += other.written
         self.skipped += other.skipped
         self.failures += other.failures
@@ -38,91 +49,222 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process among ``size`` of them."""
+class World:
+    """This process among the ``size`` that run the command. ``World()`` is a process on its own."""
 
     rank: int = 0
     size: int = 1
+    local_rank: int = 0
+    """Rank on this machine."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Device of training."""
     store: Any = None
+    """Key-value store of the ranks of a prediction."""
 
     @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> Ranks:
-        """By RANK and WORLD_SIZE; one process where they are not set.
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
+        """Read RANK, WORLD_SIZE and LOCAL_RANK; a process on its own where they are not set.
 
         Raises:
-            ValueError: one of them is missing or out of range.
-            OSError: the ranks do not meet at MASTER_ADDR and MASTER_PORT.
+            ValueError: RANK or WORLD_SIZE is missing or out of range, or one of the three is no number.
         """
-        given = {name: environment[name] for name in ("RANK", "WORLD_SIZE") if name in environment}
-        if not given:
-            return cls()
+        given = {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in environment}
+        alone = "RANK" not in given and "WORLD_SIZE" not in given
         try:
-            rank, size = int(given["RANK"]), int(given["WORLD_SIZE"])
+            local_rank = int(given.get("LOCAL_RANK", 0))
+            rank, size = (0, 1) if alone else (int(given["RANK"]), int(given["WORLD_SIZE"]))
         except (KeyError, ValueError):
-            rank, size = -1, 0
-        if not 0 <= rank < size:
+            rank, size, local_rank = -1, 0, 0
+        if not 0 <= rank < size or local_rank < 0:
             said = ", ".join(f"{name}={value}" for name, value in given.items())
             raise ValueError(f"RANK and WORLD_SIZE must be whole numbers with RANK below WORLD_SIZE, got {said}")
-        meet = size > 1 and "MASTER_ADDR" in environment and "MASTER_PORT" in environment
-        return cls(rank, size, _store(environment) if meet else None)
+        return cls(rank, size, local_rank)
 
     @property
     def leads(self) -> bool:
-        """Whether this process speaks for all of them."""
-        return self.rank == 0 or self.store is None
+        """Whether this process writes and reports for all: rank 0, and every rank that is not connected to others."""
+        return self.rank == 0 or (self.store is None and not (dist.is_available() and dist.is_initialized()))
 
-    def share(self, items: Sequence[_T]) -> list[_T]:
-        """Every ``size``-th item from the ``rank``-th on: each item is one rank's."""
+    # Prediction: each image is one rank's, and a store counts them.
+
+    def with_store(self) -> World:
+        """Connect to the store of the ranks, if there are several and MASTER_ADDR and MASTER_PORT say where.
+
+        Raises:
+            OSError: the ranks do not meet there.
+        """
+        if self.size == 1 or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
+            return self
+        try:
+            store, _, _ = next(dist.rendezvous("env://", timeout=_STORE_TIMEOUT))
+        except (RuntimeError, ValueError) as error:
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise OSError(f"the ranks did not meet at {place}: {str(error).splitlines()[0]}") from error
+        prefix = f"predict {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        return dataclasses.replace(self, store=dist.PrefixStore(prefix, store))
+
+    def use_own_gpu(self) -> None:
+        """Make the GPU of LOCAL_RANK the current one, in turns where there are fewer GPUs than processes."""
+        if self.local_rank and torch.cuda.is_available():
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+
+    def share(self, items: Sequence[T]) -> list[T]:
+        """Return every ``size``-th item from the ``rank``-th on, so that each item is one rank's."""
         return list(items[self.rank :: self.size])
 
     def begin(self, images: int) -> None:
-        """Says how many images this rank will do."""
+        """Count the images that this rank is going to segment."""
         if self.store is not None:
             self.store.add("images", images)
 
     def advance(self) -> None:
-        """Says that an image is done."""
+        """Count one more image as done."""
         if self.store is not None:
             self.store.add("done", 1)
 
     def counts(self) -> tuple[int, int] | None:
-        """Images done, and images to do, of all ranks; None where they have no store."""
+        """Images done, and images to do, of all ranks; None without a store."""
         return None if self.store is None else (self.store.add("done", 0), self.store.add("images", 0))
 
-    def conclude(self, own: Outcome, waiting: Callable[[], None] = lambda: None) -> Outcome:
-        """On rank 0 what all ranks did, once all have said it; on others, and without a store, ``own``.
+    def collect(self, own: PredictionReport, waiting: Callable[[], None] = lambda: None) -> PredictionReport:
+        """Add the reports of all ranks to that of rank 0, once all have sent theirs; other ranks return ``own``.
 
-        ``waiting`` is called now and then until then.
+        ``waiting`` is called several times a second until then.
         """
         if self.store is None:
             return own
         if self.rank > 0:
-            self.store.set(f"outcome {self.rank}", json.dumps(asdict(own)))
+            self.store.set(f"report {self.rank}", json.dumps(asdict(own)))
             return own
         for rank in range(1, self.size):
-            while not self.store.check([f"outcome {rank}"]):  # not wait, which no signal ends
+            while not self.store.check([f"report {rank}"]):  # store.wait would not end on a signal
                 waiting()
                 time.sleep(_POLL_SECONDS)
-            content = json.loads(self.store.get(f"outcome {rank}"))
+            content = json.loads(self.store.get(f"report {rank}"))
             for name in ("failures", "restarts"):
                 content[name] = [(image, reason) for image, reason in content[name]]
-            own.add(Outcome(**content))
+            own.add(PredictionReport(**content))
         waiting()
         return own
 
+    # Training: collectives of the process group.
 
-def use_own_gpu(environment: Mapping[str, str]) -> None:
-    """Makes the GPU of LOCAL_RANK the current one, in turns where there are fewer than processes."""
-    if "LOCAL_RANK" in environment and torch.cuda.is_available():
-        torch.cuda.set_device(int(environment["LOCAL_RANK"]) % torch.cuda.device_count())
+    def sum(self, values: Tensor) -> Tensor:
+        """Add up the values of all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Return the first process's value, any picklable object, in every process."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def in_first(self, action: Callable[[], None]) -> None:
+        """Run an action in the first process. All processes raise its OSError or ValueError, so that none waits."""
+        error: Exception | None = None
+        if self.rank == 0:
+            try:
+                action()
+            except (OSError, ValueError) as raised:
+                error = raised
+        if (error := self.broadcast(error)) is not None:
+            raise error
 
 
-def _store(environment: Mapping[str, str]) -> Any:
-    from torch.distributed import PrefixStore, rendezvous
+@contextmanager
+def process_group(device: str = "auto", timeout: float = 600.0) -> Iterator[World]:
+    """Join the processes that were started together, for the block. A group that exists already is used.
 
+    Args:
+        device: "auto", "cpu" or "cuda"; each process on a machine takes a GPU of its own.
+        timeout: seconds that a process waits for the others, at the start and in every exchange.
+
+    Raises:
+        ConnectionError: (an OSError) the other processes cannot be reached in time, or were lost.
+        ValueError: no such device, more processes than GPUs, or an environment as in ``World.from_environment``.
+    """
+    world = World.from_environment()
+    place = choose_device(device)
+    if world.size == 1:
+        yield dataclasses.replace(world, device=place)
+        return
+    if place.type == "cuda":
+        place = choose_device(f"cuda:{world.local_rank}")
+        torch.cuda.set_device(place)
+    world = dataclasses.replace(world, device=place)
+    if dist.is_initialized():  # by the calling program
+        yield world
+        return
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    where = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
     try:
-        store, _, _ = next(rendezvous("env://", timeout=_PATIENCE))
-    except (RuntimeError, ValueError) as error:
-        place = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
-        raise OSError(f"the ranks did not meet at {place}: {str(error).splitlines()[0]}") from error
-    return PrefixStore(f"predict {environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    except (RuntimeError, ValueError) as error:  # DistNetworkError, DistStoreError, a missing variable
+        raise ConnectionError(
+            f"rank {world.rank} of {world.size} cannot meet the others at {where} within {timeout:g} s: "
+            f"{_first_line(error)}; check that rank 0 runs there, that the port is open, and that all processes were "
+            "started"
+        ) from error
+    try:
+        yield world
+    except RuntimeError as error:
+        # gloo's errors are plain RuntimeErrors that name its files or the peer
+        lost = isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "peer", "nccl"))
+        if not lost:
+            raise
+        raise ConnectionError(
+            f"rank {world.rank} of {world.size} lost the others: {_first_line(error)}; one of them ended or hangs, see "
+            "its own message; start all of them again with --resume auto to go on from the last checkpoint"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
+
+
+class StopRequest:
+    """Note SIGTERM and SIGINT inside the block instead of ending the process; only the main thread can.
+
+    A second signal ends the process at once. One that comes within a second counts as the first, because launchers and
+    terminals may deliver a request twice.
+    """
+
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    _REPEAT_SECONDS = 1.0
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in self._SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is None:
+            self.signal, self._since = signal.Signals(number), time.monotonic()
+        if time.monotonic() - self._since < self._REPEAT_SECONDS:
+            return
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    @classmethod
+    def ignore(cls, worker: int = 0) -> None:
+        """Make a data worker ignore both signals; the process that started it ends it.
+
+        A terminal or a batch system signals the whole group, which would end the workers before the step is done.
+        """
+        for number in cls._SIGNALS:
+            signal.signal(number, signal.SIG_IGN)

@@ -1,31 +1,51 @@
-"""Ranks share the work by number, and tell rank 0 what became of it."""
+"""Processes share work by rank, report to rank 0, join a group, and note signals."""
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from typing import Any
 
 import pytest
+import torch
 from torch.distributed import HashStore
 
-from segmenter_fast.processes import Outcome, Ranks
+from segmenter_fast.processes import PredictionReport, StopRequest, World, process_group
 
 
-def test_one_process_is_all_of_them() -> None:
-    ranks = Ranks.from_environment({"LOCAL_RANK": "3"})
-    assert ranks == Ranks(0, 1, None)
-    assert ranks.leads
-    assert ranks.share(range(5)) == [0, 1, 2, 3, 4]
-    assert ranks.counts() is None
-    own = Outcome(written=3)
-    assert ranks.conclude(own) is own
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def _two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of rank 1 of 2, whose rank 0 was never started."""
+    variables = {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused_port()}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def test_one_process_does_everything() -> None:
+    world = World.from_environment({"LOCAL_RANK": "3"})
+    assert world == World(local_rank=3)
+    assert world.with_store() is world
+    assert world.leads
+    assert world.share(range(5)) == [0, 1, 2, 3, 4]
+    assert world.counts() is None
+    own = PredictionReport(written=3)
+    assert world.collect(own) is own
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
-def test_every_item_is_one_rank_s(size: int) -> None:
+def test_every_item_belongs_to_one_rank(size: int) -> None:
     shares = [
-        Ranks.from_environment({"RANK": str(rank), "WORLD_SIZE": str(size)}).share(range(11)) for rank in range(size)
+        World.from_environment({"RANK": str(rank), "WORLD_SIZE": str(size)}).share(range(11)) for rank in range(size)
     ]
     assert sorted(item for share in shares for item in share) == list(range(11))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
@@ -39,39 +59,94 @@ def test_every_item_is_one_rank_s(size: int) -> None:
         {"RANK": "0"},
         {"WORLD_SIZE": "2"},
         {"RANK": "one", "WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "two"},
+        {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "-1"},
     ],
 )
-def test_an_environment_that_makes_no_sense_is_named(environment: dict[str, str]) -> None:
+def test_a_wrong_environment_is_refused(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"RANK and WORLD_SIZE must be whole numbers.*got"):
-        Ranks.from_environment(environment)
+        World.from_environment(environment)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"RANK and WORLD_SIZE must be whole numbers.*got"), process_group("cpu"):
+        pass
 
 
-def test_ranks_that_do_not_meet_are_told_where(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("_two_ranks")
+def test_the_error_names_the_place_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
-        port = str(taken.getsockname()[1])
-        environment = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        monkeypatch.setattr("segmenter_fast.processes._PATIENCE", timedelta(seconds=1))
+        port = taken.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        monkeypatch.setattr("segmenter_fast.processes._STORE_TIMEOUT", timedelta(seconds=1))
         with pytest.raises(OSError, match=rf"the ranks did not meet at 127\.0\.0\.1:{port}: "):
-            Ranks.from_environment(environment)
+            World.from_environment().with_store()
 
 
-def test_rank_0_hears_from_all() -> None:
+def test_rank_0_collects_the_reports_of_all() -> None:
     store = HashStore()
-    ranks = [Ranks(rank, 3, store) for rank in range(3)]
-    assert [each.leads for each in ranks] == [True, False, False]
+    worlds = [World(rank, 3, store=store) for rank in range(3)]
+    assert [each.leads for each in worlds] == [True, False, False]
     waits: list[None] = []
     with ThreadPoolExecutor() as pool:
-        for each in ranks:
+        for each in worlds:
             each.begin(2)
-        last = pool.submit(ranks[0].conclude, Outcome(1, 0, [("a", "broken")]), lambda: waits.append(None))
-        ranks[1].advance()
-        ranks[1].conclude(Outcome(1, 1, [("b", "missing")]))
+        last = pool.submit(worlds[0].collect, PredictionReport(1, 0, [("a", "broken")]), lambda: waits.append(None))
+        worlds[1].advance()
+        worlds[1].collect(PredictionReport(1, 1, [("b", "missing")]))
         assert not last.done()
-        ranks[2].conclude(Outcome(2, 0, [], [("c", "another model")]))
+        worlds[2].collect(PredictionReport(2, 0, [], [("c", "another model")]))
         total = last.result(timeout=30)
-    assert total == Outcome(4, 1, [("a", "broken"), ("b", "missing")], [("c", "another model")])
-    assert ranks[0].counts() == (1, 6)
+    assert total == PredictionReport(4, 1, [("a", "broken"), ("b", "missing")], [("c", "another model")])
+    assert worlds[0].counts() == (1, 6)
     assert waits
+
+
+def test_a_process_on_its_own_needs_no_group() -> None:
+    with process_group("cpu") as world:
+        assert world == World()
+        assert world.broadcast("value") == "value"
+        assert world.sum(torch.ones(2)).tolist() == [1, 1]
+
+    def fail() -> None:
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        World().in_first(fail)
+
+
+@pytest.mark.usefixtures("_two_ranks")
+def test_a_process_without_its_peers_gives_up_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = time.perf_counter()
+    message = r"rank 1 of 2 cannot meet the others at 127.0.0.1:\d+ within 2 s"
+    with pytest.raises(ConnectionError, match=message), process_group("cpu", timeout=2):
+        pass
+    assert time.perf_counter() - start < 30
+    monkeypatch.delenv("MASTER_ADDR")
+    with pytest.raises(ConnectionError, match=r"no MASTER_ADDR.*MASTER_ADDR expected"), process_group("cpu"):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_noted_and_the_handlers_return(number: signal.Signals) -> None:
+    before: Any = signal.getsignal(number)
+    with StopRequest() as request:
+        assert request.signal is None
+        signal.raise_signal(number)
+        assert request.signal is number
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_second_signal_ends_the_process_at_once() -> None:
+    reads, writes = os.pipe()
+    child = os.fork()
+    if child == 0:
+        with StopRequest():
+            for pause in (0, 0, 1.1):  # the second counts as the first
+                time.sleep(pause)
+                signal.raise_signal(signal.SIGTERM)
+                os.write(writes, b".")
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+    assert os.read(reads, 9) == b".."

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..config import SegmenterConfig
 from ..devices import usable_cores
+from ..processes import World
 from .augment import TrainTransform
 from .datasets.base import SegmentationDataset
-from .distributed import World
 from .presets import Recipe
 from .samples import EpochSampler, Samples, batches
 

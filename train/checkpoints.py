@@ -33,9 +33,9 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
 from ..io.atomic import atomic_path
+from ..processes import World
 from ..segmenter import Segmenter
 from ..weights.reading import CheckpointError, read_torch
-from .distributed import World
 
 FORMAT_VERSION = 1
 FOLDER = "checkpoints"
@@ -89,8 +89,8 @@ def restore(training: Training, content: dict[str, Any] | None, world: World) ->
     Raises:
         CheckpointError: it holds another model, or an average where the recipe wants none, or the other way round.
     """
-    plain = world.shared(content and {key: content[key] for key in ("step", "schedule", "scaler")})
-    has_ema = world.shared(content is not None and content["ema"] is not None)
+    plain = world.broadcast(content and {key: content[key] for key in ("step", "schedule", "scaler")})
+    has_ema = world.broadcast(content is not None and content["ema"] is not None)
     assert plain is not None
     if has_ema != (training.ema is not None):
         raise CheckpointError(
@@ -103,7 +103,7 @@ def restore(training: Training, content: dict[str, Any] | None, world: World) ->
         set_optimizer_state_dict(training.model, training.optimizer, held["optimizer"], options=options)
         if training.ema is not None:
             set_model_state_dict(training.averaged, held["ema"]["model"], options=options)
-            training.ema.n_averaged.fill_(world.shared(held["ema"]["updates"]))
+            training.ema.n_averaged.fill_(world.broadcast(held["ema"]["updates"]))
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"the checkpoint of step {plain['step']} does not fit the model: {error}") from error
     training.schedule.load_state_dict(plain["schedule"])

@@ -8,7 +8,6 @@ and an interrupted and resumed run is the uninterrupted one: on a CPU bit for bi
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,11 +15,11 @@ from typing import Any, Literal
 import torch
 
 from ..devices import choose_dtype
+from ..processes import StopRequest, World, process_group
 from ..segmenter import Segmenter
 from . import checkpoints, run_folder
 from .batches import Batches
 from .datasets.base import SegmentationDataset
-from .distributed import World, joined
 from .evaluation import Inference, evaluate, sample_pictures
 from .logs import RunLog
 from .metrics import Scores
@@ -29,7 +28,6 @@ from .pace import Pace
 from .preparing import prepare, whole_model
 from .presets import Recipe
 from .run_folder import Standing
-from .signals import StopRequest
 from .stepping import Outcome, Stepper
 
 
@@ -74,7 +72,7 @@ def train(
         out: the run's folder, see ``run_folder``.
         resume: "auto" goes on from the last checkpoint in ``out``, and begins where there is none.
         device: "auto", "cpu" or "cuda".
-        timeout: seconds that a process waits for the others, see ``distributed.joined``.
+        timeout: seconds that a process waits for the others, see ``processes.process_group``.
 
     Raises:
         ValueError: model, data and recipe that do not fit each other, or another run than the one in ``out``.
@@ -87,7 +85,7 @@ def train(
     _require_classes(model, dataset, "the training data")
     if val_dataset is not None:
         _require_classes(model, val_dataset, "the validation data")
-    with joined(device, timeout) as world, StopRequest().listening() as request:
+    with process_group(device, timeout) as world, StopRequest() as request:
         return _Run(model, dataset, val_dataset, recipe, Path(out), world, request).go(resume == "auto")
 
 
@@ -132,7 +130,7 @@ class _Run:
         problems = self._begin(resume)
         training, step = self.training, self.training.step
         with (
-            RunLog(self.out if self.world.first else None, self.total_steps, step) as self.log,
+            RunLog(self.out if self.world.leads else None, self.total_steps, step) as self.log,
             recomputed(training.model, self.recipe.activation_checkpointing),
         ):
             if step:
@@ -164,10 +162,10 @@ class _Run:
             trained = sum(size for size, trains in sizes if trains)
             run_folder.require_room(self.out, self.recipe, sum(size for size, _ in sizes), trained)
 
-        self._in_first(opened)
-        if self.world.shared(content is not None):
+        self.world.in_first(opened)
+        if self.world.broadcast(content is not None):
             checkpoints.restore(self.training, content, self.world)
-            self.standing = self.world.shared(run_folder.read_standing(self.out, self.training.step))
+            self.standing = self.world.broadcast(run_folder.read_standing(self.out, self.training.step))
         return problems
 
     def _loop(self) -> bool:
@@ -250,7 +248,7 @@ class _Run:
             self._export(content)
             checkpoints.prune(self.out, self.recipe.keep, self.standing.best_step)
 
-        self._in_first(write)
+        self.world.in_first(write)
 
     def _export(self, content: dict[str, Any]) -> None:
         """In the first process."""
@@ -275,7 +273,7 @@ class _Run:
                 progress=self._stop_if_asked,
             )
             self.log.evaluation(step, scores)
-            if self.world.first and recipe.pictures:
+            if self.world.leads and recipe.pictures:
                 shown = range(0, len(self.val_dataset), max(len(self.val_dataset) // recipe.pictures, 1))
                 self.log.samples(step, sample_pictures(model, self.val_dataset, shown[: recipe.pictures], where))
         self.scores, self.standing = scores, self.standing.after(step, scores.miou)
@@ -286,18 +284,8 @@ class _Run:
             run_folder.write_standing(self.out, self.standing)
             checkpoints.prune(self.out, self.recipe.keep, self.standing.best_step)
 
-        self._in_first(write)
+        self.world.in_first(write)
 
     def _stop_if_asked(self, done: int, total: int) -> None:
         if self._asked():
             raise _InterruptedError
-
-    def _in_first(self, action: Callable[[], None]) -> None:
-        """Runs an action in the first process; what it raises, every process raises."""
-        error: Exception | None = None
-        if self.world.first:
-            try:
-                action()
-            except (OSError, ValueError) as raised:
-                error = raised
-        self.world.raise_together(error)

@@ -8,9 +8,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from ..processes import World
 from ..segmenter import Segmenter
 from .checkpoints import Training
-from .distributed import World, parallel, same_weights, shard
+from .distributed import parallel, same_weights, shard
 from .optimization import freeze, make_optimizer, make_schedule
 from .presets import Recipe
 from .stepping import SummedLoss

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from ..processes import StopRequest
 from .datasets.base import SampleError, SegmentationDataset
-from .signals import deaf
 
 Transform = Callable[[np.ndarray, np.ndarray, torch.Generator], tuple[Tensor, Tensor]]
 ATTEMPTS = 10
@@ -157,7 +157,7 @@ def batches(samples: Samples, sampler: EpochSampler, workers: int = 0, pin_memor
         num_workers=workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
-        worker_init_fn=deaf,
+        worker_init_fn=StopRequest.ignore,
         generator=torch.Generator(),  # else the loader draws from the global one
     )
     for batch in loader:

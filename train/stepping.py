@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..processes import World
 from ..segmenter import Segmenter
 from .batches import Part
 from .checkpoints import Training
-from .distributed import World, exchanging
+from .distributed import exchanging
 from .optimization import gradient_norm
 from .presets import Recipe
 

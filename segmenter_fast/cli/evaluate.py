@@ -13,6 +13,7 @@ from rich.table import Table
 
 from .. import SegmenterConfig
 from ..io.atomic import atomic_path
+from ..processes import process_group
 from .app import Device, DeviceOption, Dtype, DtypeOption, app, factors, model_of
 
 if TYPE_CHECKING:
@@ -43,11 +44,10 @@ def evaluate(
     With torchrun (torchrun --nproc-per-node 2 -m segmenter_fast.cli evaluate ...) the images are shared out.
     """
     from ..train.datasets import open_dataset
-    from ..train.distributed import joined
     from ..train.evaluation import MULTISCALE, check_classes
     from ..train.evaluation import evaluate as scores_of
 
-    with joined(device.value) as world:
+    with process_group(device.value) as world:
         dataset = open_dataset(data, kind, split)
         segmenter = model_of(model, device, dtype)
         check_classes(segmenter, dataset)
@@ -61,7 +61,7 @@ def evaluate(
             "flip": flip or multiscale,
             "batch_size": batch_size,
         }
-        with Progress(console=Console(stderr=True), disable=not world.first) as progress:
+        with Progress(console=Console(stderr=True), disable=not world.leads) as progress:
             task = progress.add_task("evaluating", total=None)
             scores = scores_of(
                 segmenter,
@@ -71,7 +71,7 @@ def evaluate(
                 progress=lambda done, share: progress.update(task, completed=done, total=share),
                 **settings,
             )
-        if not world.first:
+        if not world.leads:
             return
     names = tuple(dataset.class_names)
     Console().print(_table(scores, names))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -20,7 +19,7 @@ from rich.text import Text
 from .. import Segmenter
 from ..inference.folders import Job, make_writable, plan, run
 from ..inference.predict import Settings
-from ..processes import Outcome, Ranks, use_own_gpu
+from ..processes import PredictionReport, World
 from .app import Device, DeviceOption, Dtype, DtypeOption, ModelOption, app, factors, model_of, say
 
 
@@ -63,31 +62,31 @@ def predict(
     if window is not None:
         settings = _overlapping(settings, window, overlap)
     with _ending_on_sigterm():
-        ranks = Ranks.from_environment(os.environ)
-        jobs = ranks.share(plan(inputs, out, overlay, format.value))
+        world = World.from_environment().with_store()
+        jobs = world.share(plan(inputs, out, overlay, format.value))
         make_writable(out, overlay)
         remaining = [job for job in jobs if not (resume and job.finished)]
-        outcome = Outcome(skipped=len(jobs) - len(remaining))
-        ranks.begin(len(remaining))
+        report = PredictionReport(skipped=len(jobs) - len(remaining))
+        world.begin(len(remaining))
         try:
             segmenter = None
             if remaining:
-                use_own_gpu(os.environ)
+                world.use_own_gpu()
                 segmenter = model_of(model, device, dtype)
                 settings = _overlapping(settings, window or segmenter.config.window_size, overlap)
             start = time.perf_counter()
-            with _progress(ranks.leads) as progress:
-                images = _Images(progress, ranks, len(remaining))
+            with _progress(world.leads) as progress:
+                images = _Images(progress, world, len(remaining))
                 if segmenter is not None:
-                    _segment(segmenter, remaining, settings, model, resume, ranks, images, outcome)
-                outcome = ranks.conclude(outcome, images.show)
+                    _segment(segmenter, remaining, settings, model, resume, world, images, report)
+                report = world.collect(report, images.show)
         except KeyboardInterrupt as interrupt:
-            if ranks.leads:
-                done = outcome.written + len(outcome.failures)
+            if world.leads:
+                done = report.written + len(report.failures)
                 say(f"interrupted: {done} of {len(remaining)} images done; --resume goes on from here", "yellow")
             raise typer.Exit(143 if isinstance(interrupt, _Terminated) else 130) from None
-    if ranks.leads:
-        _summarise(outcome, time.perf_counter() - start, out)
+    if world.leads:
+        _summarise(report, time.perf_counter() - start, out)
 
 
 def _segment(
@@ -96,29 +95,29 @@ def _segment(
     settings: Settings,
     name: str,
     resume: bool,
-    ranks: Ranks,
+    world: World,
     images: _Images,
-    outcome: Outcome,
+    report: PredictionReport,
 ) -> None:
-    """Runs the jobs and notes in ``outcome`` what became of each."""
+    """Runs the jobs and notes in ``report`` what became of each."""
     for job in jobs:
         try:
             restarted = run(model, job, settings, name=name, resume=resume, progress=images.windows_of(job.source.name))
         except (OSError, ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: PyTorch's out of memory
-            outcome.failures.append((str(job.source), str(error)))
+            report.failures.append((str(job.source), str(error)))
         else:
-            outcome.written += 1
+            report.written += 1
             if restarted:
-                outcome.restarts.append((str(job.source), restarted))
-        ranks.advance()
+                report.restarts.append((str(job.source), restarted))
+        world.advance()
         images.add()
 
 
 class _Images:
     """The bars: one of the images, of all ranks where they can tell, and one of the windows of the image at hand."""
 
-    def __init__(self, progress: Progress, ranks: Ranks, total: int) -> None:
-        self._progress, self._ranks, self._done, self._total = progress, ranks, 0, total
+    def __init__(self, progress: Progress, world: World, total: int) -> None:
+        self._progress, self._world, self._done, self._total = progress, world, 0, total
         self._images = progress.add_task("segmenting", total=total, unit="images/s")
         self._windows = progress.add_task("", total=None, visible=False, unit="windows/s")
         self.show()
@@ -129,7 +128,7 @@ class _Images:
         self.show()
 
     def show(self) -> None:
-        done, total = self._ranks.counts() or (self._done, self._total)
+        done, total = self._world.counts() or (self._done, self._total)
         self._progress.update(self._images, completed=done, total=total)
 
     def windows_of(self, name: str) -> Callable[[int, int], None]:
@@ -142,15 +141,15 @@ class _Images:
         return report
 
 
-def _summarise(outcome: Outcome, seconds: float, out: Path) -> None:
-    written = outcome.written
+def _summarise(report: PredictionReport, seconds: float, out: Path) -> None:
+    written = report.written
     rate = f" in {seconds:.1f} s ({written / seconds:.2f} images/s)" if written else ""
-    typer.echo(f"{written} written{rate}, {outcome.skipped} skipped, {len(outcome.failures)} failed; see {out}")
-    for source, reason in outcome.restarts:
+    typer.echo(f"{written} written{rate}, {report.skipped} skipped, {len(report.failures)} failed; see {out}")
+    for source, reason in report.restarts:
         say(f"begun anew: {source}: {reason}", "yellow")
-    for source, reason in outcome.failures:
+    for source, reason in report.failures:
         say(f"failed: {source}: {reason}", "red")
-    if outcome.failures:
+    if report.failures:
         raise typer.Exit(1)
 
 

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 
 import segmenter_fast as sf
+from segmenter_fast.processes import World, process_group
 from segmenter_fast.train import checkpoints
-from segmenter_fast.train.distributed import World, joined
 from segmenter_fast.train.engine import train
 from segmenter_fast.train.preparing import prepare
 from segmenter_fast.train.presets import Recipe
@@ -143,22 +143,22 @@ def _ranks(world: World, out: Path, fields: dict[str, Any]) -> None:
     for kind in ("ddp", "fsdp"):
         for accumulate in (1, 2):
             found = step_gradients(world, RECIPE.replace(parallel=kind, accumulate=accumulate, drop_path=0.0))
-            if world.first:
+            if world.leads:
                 torch.save(found, out / f"{kind}-{accumulate}.pt")
     recipe = RECIPE.replace(**fields)
     for reads, number in ((6, signal.SIGTERM), (4, signal.SIGKILL)):  # two reads a step
-        data = Squares() if world.first else Signalled(reads, number)
+        data = Squares() if world.leads else Signalled(reads, number)
         options: dict[str, Any] = {"resume": "auto", "device": "cpu", "timeout": 60}
         result = train(small_model(recipe), data, Squares(4, 1), recipe, out / "run", **options)
         assert (result.steps, result.finished) == (3, False), result
-        if world.first:
+        if world.leads:
             (out / "stopped").touch()
 
 
 def _main() -> None:
     task, out, fields = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     if task == "ranks":
-        with joined("cpu", 60) as world:
+        with process_group("cpu", 60) as world:
             _ranks(world, out, fields)
     else:
         _save_slowly()

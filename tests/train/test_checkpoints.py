@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import segmenter_fast as sf
+from segmenter_fast.processes import World
 from segmenter_fast.train import checkpoints
 from segmenter_fast.train.checkpoints import Training
-from segmenter_fast.train.distributed import World
 from segmenter_fast.train.engine import train
 from segmenter_fast.train.logs import read_log
 from segmenter_fast.train.preparing import prepare
@@ -27,7 +27,7 @@ from segmenter_fast.weights.reading import CheckpointError
 from support import training as support
 from support.training import RECIPE, Squares, small_model, weights
 
-HERE = World(torch.device("cpu"))
+HERE = World()
 
 
 def trained(recipe: Recipe, steps: int) -> Training:

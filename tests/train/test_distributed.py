@@ -5,24 +5,22 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from segmenter_fast.processes import World
 from segmenter_fast.train import checkpoints
 from segmenter_fast.train.batches import Batches
-from segmenter_fast.train.distributed import World, joined
 from segmenter_fast.train.engine import train
 from support import training as support
 from support.training import RECIPE, Squares, small_model, step_gradients, weights
 
-HERE = World(torch.device("cpu"))
+HERE = World()
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs a PyTorch with torch.distributed")
 
 
@@ -73,44 +71,14 @@ def test_one_process_goes_on_where_two_with_shards_were_lost(two: Any, tmp_path:
     assert all(torch.allclose(found[key], wanted[key], atol=2e-5) for key in wanted)
 
 
-def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def join(**environment: Any) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, str(value))
-        with joined("cpu", timeout=2):
-            pass
-
-
-def test_a_rendezvous_that_nobody_answers_is_told_in_time() -> None:
-    start = time.perf_counter()
-    with pytest.raises(ConnectionError, match=r"rank 1 of 2 cannot meet the others at 127.0.0.1:\d+ within 2 s"):
-        join(RANK=1, WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=unused_port())
-    assert time.perf_counter() - start < 30
-
-
-def test_an_environment_that_makes_no_sense_is_refused() -> None:
-    with pytest.raises(ValueError, match="the environment's WORLD_SIZE must be a whole number, got 'two'"):
-        join(RANK=0, WORLD_SIZE="two")
-    with pytest.raises(ValueError, match=r"RANK must be in \[0, WORLD_SIZE=2\), got 2"):
-        join(RANK=2, WORLD_SIZE=2)
-    with pytest.raises(ConnectionError, match=r"no MASTER_ADDR.*MASTER_ADDR expected"):
-        join(RANK=0, WORLD_SIZE=2)
-
-
 def test_a_batch_must_be_divisible() -> None:
     with pytest.raises(ValueError, match="batch_size must be a multiple of the 3 processes, got 4"):
-        Batches(Squares(), RECIPE, small_model().config, World(torch.device("cpu"), 0, 3))
+        Batches(Squares(), RECIPE, small_model().config, World(0, 3))
 
 
 def test_processes_share_a_batch_as_one_would_have_it() -> None:
     config = small_model().config
     [whole] = Batches(Squares(), RECIPE, config, HERE).between(3, 4)
-    shares = [next(Batches(Squares(), RECIPE, config, World(HERE.device, rank, 2)).between(3, 4)) for rank in (0, 1)]
+    shares = [next(Batches(Squares(), RECIPE, config, World(rank, 2)).between(3, 4)) for rank in (0, 1)]
     assert torch.equal(torch.cat([share.parts[0][0] for share in shares]), whole.parts[0][0])
     assert torch.equal(torch.cat([share.parts[0][1] for share in shares]), whole.parts[0][1])
