@@ -19,8 +19,8 @@ from PIL import Image
 from torch import Tensor
 
 from segmenter_fast import Segmenter
-from segmenter_fast.inference.slide import fits_one_window, slide
-from segmenter_fast.inference.windows import check_windows
+from segmenter_fast.inference.settings import Settings, fits_one_window
+from segmenter_fast.inference.slide import slide
 from segmenter_fast.io.images import normalise
 
 from .datasets.base import SegmentationDataset
@@ -59,7 +59,7 @@ class Inference:
     batch_size: int = 2
 
     def __post_init__(self) -> None:
-        check_windows(self.window, self.stride, self.batch_size)
+        Settings(self.window, self.stride, batch_size=self.batch_size)
         if not self.scales or not all(0 < scale < float("inf") and self.resize * scale >= 1 for scale in self.scales):
             raise ValueError(
                 "scales must be positive, finite and leave at least one pixel of the resized smaller side, "

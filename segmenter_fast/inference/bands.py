@@ -16,10 +16,18 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import Pair
-from .windows import Lattice, Windows, check_windows
+from .settings import Settings
+from .windows import Lattice, Windows
 
 OUTPUTS = ("labels", "probabilities")
-Progress = Callable[[int, int], None]
+
+
+class Progress(Protocol):
+    """A function that is told how many of all windows of an image are done."""
+
+    def __call__(self, *, completed: int, total: int) -> object: ...
+
+
 # Elements of a band: of its lattice, and of its probabilities where they are asked for. 64 MB of float32.
 _BAND = 1 << 24
 
@@ -78,8 +86,8 @@ def slide_rows(
         model, images, flips, size, window, stride, batch_size, output: as in ``slide``.
         band: rows of a result, by default as many as about 64 MB of scores stand for.
         start: the first row wanted. A run that goes on there gives what one from the top gives.
-        progress: called after each batch with the windows done and the windows of all images together; those that
-            end above ``start`` count as done.
+        progress: called after each batch where there are several windows; ``total`` is those of all images, and
+            those that end above ``start`` count as completed.
 
     Yields:
         (top, rows): labels ``(h, W)`` or probabilities ``(K, h, W)`` of the rows from ``top`` on, downwards from
@@ -88,7 +96,7 @@ def slide_rows(
     Raises:
         ValueError: an argument out of range, or a model that gives scores of another shape than its windows ask for.
     """
-    check_windows(window, stride, batch_size)
+    Settings(window, stride, batch_size=batch_size)
     if not len(images) or len(flips) != len(images):
         raise ValueError(f"flips must have one entry for each image, got {len(flips)} for {len(images)} images")
     if output not in OUTPUTS:
@@ -131,8 +139,8 @@ class _Report:
 
     def add(self, windows: int) -> None:
         self.done += windows
-        if self.progress:
-            self.progress(self.done, self.total)
+        if self.progress and self.total > 1:
+            self.progress(completed=self.done, total=self.total)
 
 
 @dataclass(frozen=True)

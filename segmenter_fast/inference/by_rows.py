@@ -14,8 +14,9 @@ from ..io.label_tiff import check_label_tiff, write_label_tiff
 from ..segmenter import Segmenter
 from ..visualize import Color
 from .bands import Progress
-from .predict import Settings, classes, label_bands
+from .predict import classes, label_bands
 from .resume import Spool, identity
+from .settings import Settings
 
 PREVIEW_SIDE = 2048
 """The longer side of an overlay in pixels is at most this."""
@@ -43,7 +44,7 @@ def run_by_rows(
         check_label_tiff(config.num_classes)
     names, palette = classes(config)
     dtype = np.dtype(np.uint8 if config.num_classes <= 256 else np.uint16 if config.num_classes <= 65536 else np.int32)
-    run = identity(model, name, settings, settings.windows(config), source, size)
+    run = identity(model, name, settings, source, size)
     spool = Spool(labels, run, size, dtype, resume)
     if spool.finished < size[0]:
         for _, band in label_bands(model, raster, settings, spool.finished, progress):

@@ -16,7 +16,8 @@ from ..io.label_tiff import check_label_tiff
 from ..segmenter import Segmenter
 from .bands import Progress
 from .by_rows import run_by_rows
-from .predict import Settings, predict_raster
+from .predict import predict_raster
+from .settings import Settings
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jp2", ".avif")
 LABELS, OVERLAYS = "labels", "overlays"
@@ -103,7 +104,7 @@ def make_writable(out: Path, overlay: bool = True) -> None:
 def run(
     model: Segmenter,
     job: Job,
-    settings: Settings = Settings(),  # noqa: B008, frozen
+    settings: Settings,
     *,
     name: str = "",
     resume: bool = False,

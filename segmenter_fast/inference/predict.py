@@ -19,30 +19,8 @@ from ..segmenter import Segmenter
 from ..visualize import Color
 from .bands import Progress, slide_rows
 from .rows import NormalisedRows, scaled_rows
-from .slide import check_scales, enlarges_small_images, fits_one_window
-from .windows import check_windows
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How an image is segmented; the arguments of ``predict``. None is what the model's configuration says."""
-
-    scales: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    window: int | None = None
-    stride: int | None = None
-    batch_size: int = 2
-
-    def windows(self, config: SegmenterConfig) -> tuple[int, int]:
-        """Window and stride in pixels.
-
-        Raises:
-            ValueError: one of them or the batch size is out of range.
-        """
-        window = config.window_size if self.window is None else self.window
-        stride = min(config.window_stride, window) if self.stride is None else self.stride
-        check_windows(window, stride, self.batch_size)
-        return window, stride
+from .settings import Settings, enlarges_small_images, fits_one_window
+from .slide import check_scales
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +89,7 @@ def predict(
         TypeError, ValueError: an image or an option that cannot be used, naming it.
         OSError: an image file that does not exist or cannot be decoded.
     """
-    settings = Settings(tuple(scales), flip, window, stride, batch_size)
-    settings.windows(model.config)
+    settings = Settings.of(model.config, window, stride, scales, flip, batch_size)
     return predict_raster(model, open_raster(image), settings)
 
 
@@ -139,18 +116,17 @@ def label_bands(
     The model is in evaluation mode from the first band to the last.
     """
     config, size = model.config, (raster.height, raster.width)
-    window, stride = settings.windows(config)
     check_scales(settings.scales, size)
     device = next(model.parameters()).device
     rows = NormalisedRows(raster, config.mean, config.std, device)
     plain = settings.scales == (1.0,) and not settings.flip
     with _evaluating(model):
-        if plain and fits_one_window(model, size, window):
+        if plain and fits_one_window(model, size, settings.window):
             yield start, _to_array(model.segment(rows.read(0, size[0]))[0, start:], config.num_classes)
             return
-        enlarge_to = window if enlarges_small_images(model) else None
+        enlarge_to = settings.window if enlarges_small_images(model) else None
         images, flips = scaled_rows(rows, settings.scales, settings.flip, enlarge_to, device)
-        options = window, stride, settings.batch_size
+        options = settings.window, settings.stride, settings.batch_size
         for top, labels in slide_rows(model, images, flips, size, *options, start=start, progress=progress):
             yield top, _to_array(labels, config.num_classes)
 

@@ -20,22 +20,21 @@ from torch import nn
 
 from ..config import Pair
 from ..io.atomic import atomic_path
-from .predict import Settings
+from .settings import Settings
 
 Identity = dict[str, Any]
 
 
-def identity(model: nn.Module, name: str, settings: Settings, windows: Pair, source: Path, size: Pair) -> Identity:
+def identity(model: nn.Module, name: str, settings: Settings, source: Path, size: Pair) -> Identity:
     """What labels depend on: weights, options and the image file, in values that JSON holds.
 
     Raises:
         OSError: the image file is not there.
     """
     status = os.stat(source)
-    options = asdict(settings) | {"scales": list(settings.scales), "window": windows[0], "stride": windows[1]}
     return {
         "model": {"name": name, "weights": _digest(model)},
-        "options": options,
+        "options": asdict(settings) | {"scales": list(settings.scales)},
         "image": {"name": source.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "size": list(size)},
     }
 

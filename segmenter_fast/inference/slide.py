@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..config import Pair
 from .bands import WholeImage, slide_rows
-from .windows import check_windows
+from .settings import Settings, enlarges_small_images
 
 
 @torch.inference_mode()
@@ -53,7 +53,7 @@ def slide(
 
     Source: the official program's inference, and mmsegmentation's where images are not enlarged.
     """
-    check_windows(window, stride, batch_size)
+    Settings(window, stride, batch_size=batch_size)
     _check_images(images, flips, size)
     enlarge = enlarges_small_images(model)
     rows = []
@@ -108,17 +108,6 @@ def enlarged_size(size: Pair, window: int) -> Pair:
     if height < width:
         return window, int(width / height * window)
     return int(height / width * window), window
-
-
-def enlarges_small_images(model: object) -> bool:
-    """Whether the model's origin enlarges images below the window; the official program, the default, does."""
-    return getattr(getattr(model, "config", None), "upscale_small_images", True)
-
-
-def fits_one_window(model: object, size: Pair, window: int) -> bool:
-    """Whether a single window, without any resizing, covers a whole image of ``size``."""
-    resized = enlarges_small_images(model) and enlarged_size(size, window) != size
-    return max(size) <= window and not resized
 
 
 def _resized(images: Tensor, size: Pair) -> Tensor:

@@ -22,21 +22,6 @@ from ..kernels.bilinear import Axis
 _BEND = 1e-9
 
 
-def check_windows(window: int, stride: int, batch_size: int) -> None:
-    """What ``slide`` says of these arguments.
-
-    Raises:
-        ValueError: one of them is below 1, or the stride above the window.
-    """
-    for name, given in (("window", window), ("stride", stride), ("batch_size", batch_size)):
-        if given < 1:
-            raise ValueError(f"{name} must be at least 1, got {given}")
-    if stride > window:
-        raise ValueError(
-            f"stride must be at most the window, {window}, or pixels between windows get no label; got {stride}"
-        )
-
-
 @dataclass(frozen=True)
 class Windows:
     """Windows along one axis of an image of ``side`` pixels, cut to it where it is shorter.

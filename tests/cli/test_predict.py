@@ -25,9 +25,10 @@ OPTIONS = ("--model", MODEL, "--device", "cpu", "--dtype", "float32")
 # Bands of 8 rows, slowly, so that a signal meets a process in the middle of an image.
 SLOWLY = """
 import time
-from segmenter_fast import cli, sliding, spool
-append, sliding._BAND = spool.Spool.append, 1
-spool.Spool.append = lambda self, band: (append(self, band), time.sleep(0.05))
+from segmenter_fast import cli
+from segmenter_fast.inference import bands, resume
+append, bands._BAND = resume.Spool.append, 1
+resume.Spool.append = lambda self, band: (append(self, band), time.sleep(0.05))
 cli.main()
 """
 
@@ -74,16 +75,17 @@ def wait_for(process: subprocess.Popen[str], holds: object) -> None:
         time.sleep(0.02)
 
 
-def test_windows_and_their_overlap_may_be_given(tmp_path: Path) -> None:
+def test_windows_and_their_stride_or_overlap_may_be_given(tmp_path: Path) -> None:
     source = photo(tmp_path / "x.png", 130, 150)
     result = predict(source, "--out", tmp_path, "--window", 48, "--overlap", 20, "--batch-size", 3, "--flip")
     assert result.exit_code == 0, result.output
     model = sf.load(MODEL)
     expected = sf.predict(model, source, window=48, stride=28, batch_size=3, flip=True).labels
     assert np.array_equal(labels(tmp_path)["x.png"], expected)
-    assert predict(source, "--out", tmp_path, "--overlap", 10).exit_code == 0
     expected = sf.predict(model, source, stride=model.config.window_size - 10).labels
-    assert np.array_equal(labels(tmp_path)["x.png"], expected)
+    for option in (("--overlap", 10), ("--stride", model.config.window_size - 10)):
+        assert predict(source, "--out", tmp_path, *option).exit_code == 0
+        assert np.array_equal(labels(tmp_path)["x.png"], expected)
 
 
 def test_the_format_may_be_given(tmp_path: Path) -> None:
@@ -113,6 +115,9 @@ def test_the_format_may_be_given(tmp_path: Path) -> None:
         (("--window", 32, "--overlap", 32), "--overlap must be at least 0 and below the window of 32 pixels, got 32"),
         (("--overlap", 64), "--overlap must be at least 0 and below the window of 64 pixels, got 64"),
         (("--overlap", -1), "--overlap must be at least 0 and below the window of 64 pixels, got -1"),
+        (("--stride", 0), "--stride must be at least 1, got 0"),
+        (("--stride", 65), "stride must be at most the window, 64, or pixels between windows get no label; got 65"),
+        (("--stride", 32, "--overlap", 32), "give --stride or --overlap, not both; got --stride 32, --overlap 32"),
         (("--format", "gif"), "gif"),
     ],
 )
@@ -148,7 +153,7 @@ def test_a_process_that_is_ended_inside_an_image_goes_on(number: int, code: int,
     assert not (out / "labels/x.tif").exists()
     result = predict(source, "--out", out, "--format", "tiff", "--overlap", 40, "--resume")
     assert result.exit_code == 0, result.output
-    assert "begun anew" not in result.stderr
+    assert "restarted" not in result.stderr
     expected = sf.predict(sf.load(MODEL), source, stride=24).labels
     assert np.array_equal(labels(out)["x.tif"], expected)
     assert os.listdir(out / "labels") == ["x.tif"]
@@ -161,7 +166,7 @@ def test_other_options_begin_an_interrupted_image_anew_and_say_so(tmp_path: Path
     rows[1].write_text('{"model": {}}')
     result = predict(source, "--out", tmp_path / "out", "--format", "tiff", "--resume")
     assert result.exit_code == 0
-    expected = f"begun anew: {source}: not those of the interrupted run: model, options, image\n"
+    expected = f"restarted: {source}: not those of the interrupted run: model, options, image\n"
     assert result.stderr.endswith(expected)
     assert np.array_equal(labels(tmp_path / "out")["x.tif"], sf.predict(sf.load(MODEL), source).labels)
 

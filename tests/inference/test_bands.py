@@ -137,12 +137,12 @@ def test_only_the_windows_that_are_needed_are_scored_and_held() -> None:
     model = Toy()
     rows = [WholeImage(torch.randn(1, 3, 400, 100))]
     arguments = (model, rows, [False], (400, 100), 40, 40, 2)
-    list(slide_rows(*arguments, progress=lambda *done: calls.append(done)))
+    list(slide_rows(*arguments, progress=lambda completed, total: calls.append((completed, total))))
     assert sum(model.batches) == 30
     assert calls == [(done, 30) for done in range(2, 31, 2)]
     calls.clear()
     model.batches.clear()
-    list(slide_rows(*arguments, start=365, progress=lambda *done: calls.append(done)))
+    list(slide_rows(*arguments, start=365, progress=lambda completed, total: calls.append((completed, total))))
     assert sum(model.batches) == 4  # the last row of windows, and the one that shares its first batch
     assert calls == [(26, 30), (28, 30), (30, 30)]
 
@@ -215,8 +215,8 @@ import torch
 from segmenter_fast.benchmarks.timing import peak_memory
 from segmenter_fast.inference import slide
 
-sys.path.insert(0, "tests")
-from test_sliding import Toy
+sys.path.insert(0, "tests/inference")
+from test_bands import Toy
 
 torch.set_num_threads(1)
 model, image = Toy(16, classes=150), torch.randn(1, 3, 2048, 2048)

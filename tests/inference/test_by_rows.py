@@ -16,8 +16,8 @@ from segmenter_fast import io as rasters
 from segmenter_fast.inference import bands as sliding
 from segmenter_fast.inference import by_rows as predict_rows
 from segmenter_fast.inference.folders import Job, run
-from segmenter_fast.inference.predict import Settings
 from segmenter_fast.inference.resume import files
+from segmenter_fast.inference.settings import Settings
 from segmenter_fast.io import opening
 from segmenter_fast.io.tiff import TiffRaster
 from support.models import pixels, windowed
@@ -48,9 +48,9 @@ def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     ("size", "settings"),
     [
         ((300, 100), SETTINGS),
-        ((151, 97), Settings((0.75, 1.0, 1.5), True, 32, 20, 3)),
+        ((151, 97), Settings(32, 20, (0.75, 1.0, 1.5), True, 3)),
         ((20, 90), SETTINGS),  # enlarged
-        ((1, 200), Settings(flip=True)),
+        ((1, 200), Settings(32, 24, flip=True)),
         ((120, 1), SETTINGS),
     ],
 )
@@ -80,9 +80,9 @@ def test_png_may_be_asked_for(job: Job) -> None:
 
 def test_small_images_are_png_unless_tiff_is_asked_for(job: Job) -> None:
     model = windowed()
-    run(model, Job(job.source, job.labels.with_suffix(".png"), None))
+    run(model, Job(job.source, job.labels.with_suffix(".png"), None), SETTINGS)
     assert os.listdir(job.labels.parent) == ["x.png"]
-    run(model, job)
+    run(model, job, SETTINGS)
     assert sorted(os.listdir(job.labels.parent)) == ["x.png", "x.tif"]
 
 
@@ -98,8 +98,8 @@ def test_many_classes(job: Job) -> None:
 def test_an_interrupted_run_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     model = windowed()
 
-    def interrupt(done: int, total: int) -> None:
-        if done > total * 2 // 3:
+    def interrupt(completed: int, total: int) -> None:
+        if completed > total * 2 // 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -113,7 +113,10 @@ def test_an_interrupted_run_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -
     assert np.array_equal(np.fromfile(rows, np.uint8).reshape(-1, 100), expected[:before])
 
     reports: list[tuple[int, int]] = []
-    assert run(model, job, SETTINGS, resume=True, progress=lambda *report: reports.append(report)) is None
+    assert (
+        run(model, job, SETTINGS, resume=True, progress=lambda completed, total: reports.append((completed, total)))
+        is None
+    )
     assert reports[0][0] > reports[-1][1] // 2  # the windows of finished rows are not computed again
     assert reports[-1][0] == reports[-1][1]
     assert np.array_equal(tifffile.imread(job.labels), expected)
@@ -122,8 +125,8 @@ def test_an_interrupted_run_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.mark.usefixtures("_small_bands")
 def test_another_model_or_image_begins_anew(job: Job) -> None:
-    def interrupt(done: int, total: int) -> None:
-        if done > total // 2:
+    def interrupt(completed: int, total: int) -> None:
+        if completed > total // 2:
             raise KeyboardInterrupt
 
     model = windowed()
@@ -170,5 +173,5 @@ def test_the_overlay_of_a_large_image_is_reduced(job: Job, monkeypatch: pytest.M
 def test_what_cannot_be_written_as_tiff(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tifffile", None)
     with pytest.raises(ValueError, match=r"tifffile: pip install 'segmenter-fast\[large\]'"):
-        run(windowed(), job)
+        run(windowed(), job, SETTINGS)
     assert not job.labels.parent.exists()

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from segmenter_fast.inference.predict import Settings
 from segmenter_fast.inference.resume import Spool, files, identity
+from segmenter_fast.inference.settings import Settings
 
 ROWS = np.arange(60, dtype=np.uint8).reshape(10, 6)
 SIZE = (10, 6)
@@ -83,15 +83,15 @@ def test_rows_without_a_note_are_nobody_s(tmp_path: Path) -> None:
 def test_an_identity_changes_with_all_that_labels_depend_on(tmp_path: Path) -> None:
     image = tmp_path / "x.png"
     image.write_bytes(b"image")
-    model, settings = nn.Linear(3, 2), Settings()
+    model, settings = nn.Linear(3, 2), Settings(512, 480)
 
     def of(model: nn.Module = model, settings: Settings = settings, name: str = "m") -> dict[str, object]:
-        return identity(model, name, settings, (512, 480), image, (10, 6))
+        return identity(model, name, settings, image, (10, 6))
 
     first = of()
     assert of() == first
-    assert of(settings=Settings(flip=True)) != first
-    assert of(settings=Settings(scales=(1.0, 2.0))) != first
+    assert of(settings=Settings(512, 480, flip=True)) != first
+    assert of(settings=Settings(512, 480, (1.0, 2.0))) != first
     assert of(name="n") != first
     assert of(nn.Linear(3, 2)) != first
     with torch.no_grad():

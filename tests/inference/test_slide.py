@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import segmenter_fast as sf
-from segmenter_fast.inference.slide import enlarged_size, fits_one_window, scaled_and_flipped, slide
+from segmenter_fast.inference.settings import fits_one_window
+from segmenter_fast.inference.slide import enlarged_size, scaled_and_flipped, slide
 from segmenter_fast.reference import ReferenceSegmenter
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -1,0 +1,73 @@
+"""Settings of inference: scales, mirroring, windows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..config import Pair, SegmenterConfig
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one image is segmented.
+
+    Args:
+        window: side of the square windows, pixels.
+        stride: pixels from one window to the next.
+        scales: factors that the image is resized by; the probabilities of all scales are averaged.
+        flip: segment every scale mirrored, too.
+        batch_size: windows that go through the model at once.
+
+    Raises:
+        ValueError: a number out of its range, naming it.
+    """
+
+    window: int
+    stride: int
+    scales: tuple[float, ...] = (1.0,)
+    flip: bool = False
+    batch_size: int = 2
+
+    def __post_init__(self) -> None:
+        for name, given in (("window", self.window), ("stride", self.stride), ("batch_size", self.batch_size)):
+            if given < 1:
+                raise ValueError(f"{name} must be at least 1, got {given}")
+        if self.stride > self.window:
+            raise ValueError(
+                f"stride must be at most the window, {self.window}, or pixels between windows get no label; "
+                f"got {self.stride}"
+            )
+        if not self.scales:
+            raise ValueError("scales must name at least one scale, got none")
+        if not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f"scales must be positive, finite factors, got {', '.join(map(str, self.scales))}")
+
+    @classmethod
+    def of(
+        cls,
+        config: SegmenterConfig,
+        window: int | None = None,
+        stride: int | None = None,
+        scales: Sequence[float] = (1.0,),
+        flip: bool = False,
+        batch_size: int = 2,
+    ) -> Settings:
+        """Settings with the window and the stride of a model's configuration where they are None.
+
+        The configuration's stride is reduced to a smaller window.
+        """
+        window = config.window_size if window is None else window
+        stride = min(config.window_stride, window) if stride is None else stride
+        return cls(window, stride, tuple(scales), flip, batch_size)
+
+
+def enlarges_small_images(model: object) -> bool:
+    """Return whether the model's origin enlarges images below the window; the official program, the default, does."""
+    return getattr(getattr(model, "config", None), "upscale_small_images", True)
+
+
+def fits_one_window(model: object, size: Pair, window: int) -> bool:
+    """Return whether a single window covers a whole image of ``size`` (height, width) without resizing it."""
+    return max(size) <= window and (min(size) == window or not enlarges_small_images(model))
