@@ -5,8 +5,7 @@ from .accelerate import AccelerationReport, accelerate, acceleration_report, res
 from .config import VARIANTS, SegmenterConfig
 from .inference.predict import Prediction, predict
 from .segmenter import Segmenter
-from .weights.create import create_model
-from .weights.load import load
+from .weights.load import create_model, load
 
 __version__ = "0.1.0"
 

@@ -1,20 +1,19 @@
 """Class names and palettes of the data sets that Segmenter is trained on.
 
-Names and order are those of the labels; where one class has many names, mmsegmentation's. Colours: ADE20K those of the
-MIT scene parsing benchmark, Cityscapes those of its label table, Pascal Context the first 60 of ADE20K's, as
-mmsegmentation shows it.
+The order is that of the labels. A class with several names has the one that mmsegmentation gives it. The colours of
+ADE20K are those of the MIT scene parsing benchmark, those of Cityscapes come from its label table, and Pascal Context
+has the first 60 of ADE20K's, as in mmsegmentation.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 Color = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Dataset:
+class ClassList:
     """Class names and RGB colours, 0 to 255, in the order of the labels."""
 
     class_names: tuple[str, ...]
@@ -61,23 +60,15 @@ _CITYSCAPES_COLORS = """
 """
 
 
-def _dataset(names: str, colors: str) -> Dataset:
+def _class_list(names: str, colors: str) -> ClassList:
     class_names = tuple(name.strip() for name in names.replace("\n", " ").split(","))
     palette = tuple((color[0], color[1], color[2]) for color in map(bytes.fromhex, colors.split()))
-    return Dataset(class_names, palette[: len(class_names)])
+    return ClassList(class_names, palette[: len(class_names)])
 
 
-# By the names that the official program gives them.
-DATASETS: dict[str, Dataset] = {
-    "ade20k": _dataset(_ADE20K, _ADE20K_COLORS),
-    "pascal_context": _dataset(_PASCAL_CONTEXT, _ADE20K_COLORS),
-    "cityscapes": _dataset(_CITYSCAPES, _CITYSCAPES_COLORS),
+# Keys are the official program's names of the data sets.
+DATASET_CLASSES: dict[str, ClassList] = {
+    "ade20k": _class_list(_ADE20K, _ADE20K_COLORS),
+    "pascal_context": _class_list(_PASCAL_CONTEXT, _ADE20K_COLORS),
+    "cityscapes": _class_list(_CITYSCAPES, _CITYSCAPES_COLORS),
 }
-
-
-def classes_of(name: object, num_classes: int) -> dict[str, Any]:
-    """The configuration fields ``class_names`` and ``palette`` of a data set, none where the count is another."""
-    dataset = DATASETS.get(name) if isinstance(name, str) else None
-    if dataset is None or len(dataset.class_names) != num_classes:
-        return {}
-    return {"class_names": dataset.class_names, "palette": dataset.palette}

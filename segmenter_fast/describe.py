@@ -1,4 +1,4 @@
-"""Models in words and numbers: what ``segmenter-fast info`` and ``variants`` print."""
+"""Models in words and numbers, for ``segmenter-fast info`` and ``variants`` and for model cards."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .config import PUBLISHED_MIOU, VARIANTS, SegmenterConfig
-from .numerics import program_of
 from .reference import ReferenceSegmenter
+
+# Programs by their numerics: encoder eps, decoder eps, resizing of positions or "rotary", size of the upsampled masks.
+_PROGRAMS = {
+    (1e-5, 1e-5, "bilinear", "padded"): "the official program",
+    (1e-6, 1e-5, "bicubic", "image"): "mmsegmentation",
+    (1e-6, 1e-5, "bicubic_antialias", "padded"): "timm in the encoder, the official program in the decoder",
+    (1e-5, 1e-5, "rotary", "padded"): "timm in the encoder, the official program in the decoder",
+}
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Numbers in all parameters."""
+    """Return the number of values in all parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -48,16 +55,21 @@ def variants_table() -> Table:
 
 
 def info_table(model: nn.Module, config: SegmenterConfig, origin: str) -> Table:
-    """What a model is: origin, sizes, the numerics its weights were trained with, and its classes."""
+    """Origin, costs and configuration of a model."""
     table = Table(title=origin, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in _facts(model, config).items():
+    costs = {
+        "parameters": f"{count_parameters(model):,}",
+        "GMAC at 512 x 512": f"{count_macs(config) / 1e9:.1f}",
+    }
+    for name, value in (costs | describe_config(config)).items():
         table.add_row(name, value)
     return table
 
 
-def _facts(model: nn.Module, config: SegmenterConfig) -> dict[str, str]:
+def describe_config(config: SegmenterConfig) -> dict[str, str]:
+    """Architecture, numerics and classes of a configuration, in words."""
     tokens = {"class": config.class_token, "distillation": config.distillation_token}
     prefix = [name for name, present in tokens.items() if present]
     if config.num_register_tokens:
@@ -65,25 +77,23 @@ def _facts(model: nn.Module, config: SegmenterConfig) -> dict[str, str]:
     decoder = "linear"
     if config.decoder == "mask":
         decoder = f"mask transformer, {config.decoder_depth} layers, {config.decoder_num_heads} heads"
-    upsampling = "padded size, then cropped" if config.upsample_to == "padded" else "image size"
+    learned = config.pos_embed_kind == "learned"
+    resizing = config.pos_embed_mode if learned else config.pos_embed_kind
+    numerics = (config.encoder_norm_eps, config.decoder_norm_eps, resizing, config.upsample_to)
     small = "enlarged to the window" if config.upscale_small_images else "as they are"
-    names = ", ".join(config.class_names) or "no names"
-    rotary = config.pos_embed_kind == "rotary"
     return {
         "variant": config.variant,
-        "numerics of": program_of(config),
-        "parameters": f"{count_parameters(model):,}",
-        "GMAC at 512 x 512": f"{count_macs(config) / 1e9:.1f}",
+        "numerics of": _PROGRAMS.get(numerics, "no program we know"),
         "image size": f"{config.image_size[0]} x {config.image_size[1]}, patches of {config.patch_size}",
         "window, stride": f"{config.window_size}, {config.window_stride}; smaller images: {small}",
         "encoder": f"width {config.embed_dim}, {config.depth} layers, {config.num_heads} heads",
         "prefix tokens": ", ".join(prefix) or "none",
         "decoder": decoder,
         "LayerNorm eps": f"encoder {config.encoder_norm_eps:g}, decoder {config.decoder_norm_eps:g}",
-        "position embedding": "rotary" if rotary else f"learned, resized {config.pos_embed_mode}",
-        "masks upsampled to": upsampling,
+        "position embedding": f"learned, resized {resizing}" if learned else resizing,
+        "masks upsampled to": "padded size, then cropped" if config.upsample_to == "padded" else "image size",
         "mean": ", ".join(f"{value:g}" for value in config.mean),
         "std": ", ".join(f"{value:g}" for value in config.std),
-        "classes": f"{config.num_classes}: {names}",
+        "classes": f"{config.num_classes}: {', '.join(config.class_names) or 'no names'}",
         "palette": "its own" if config.palette else "none; a default is generated",
     }

@@ -1,4 +1,4 @@
-"""Class names and palettes, and where a checkpoint gets them."""
+"""Class names and palettes, and the ones that a checkpoint gets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import segmenter_fast as sf
-from segmenter_fast.classes import DATASETS, classes_of
+from segmenter_fast.classes import DATASET_CLASSES
 from segmenter_fast.weights.official import config_from_variant
 from segmenter_fast.weights.reading import read_yaml
 from support.checkpoints import GOLDEN
@@ -16,10 +16,10 @@ from support.checkpoints import GOLDEN
 
 @pytest.mark.parametrize(("name", "count"), [("ade20k", 150), ("pascal_context", 60), ("cityscapes", 19)])
 def test_every_class_has_a_name_and_a_colour(name: str, count: int) -> None:
-    dataset = DATASETS[name]
-    assert len(dataset.class_names) == len(set(dataset.class_names)) == len(dataset.palette) == count
-    assert all(label == label.strip() and label for label in dataset.class_names)
-    assert all(len(color) == 3 and all(0 <= value <= 255 for value in color) for color in dataset.palette)
+    classes = DATASET_CLASSES[name]
+    assert len(classes.class_names) == len(set(classes.class_names)) == len(classes.palette) == count
+    assert all(label == label.strip() and label for label in classes.class_names)
+    assert all(len(color) == 3 and all(0 <= value <= 255 for value in color) for color in classes.palette)
 
 
 @pytest.mark.parametrize(
@@ -38,26 +38,39 @@ def test_every_class_has_a_name_and_a_colour(name: str, count: int) -> None:
         ("cityscapes", 18, "bicycle", (119, 11, 32)),
     ],
 )
-def test_classes_as_they_are_known(name: str, index: int, label: str, color: tuple[int, int, int]) -> None:
-    dataset = DATASETS[name]
-    assert (dataset.class_names[index], dataset.palette[index]) == (label, color)
+def test_classes_are_their_publishers(name: str, index: int, label: str, color: tuple[int, int, int]) -> None:
+    classes = DATASET_CLASSES[name]
+    assert (classes.class_names[index], classes.palette[index]) == (label, color)
 
 
-def test_names_of_another_count_or_data_set_are_not_assigned() -> None:
-    assert classes_of("cityscapes", 19)["class_names"][0] == "road"
-    for name, count in (("cityscapes", 20), ("imagenet", 1000), (None, 150), (["ade20k"], 150)):
-        assert classes_of(name, count) == {}
+def config_trained_on(dataset: object, count: int) -> sf.SegmenterConfig:
+    """The configuration of an official checkpoint that names its data set."""
+    variant = read_yaml(GOLDEN / "official_mask" / "variant.yml")
+    variant["net_kwargs"]["n_cls"] = count
+    variant["dataset_kwargs"] = dataset
+    return config_from_variant(variant, {})
 
 
-@pytest.mark.parametrize("name", DATASETS)
-def test_an_official_checkpoint_that_says_its_data_set_has_its_classes(name: str) -> None:
-    variant, dataset = read_yaml(GOLDEN / "official_mask" / "variant.yml"), DATASETS[name]
-    variant["net_kwargs"]["n_cls"] = len(dataset.class_names)
-    variant["dataset_kwargs"]["dataset"] = name
-    config = config_from_variant(variant, {})
-    assert (config.class_names, config.palette) == (dataset.class_names, dataset.palette)
-    variant["dataset_kwargs"] = "nothing"
-    assert config_from_variant(variant, {}).class_names == ()
+@pytest.mark.parametrize("name", DATASET_CLASSES)
+def test_an_official_checkpoint_has_the_classes_of_its_data_set(name: str) -> None:
+    classes = DATASET_CLASSES[name]
+    config = config_trained_on({"dataset": name}, len(classes.class_names))
+    assert (config.class_names, config.palette) == (classes.class_names, classes.palette)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "count"),
+    [
+        ({"dataset": "cityscapes"}, 20),
+        ({"dataset": "imagenet"}, 1000),
+        ({"dataset": None}, 150),
+        ({"dataset": ["ade20k"]}, 150),
+        ("nothing", 19),
+    ],
+)
+def test_classes_of_another_count_or_data_set_are_not_assigned(dataset: object, count: int) -> None:
+    config = config_trained_on(dataset, count)
+    assert (config.class_names, config.palette) == ((), ())
 
 
 def test_a_checkpoints_own_classes_come_first(tmp_path: Path) -> None:

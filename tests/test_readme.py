@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import timm
 import torch
 
 import segmenter_fast as sf
@@ -39,7 +40,7 @@ def test_example(index: int) -> None:
 
 @pytest.mark.parametrize("line", BACKBONES)
 def test_the_line_for_a_backbone_names_weights_that_fit(line: str) -> None:
-    from segmenter_fast.weights import timm
+    from segmenter_fast.weights.timm import encoder_state
 
     def fits(variant: str, pretrained: str, freeze_encoder: bool = False, **fields: Any) -> bool:
         config = sf.VARIANTS[variant].replace(**fields)
@@ -47,9 +48,9 @@ def test_the_line_for_a_backbone_names_weights_that_fit(line: str) -> None:
         if name == "backbone.pth":
             return True
         with torch.device("meta"):
-            theirs = timm.import_timm().create_model(name, pretrained=False, num_classes=0).state_dict()
+            theirs = timm.create_model(name, pretrained=False, num_classes=0).state_dict()
             ours = sf.Segmenter(config).encoder.state_dict()
-        shapes = {key: value.shape for key, value in timm.encoder_state(theirs, config).items()}
+        shapes = {key: value.shape for key, value in encoder_state(theirs, config).items()}
         return shapes == {key: value.shape for key, value in ours.items()}
 
     assert eval(line, {"sf": SimpleNamespace(create_model=fits)})

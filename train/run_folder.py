@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..config import SegmenterConfig
 from ..io.atomic import atomic_files, atomic_path
-from ..weights import ours
+from ..weights import hub
 from ..weights.reading import read_json
 from . import checkpoints
 from .presets import Recipe
@@ -139,7 +139,7 @@ def export(run: Path, name: str, config: SegmenterConfig, state: Mapping[str, Te
         OSError: it cannot be written.
     """
     with atomic_files(run / name) as temporary:
-        ours.write_folder(temporary, config, state)
+        hub.write_folder(temporary, config, state)
 
 
 def copy_to_best(run: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from segmenter_fast import load
 from segmenter_fast.io.atomic import atomic_files
-from segmenter_fast.weights.ours import CONFIG, WEIGHTS
+from segmenter_fast.weights.hub import CONFIG, WEIGHTS
 from segmenter_fast.weights.reading import read_json
 
 from .evaluation import evaluate

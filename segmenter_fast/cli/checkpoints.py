@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,18 @@ import typer
 from rich.console import Console
 
 from ..describe import info_table, variants_table
-from ..weights.convert import CheckpointFormat, push, write
+from ..weights import hub, official
 from .app import Device, Dtype, app, loaded, model_of, say
+
+
+class Format(str, Enum):
+    """``ours``: config.json and model.safetensors. ``official``: variant.yml and checkpoint.pth."""
+
+    ours = "ours"
+    official = "official"
+
+
+_FILES = {Format.ours: (hub.CONFIG, hub.WEIGHTS), Format.official: (official.VARIANT, official.WEIGHTS)}
 
 
 @app.command()
@@ -24,23 +35,39 @@ def info(model: Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or 
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="Checkpoint: folder, file or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    to: Annotated[CheckpointFormat, typer.Option(help="The format to write.")] = CheckpointFormat.ours,
+    to: Annotated[Format, typer.Option(help="The format to write.")] = Format.ours,
 ) -> None:
     """Convert a checkpoint to our format, or back to the official one."""
-    for notice in write(loaded(source), out, to):
-        say(f"warning: {notice}", "yellow")
+    model = loaded(source)
+    for other, names in _FILES.items():
+        if other != to and (found := [name for name in names if (out / name).exists()]):
+            raise ValueError(f"{out} holds another checkpoint ({', '.join(found)}); choose a folder without one")
+    if to is Format.official:
+        for difference in official.write_folder(out, model.config, model.state_dict()):
+            say(f"warning: {difference}", "yellow")
+    else:
+        model.save_pretrained(out)
     typer.echo(f"written: {out}")
 
 
-@app.command("push")
-def pushmodel_of(
+@app.command()
+def push(
     model: Annotated[str, typer.Argument(metavar="M", help="Checkpoint: folder, file or hub id.")],
-    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Where to on the Hugging Face Hub.")],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hugging Face Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     licence: Annotated[str | None, typer.Option("--license", help="Of the weights, such as mit.")] = None,
 ) -> None:
     """Upload a checkpoint in our format, with a model card, to the Hugging Face Hub."""
-    typer.echo(push(loaded(model), repository, private, licence))
+    segmenter = loaded(model)
+    if repository.count("/") != 1:
+        raise ValueError(f"repository must be org/name, got {repository!r}")
+    card = {"license": licence} if licence else {}
+    try:
+        address = segmenter.push_to_hub(repository, private=private, model_card_kwargs=card)
+    except Exception as error:  # network, login and permission raise classes of several libraries
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise OSError(f"{repository} cannot be pushed to the Hugging Face Hub: {reason}") from error
+    typer.echo(address)
 
 
 @app.command()

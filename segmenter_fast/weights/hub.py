@@ -1,24 +1,72 @@
-"""Saving and loading in our own format, through huggingface_hub's mixin. Local folders need no network."""
+"""Our own format, in folders and on the Hugging Face Hub: ``model.safetensors``, ``config.json`` and a model card.
+
+``config.json`` holds the fields of ``SegmenterConfig``, class names and palette among them, and the versions of the
+format and of the package that wrote it. Local folders need no network.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
+from ..config import SegmenterConfig
+from ..describe import describe_config
 from ..io.atomic import atomic_files
-from ..numerics import program_of
-from . import ours
-from .build import build
+from .build import SavedModel, build
+from .reading import CheckpointError, read_json, read_safetensors
 
-if TYPE_CHECKING:
-    from ..config import SegmenterConfig
-
-_CARD = "README.md"
-# Of the backbones that variants start from, as timm states them, by a part of their name; the first that fits.
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
+_DOWNLOAD_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+# Licences that timm states for backbones, by a part of their names; the first that fits.
 _LICENCES = (("dinov3", "the DINOv3 License"), ("", "Apache 2.0"))
+
+
+def read_folder(folder: Path) -> SavedModel:
+    """Return the model that ``write_folder`` wrote.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        CheckpointError: one of them is damaged, of another library or of a newer format.
+    """
+    path = folder / CONFIG
+    fields = read_json(path)
+    version, writer = fields.pop("format_version", None), fields.pop("package_version", "unknown")
+    if not isinstance(version, int):
+        raise CheckpointError(f"{path}: no configuration of segmenter-fast: it has no format_version")
+    if version > FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path}: format {version}, written by segmenter-fast {writer}; this one reads {FORMAT_VERSION}"
+        )
+    try:
+        config = SegmenterConfig.from_dict(fields)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error} (written by segmenter-fast {writer})") from error
+    return SavedModel(str(folder), config, read_safetensors(folder / WEIGHTS))
+
+
+def write_folder(folder: Path, config: SegmenterConfig, state: Mapping[str, Tensor]) -> None:
+    """Write both files into an existing folder.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    try:
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # raised for a full disk
+        raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
+    versions = {"format_version": FORMAT_VERSION, "package_version": importlib.metadata.version("segmenter-fast")}
+    (folder / CONFIG).write_text(json.dumps(versions | config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 class HubMixin(
@@ -66,29 +114,19 @@ class HubMixin(
         return None
 
     def generate_model_card(self, *_: Any, **card_data: Any) -> ModelCard:
-        """A model card with variant, classes, numerics and licence of the weights.
+        """Return a model card with architecture, numerics, classes and the licence of the weights.
 
-        ``card_data`` adds to its metadata, such as ``license``, the licence of these weights. Nobody but their owner
-        can know it: where it is not given, the card says so, and what the backbone is licensed under.
+        Args:
+            card_data: entries to add to its metadata, such as ``license``. Only the owner of the weights knows their
+                licence: without one the card says that it is not stated, and names that of the backbone.
         """
         config = self.config
         metadata = ModelCardData(**self._hub_mixin_info.model_card_data.to_dict() | card_data)
-        rows = {
-            "variant": config.variant,
-            "licence of the weights": _licence(config, card_data.get("license")),
-            "classes": f"{config.num_classes}" + (f": {', '.join(config.class_names)}" if config.class_names else ""),
-            "numerics of": program_of(config),
-            "encoder": f"width {config.embed_dim}, {config.depth} layers, {config.num_heads} heads",
-            "decoder": config.decoder,
-            "image size, patch size": f"{config.image_size[0]} x {config.image_size[1]}, {config.patch_size}",
-            "window, stride": f"{config.window_size}, {config.window_stride}",
-            "mean, std": f"{config.mean}, {config.std}",
-            "LayerNorm eps, encoder and decoder": f"{config.encoder_norm_eps}, {config.decoder_norm_eps}",
-            "position embedding": f"{config.pos_embed_kind}, resized {config.pos_embed_mode}"
-            if config.pos_embed_kind == "learned"
-            else config.pos_embed_kind,
-            "masks upsampled to": config.upsample_to,
-        }
+        licence = card_data.get("license") or "not stated"
+        if not card_data.get("license") and config.timm_backbone:
+            name = next(name for part, name in _LICENCES if part in config.timm_backbone)
+            licence += f"; if they started from {config.timm_backbone}: that is under {name}"
+        rows = {"licence of the weights": licence, **describe_config(config)}
         table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
         return ModelCard(
             f"---\n{metadata.to_yaml()}\n---\n\n# {config.variant}\n\n"
@@ -100,24 +138,14 @@ class HubMixin(
         )
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        ours.write_folder(save_directory, self.config, self.state_dict())  # type: ignore[attr-defined]
+        write_folder(save_directory, self.config, self.state_dict())  # type: ignore[attr-defined]
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, config: Any = None, **options: Any) -> Any:
-        """Called by ``from_pretrained``; ``config`` is its raw reading of config.json, which is read again, checked."""
-        hub_names = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        hub_options = {name: options.pop(name) for name in hub_names if name in options}
+        """Load for ``from_pretrained``, whose unchecked ``config`` is ignored."""
+        download = {name: options.pop(name) for name in _DOWNLOAD_OPTIONS if name in options}
         folder = Path(model_id)
         if not folder.is_dir():
-            for name in (ours.CONFIG, ours.WEIGHTS):
-                folder = Path(hf_hub_download(model_id, name, **hub_options)).parent
-        return build(cls, dataclasses.replace(ours.read_folder(folder), name=model_id), options)  # type: ignore[type-var]
-
-
-def _licence(config: SegmenterConfig, given: str | None) -> str:
-    if given:
-        return given
-    if config.timm_backbone is None:
-        return "not stated"
-    name = next(name for part, name in _LICENCES if part in config.timm_backbone)
-    return f"not stated; if they started from {config.timm_backbone}: that is under {name}"
+            for name in (CONFIG, WEIGHTS):
+                folder = Path(hf_hub_download(model_id, name, **download)).parent
+        return build(cls, dataclasses.replace(read_folder(folder), name=model_id), options)  # type: ignore[type-var]

@@ -1,4 +1,4 @@
-"""What the tensors themselves say about a model's configuration."""
+"""A model's configuration, as far as the shapes of its tensors tell it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,32 @@ from torch import Tensor
 from ..config import VARIANTS, SegmenterConfig
 from .reading import CheckpointError
 
-_HEAD_DIM = 64
-_OF_VARIANTS = (
+HEAD_DIM = 64  # of the paper's attention heads
+# Fields that set one variant apart from another.
+ARCHITECTURE = (
     "patch_size",
     "embed_dim",
     "depth",
     "num_heads",
+    "mlp_ratio",
     "mlp",
+    "qkv_bias",
+    "pos_embed_kind",
+    "class_token",
     "distillation_token",
     "num_register_tokens",
     "layer_scale",
-    "pos_embed_kind",
     "decoder",
 )
 
 
 def fields_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Configuration fields of a state dict with official names, read off its shapes.
+    """Return the configuration fields of a state dict with official names.
 
-    What shapes cannot say is assumed as the paper has it: attention heads of 64. ``given`` holds the caller's
-    overrides, of which head counts and image size help where the assumption fails.
+    Attention heads of 64, as in the paper, are assumed.
+
+    Args:
+        given: fields that the caller overrides; head counts and ``image_size`` replace what is assumed.
 
     Raises:
         CheckpointError: a tensor that any Segmenter has is missing, or the grid of patches cannot be told.
@@ -40,10 +46,14 @@ def fields_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) ->
     hidden, _ = _shape(state, f"encoder.blocks.0.mlp.fc1{'_g' * swiglu}.weight", 2)
     qkv_bias = "encoder.blocks.0.attn.qkv.bias" in state
     rotary = "encoder.pos_embed" not in state and not qkv_bias  # one missing alone is a damaged checkpoint
+    if embed_dim % HEAD_DIM and not given.get("num_heads"):
+        raise CheckpointError(f"embed_dim {embed_dim} is no multiple of {HEAD_DIM}; pass num_heads=")
+    num_heads = given.get("num_heads") or embed_dim // HEAD_DIM
     fields: dict[str, Any] = {
         "patch_size": patch_size,
         "embed_dim": embed_dim,
         "depth": _layers(state, "encoder.blocks."),
+        "num_heads": num_heads,
         "mlp_ratio": hidden / embed_dim,
         "mlp": "swiglu" if swiglu else "gelu",
         "qkv_bias": qkv_bias,
@@ -53,32 +63,31 @@ def fields_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) ->
         "num_register_tokens": _shape(state, "encoder.reg_token", 3)[1] if "encoder.reg_token" in state else 0,
         "layer_scale": "encoder.blocks.0.ls1.gamma" in state,
         "head_classes": head_classes(state),
-        "num_heads": given.get("num_heads") or _heads(embed_dim, "num_heads"),
+        "decoder_num_heads": given.get("decoder_num_heads") or num_heads,
     }
-    fields["decoder_num_heads"] = given.get("decoder_num_heads") or fields["num_heads"]
     if "decoder.cls_emb" in state:
         fields |= {"decoder": "mask", "num_classes": _shape(state, "decoder.cls_emb", 3)[1]}
         fields["decoder_depth"] = _layers(state, "decoder.blocks.")
     else:
         fields |= {"decoder": "linear", "num_classes": _shape(state, "decoder.head.weight", 2)[0]}
+    image_size = given.get("image_size")
+    image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if rotary:
-        image_size = given.get("image_size", SegmenterConfig.image_size)
-        fields["image_size"] = (image_size, image_size) if isinstance(image_size, int) else image_size
-        fields["pos_embed_prefix"] = False
+        fields |= {"image_size": image_size or SegmenterConfig.image_size, "pos_embed_prefix": False}
     else:
-        fields |= _grid(_shape(state, "encoder.pos_embed", 3)[1], fields, given)
+        fields |= _grid(_shape(state, "encoder.pos_embed", 3)[1], fields, image_size or (0, 0))
     return fields | named_variant(fields)
 
 
 def head_classes(state: Mapping[str, Tensor]) -> int:
-    """Rows of the unused classification head, 0 where there is none."""
+    """Return the rows of the unused classification head, 0 where there is none."""
     return _shape(state, "encoder.head.weight", 2)[0] if "encoder.head.weight" in state else 0
 
 
 def named_variant(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Name and timm backbone of the variant that a model's dimensions make it, if any."""
+    """Return name and timm backbone of the variant that has this architecture, nothing where none has."""
     for name, config in VARIANTS.items():
-        if all(getattr(config, field) == fields.get(field, getattr(SegmenterConfig, field)) for field in _OF_VARIANTS):
+        if all(getattr(config, field) == fields.get(field, getattr(SegmenterConfig, field)) for field in ARCHITECTURE):
             return {"variant": name, "timm_backbone": config.timm_backbone}
     return {}
 
@@ -95,19 +104,12 @@ def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 
-def _heads(embed_dim: int, field: str) -> int:
-    if embed_dim % _HEAD_DIM:
-        raise CheckpointError(f"embed_dim {embed_dim} is no multiple of {_HEAD_DIM}; pass {field}=")
-    return embed_dim // _HEAD_DIM
+def _grid(positions: int, fields: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, Any]:
+    """Return the image size of a position embedding: the given one where it fits, otherwise a square.
 
-
-def _grid(positions: int, fields: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Image size of a position embedding: the caller's where it fits, otherwise a square.
-
-    Only models with register tokens are known to leave the prefix tokens out of it.
+    Only models with register tokens are known to leave the prefix tokens out of the position embedding.
     """
-    patch_size, registers, image_size = fields["patch_size"], fields["num_register_tokens"], given.get("image_size")
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or (0, 0)
+    patch_size, registers, (height, width) = fields["patch_size"], fields["num_register_tokens"], image_size
     prefix = fields["class_token"] + fields["distillation_token"] + registers
     for has_prefix in (True, False) if registers else (True,):
         patches = positions - prefix * has_prefix

@@ -1,4 +1,7 @@
-"""``load``: any source, recognised by what it holds."""
+"""``load``, for a trained model from any source, and ``create_model``, for a new one.
+
+A source is recognised by its content; each format's own file has the key map and the configuration.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,11 @@ from typing import Any, TypeAlias
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from ..config import SegmenterConfig
+from ..config import SegmenterConfig, variant_config
 from ..segmenter import Segmenter
-from . import mmseg, official, ours
-from .build import Checkpoint, build
+from . import hub, mmseg, official, timm
+from .build import SavedModel, build, load_strictly
+from .infer_config import ARCHITECTURE
 from .reading import CheckpointError, read_safetensors, read_torch, read_yaml
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
@@ -23,13 +27,13 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segmenter:
-    """A trained model, float32, in evaluation mode, with the numerics of the program that trained it.
+    """Return a trained model, float32, in evaluation mode, with the numerics of the program that trained it.
 
     Args:
         source: a folder with ``config.json`` and ``model.safetensors``; an official folder with ``checkpoint.pth`` and
             ``variant.yml``; one of these files; a ``.pth`` of mmsegmentation 0.x or 1.x; a state dict of any of these;
-            or the id ``org/name`` of a model on the Hugging Face Hub. What it is, is told by the content.
-        num_classes: where it differs from the checkpoint's, the tensors of the classes are initialised anew, and a
+            or the id ``org/name`` of a model on the Hugging Face Hub. The content tells which of them it is.
+        num_classes: where it differs from the checkpoint's, the tensors of the classes are re-initialised, and a
             warning names them.
         fields: fields of ``SegmenterConfig`` to override; another ``image_size`` resizes the position embedding.
 
@@ -40,59 +44,141 @@ def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segme
     """
     if num_classes is not None:
         fields["num_classes"] = num_classes
+    if not isinstance(source, Mapping) and not Path(source).exists() and _HUB_ID.fullmatch(os.fspath(source)):
+        try:
+            return Segmenter.from_pretrained(os.fspath(source), **fields)
+        except (OSError, HfHubHTTPError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{source} is no file or folder here, and the Hugging Face Hub does not give it either: {reason}"
+            ) from error
+    return build(Segmenter, read_checkpoint(source, fields), fields)
+
+
+def create_model(
+    variant: str | SegmenterConfig = "seg_b_mask_16",
+    pretrained: str | os.PathLike[str] | None = None,
+    freeze_encoder: bool = False,
+    **fields: Any,
+) -> Segmenter:
+    """Return a Segmenter, in training mode unless it comes from a Segmenter checkpoint.
+
+    Args:
+        variant: a name from ``segmenter_fast.VARIANTS``, or a configuration.
+        pretrained: None for random weights; ``"timm"`` for an encoder with the weights of ``config.timm_backbone``;
+            another name of timm's, such as ``"vit_small_patch16_224.augreg_in21k"``; a file of encoder weights in
+            timm's names; or a file or folder with a Segmenter checkpoint, as ``load`` takes, of the same architecture.
+            A checkpoint keeps its own numerics and classes, weights of timm their mean and std, where ``fields`` name
+            no others. The position embedding is resized to ``image_size``.
+        freeze_encoder: whether to train the decoder only, see ``Segmenter.freeze_encoder``.
+        fields: any field of ``SegmenterConfig`` to override, such as ``num_classes`` or ``image_size``. timm's own
+            features need ``encoder_norm_eps=1e-6`` and ``pos_embed_mode="bicubic_antialias"``, which are the default
+            of the DINOv2 variants; the official program runs its weights at 1e-5 and "bilinear", the default elsewhere.
+
+    Raises:
+        ValueError: an unknown variant, a field out of range, or weights that are unavailable or do not fit.
+        TypeError: an unknown field.
+        FileNotFoundError: no such file, and no such name.
+        ImportError: timm is wanted and missing.
+    """
+    config = (variant_config(variant) if isinstance(variant, str) else variant).replace(**fields)
+    model = Segmenter(config) if pretrained is None else _pretrained(config, os.fspath(pretrained), fields)
+    return model.freeze_encoder() if freeze_encoder else model
+
+
+def _pretrained(config: SegmenterConfig, source: str, fields: Mapping[str, Any]) -> Segmenter:
+    """Return a model with the weights of ``source``, see ``create_model``."""
+    name, path = config.timm_backbone if source == "timm" else source, Path(source)
+    if name is None:
+        raise CheckpointError(f"there are no timm weights for {config.variant}; pass timm_backbone= or a file")
+    if source == "timm" or (not path.exists() and timm.names_a_model(name)):
+        encoder, pixels = timm.download(name, config)
+        return _with_encoder(config.replace(**{**pixels, "timm_backbone": name, **fields}), encoder, f"timm's {name}")
+    if path.is_file():
+        state, _ = _read_file(path)
+        if timm.recognises(state):
+            return _with_encoder(config, state, source)
+    model = build(Segmenter, read_checkpoint(path, fields), fields)
+    different = [
+        f"{name} is {getattr(model.config, name)}, not {getattr(config, name)}"
+        for name in ARCHITECTURE
+        if getattr(model.config, name) != getattr(config, name)
+    ]
+    if different:
+        raise CheckpointError(f"{path} holds another model than {config.variant}: {', '.join(different)}")
+    return model
+
+
+def _with_encoder(config: SegmenterConfig, state: Mapping[str, Tensor], name: str) -> Segmenter:
+    """Return a random model with the encoder replaced; an unused classification head stays random."""
+    model = Segmenter(config)
+    heads = {key: tensor for key, tensor in model.encoder.state_dict().items() if key.startswith(timm.HEADS)}
+    load_strictly(model.encoder, timm.encoder_state(state, config) | heads, name)
+    return model
+
+
+def read_checkpoint(source: Source, given: Mapping[str, Any]) -> SavedModel:
+    """Read a file, a folder or a state dict.
+
+    Args:
+        given: fields that the caller overrides, see ``fields_from_shapes``.
+
+    Raises:
+        FileNotFoundError, CheckpointError: as ``load``.
+    """
     if isinstance(source, Mapping):
-        state, meta = unwrapped(source, "the state dict")
-        return build(Segmenter, from_state(state, "the state dict", fields, meta), fields)
+        return _from_state(*_unwrapped(source, "the state dict"), "the state dict", given)
     path = Path(source)
-    if not path.exists() and _HUB_ID.fullmatch(os.fspath(source)):
-        return _from_hub(os.fspath(source), fields)
-    return build(Segmenter, read_checkpoint(path, fields), fields)
-
-
-def read_checkpoint(path: Path, given: Mapping[str, Any]) -> Checkpoint:
-    """What a file or folder holds, in our names. ``given`` are the caller's overrides, see ``fields_from_shapes``."""
-    if path.is_dir():
-        if (path / ours.CONFIG).exists() or (path / ours.WEIGHTS).exists():
-            return ours.read_folder(path)
-        if (path / official.WEIGHTS).exists() or (path / official.VARIANT).exists():
-            return _official(path / official.WEIGHTS, path / official.VARIANT)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    is_folder = path.is_dir()
+    if is_folder and any((path / name).exists() for name in (hub.CONFIG, hub.WEIGHTS)):
+        return hub.read_folder(path)
+    if path.name == hub.WEIGHTS and (path.parent / hub.CONFIG).exists():
+        return hub.read_folder(path.parent)
+    if is_folder and not any((path / name).exists() for name in (official.WEIGHTS, official.VARIANT)):
         raise CheckpointError(
-            f"{path} holds no checkpoint: expected {ours.CONFIG} and {ours.WEIGHTS}, "
+            f"{path} holds no checkpoint: expected {hub.CONFIG} and {hub.WEIGHTS}, "
             f"or {official.WEIGHTS} and {official.VARIANT}; name a file to load another one"
         )
-    if path.suffix == ".safetensors":
-        if path.name == ours.WEIGHTS and (path.parent / ours.CONFIG).exists():
-            return ours.read_folder(path.parent)
-        return from_state(read_safetensors(path), str(path), given)
-    state, meta = unwrapped(read_torch(path), str(path))
+    if is_folder:
+        path /= official.WEIGHTS
+    state, meta = _read_file(path)
     variant = path.parent / official.VARIANT
-    if official.recognises(state) and variant.exists():
-        return _official(path, variant, state)
-    return from_state(state, str(path), given, meta)
+    if not is_folder and not (official.recognises(state) and variant.exists()):
+        return _from_state(state, meta, str(path), given)
+    described = read_yaml(variant)
+    try:
+        return SavedModel(str(path), official.config_from_variant(described, state), state)
+    except ValueError as error:
+        raise CheckpointError(f"{variant}: {error}") from error
 
 
-def unwrapped(content: Any, name: str) -> tuple[Mapping[str, Tensor], Any]:
-    """State dict and ``meta`` of a loaded checkpoint, which may be the state dict itself.
+def _read_file(path: Path) -> tuple[Mapping[str, Tensor], Any]:
+    """Return the state dict and ``meta`` of a file."""
+    if path.suffix == ".safetensors":
+        return read_safetensors(path), None
+    return _unwrapped(read_torch(path), str(path))
+
+
+def _unwrapped(content: Any, name: str) -> tuple[Mapping[str, Tensor], Any]:
+    """Return state dict and ``meta`` of a loaded checkpoint, which may be the state dict itself.
 
     Raises:
         CheckpointError: no state dict in it.
     """
     if isinstance(content, Mapping):
         for state in (content.get("model"), content.get("state_dict"), content):
-            if isinstance(state, Mapping) and state and any(isinstance(value, Tensor) for value in state.values()):
-                _require_tensors(state, name)
+            if isinstance(state, Mapping) and any(isinstance(value, Tensor) for value in state.values()):
+                for key, value in state.items():
+                    if not isinstance(key, str) or not isinstance(value, Tensor):
+                        raise CheckpointError(f"{name} holds no state dict: its {key!r} is {type(value).__name__}")
                 return state, content.get("meta")
     raise CheckpointError(f"{name} holds no state dict: neither is it one, nor has it 'model' or 'state_dict'")
 
 
-def _require_tensors(state: Mapping[Any, Any], name: str) -> None:
-    for key, value in state.items():
-        if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise CheckpointError(f"{name} holds no state dict: its {key!r} is {type(value).__name__}")
-
-
-def from_state(state: Mapping[str, Tensor], name: str, given: Mapping[str, Any], meta: Any = None) -> Checkpoint:
-    """A state dict of any origin, configured from its shapes.
+def _from_state(state: Mapping[str, Tensor], meta: Any, name: str, given: Mapping[str, Any]) -> SavedModel:
+    """Configure a state dict by its shapes.
 
     Raises:
         CheckpointError: keys of no known origin, or a tensor that any Segmenter has is missing.
@@ -100,7 +186,7 @@ def from_state(state: Mapping[str, Tensor], name: str, given: Mapping[str, Any],
     try:
         if mmseg.recognises(state):
             renamed = mmseg.to_ours(state)
-            return Checkpoint(name, mmseg.config_from(renamed, meta, given), renamed)
+            return SavedModel(name, mmseg.config_from(renamed, meta, given), renamed)
         if official.recognises(state):
             config = official.config_from_shapes(state, given)
             warnings.warn(
@@ -108,28 +194,7 @@ def from_state(state: Mapping[str, Tensor], name: str, given: Mapping[str, Any],
                 f"{config.mean} and the official program's numerics are assumed; override what differs",
                 stacklevel=4,
             )
-            return Checkpoint(name, config, state)
+            return SavedModel(name, config, state)
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
-    raise CheckpointError(f"{name} holds no Segmenter: its keys are {', '.join(map(str, list(state)[:5]))}, ...")
-
-
-def _official(weights: Path, variant: Path, state: Mapping[str, Tensor] | None = None) -> Checkpoint:
-    described = read_yaml(variant)
-    if state is None:
-        state, _ = unwrapped(read_torch(weights), str(weights))
-    try:
-        config: SegmenterConfig = official.config_from_variant(described, state)
-    except ValueError as error:
-        raise CheckpointError(f"{variant}: {error}") from error
-    return Checkpoint(str(weights), config, state)
-
-
-def _from_hub(model_id: str, fields: Mapping[str, Any]) -> Segmenter:
-    try:
-        return Segmenter.from_pretrained(model_id, **fields)
-    except (OSError, HfHubHTTPError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{model_id} is no file or folder here, and cannot be had from the Hugging Face Hub either: {reason}"
-        ) from error
+    raise CheckpointError(f"{name} holds no Segmenter: its keys are {', '.join(list(state)[:5])}, ...")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..config import SegmenterConfig
+from .build import rename
 from .infer_config import fields_from_shapes
 
-# What mmsegmentation's Segmenter configurations fix, where it differs from the official program.
+# Values of mmsegmentation's Segmenter configurations.
 _NUMERICS: dict[str, Any] = {
     "encoder_norm_eps": 1e-6,
     "decoder_norm_eps": 1e-5,
@@ -24,41 +24,38 @@ _NUMERICS: dict[str, Any] = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.5, 0.5, 0.5),
 }
-_OVERLAP = 32  # pixels by which neighbouring windows overlap in its configurations (crop 512, stride 480)
+_OVERLAP = 32  # of neighbouring windows, in pixels: crops of 512 at a stride of 480
 
-_NAMES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^backbone\.layers\.", "encoder.blocks."),
-        (r"^backbone\.ln1\.", "encoder.norm."),
-        (r"^backbone\.patch_embed\.projection\.", "encoder.patch_embed.proj."),
-        (r"^backbone\.", "encoder."),
-        (r"^decode_head\.layers\.", "decoder.blocks."),
-        (r"^decode_head\.dec_proj\.", "decoder.proj_dec."),
-        (r"^decode_head\.patch_proj\.weight$", "decoder.proj_patch"),
-        (r"^decode_head\.classes_proj\.weight$", "decoder.proj_classes"),
-        (r"^decode_head\.conv_seg\.", "decoder.head."),
-        (r"^decode_head\.", "decoder."),
-        (r"(\.blocks\.\d+)\.ln([12])\.", r"\1.norm\2."),
-        (r"(\.blocks\.\d+)\.attn\.attn\.in_proj_", r"\1.attn.qkv."),
-        (r"(\.blocks\.\d+)\.attn\.attn\.out_proj\.", r"\1.attn.proj."),
-        (r"(\.blocks\.\d+)\.ffn\.layers\.0\.0\.", r"\1.mlp.fc1."),
-        (r"(\.blocks\.\d+)\.ffn\.layers\.1\.", r"\1.mlp.fc2."),
-    )
-]
+_NAMES = {
+    r"^backbone\.layers\.": "encoder.blocks.",
+    r"^backbone\.ln1\.": "encoder.norm.",
+    r"^backbone\.patch_embed\.projection\.": "encoder.patch_embed.proj.",
+    r"^backbone\.": "encoder.",
+    r"^decode_head\.layers\.": "decoder.blocks.",
+    r"^decode_head\.dec_proj\.": "decoder.proj_dec.",
+    r"^decode_head\.patch_proj\.weight$": "decoder.proj_patch",
+    r"^decode_head\.classes_proj\.weight$": "decoder.proj_classes",
+    r"^decode_head\.conv_seg\.": "decoder.head.",
+    r"^decode_head\.": "decoder.",
+    r"(\.blocks\.\d+)\.ln([12])\.": r"\1.norm\2.",
+    r"(\.blocks\.\d+)\.attn\.attn\.in_proj_": r"\1.attn.qkv.",
+    r"(\.blocks\.\d+)\.attn\.attn\.out_proj\.": r"\1.attn.proj.",
+    r"(\.blocks\.\d+)\.ffn\.layers\.0\.0\.": r"\1.mlp.fc1.",
+    r"(\.blocks\.\d+)\.ffn\.layers\.1\.": r"\1.mlp.fc2.",
+}
 _TRANSPOSED = ("decoder.proj_patch", "decoder.proj_classes")
 
 
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Whether the keys are mmsegmentation's."""
-    return any(key.startswith("backbone.") for key in state) and any(key.startswith("decode_head.") for key in state)
+    """Return whether the keys are mmsegmentation's."""
+    return all(any(key.startswith(prefix) for key in state) for prefix in ("backbone.", "decode_head."))
 
 
 def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """mmsegmentation's state dict in our names; keys it does not know keep theirs."""
+    """Return mmsegmentation's state dict in our names; unknown keys keep theirs."""
     is_mask = "decode_head.cls_emb" in state
     ours = {
-        _rename(key): tensor
+        rename(key, _NAMES): tensor
         for key, tensor in state.items()
         if not (is_mask and key.startswith("decode_head.conv_seg."))  # unused beside the class embeddings
     }
@@ -75,44 +72,34 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def config_from(state: Mapping[str, Tensor], meta: Any, given: Mapping[str, Any]) -> SegmenterConfig:
-    """The configuration of a state dict in our names; ``meta`` is the checkpoint's, with class names and palette.
+    """Return the configuration of a state dict in our names.
 
     Attention heads of 64 and a square image are assumed unless ``given`` says otherwise. Windows are as large as the
     image and overlap by 32 pixels, as in mmsegmentation's configurations.
+
+    Args:
+        meta: the checkpoint's, whose class names and palette are taken where their form and number are right.
 
     Raises:
         CheckpointError: a tensor that any Segmenter has is missing.
     """
     fields = _NUMERICS | fields_from_shapes(state, given)
-    side = min(fields["image_size"])
-    stride = max(side - _OVERLAP, fields["patch_size"])
-    config = SegmenterConfig(**fields, window_size=side, window_stride=stride)
-    return config.replace(**_classes(meta, config.num_classes))
-
-
-def _rename(key: str) -> str:
-    for pattern, replacement in _NAMES:
-        key = pattern.sub(replacement, key)
-    return key
-
-
-def _classes(meta: Any, count: int) -> dict[str, Any]:
-    """Class names and palette, where they are of the right form and number."""
+    fields["window_size"] = side = min(fields["image_size"])
+    fields["window_stride"] = max(side - _OVERLAP, fields["patch_size"])
     meta = meta if isinstance(meta, Mapping) else {}
     dataset = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), Mapping) else {}
     names = dataset.get("classes", meta.get("CLASSES"))
-    palette = dataset.get("palette", meta.get("PALETTE"))
-    fields: dict[str, Any] = {}
-    if _is_list(names, count) and all(isinstance(name, str) for name in names):
+    if _is_list(names, fields["num_classes"], str):
         fields["class_names"] = tuple(names)
-    if _is_list(palette, count) and all(_is_list(colour, 3) and _are_bytes(colour) for colour in palette):
-        fields["palette"] = tuple(tuple(colour) for colour in palette)
-    return fields
+    palette = dataset.get("palette", meta.get("PALETTE"))
+    if _is_list(palette, fields["num_classes"], (list, tuple)) and all(_is_color(color) for color in palette):
+        fields["palette"] = tuple(tuple(color) for color in palette)
+    return SegmenterConfig(**fields)
 
 
-def _is_list(value: Any, length: int) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) == length
+def _is_list(value: Any, length: int, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == length and all(isinstance(item, kind) for item in value)
 
 
-def _are_bytes(colour: Any) -> bool:
-    return all(isinstance(value, int) and 0 <= value <= 255 for value in colour)
+def _is_color(value: Any) -> bool:
+    return _is_list(value, 3, int) and 0 <= min(value) <= max(value) <= 255

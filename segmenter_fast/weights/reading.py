@@ -1,9 +1,12 @@
-"""Files into plain data. Nothing that a file says is imported or executed."""
+"""Safe reading of files: nothing that a file names is imported or executed."""
 
 from __future__ import annotations
 
 import json
 import pickle
+import threading
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,66 +16,73 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from . import safe_unpickle as foreign
+# Objects of these packages, and ``getattr`` for their methods, become placeholders in checkpoints of mmengine.
+_PACKAGES = ("mmengine", "mmcv", "mmseg", "numpy")
+_NAMES = ("builtins.getattr",)
+_ALLOWING = threading.Lock()  # torch keeps one list of allowed names for the whole process
 
 
 class CheckpointError(ValueError):
     """A source that cannot or must not be loaded; the message names it and the reason."""
 
 
-class _Loader(yaml.SafeLoader):
-    """Plain YAML plus ``!!python/tuple``, which official variant.yml files use for the image size."""
+class _YamlLoader(yaml.SafeLoader):
+    """Plain YAML plus ``!!python/tuple``, the tag of the image size in official variant.yml files."""
 
 
-def _construct_tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
-    return tuple(loader.construct_sequence(node, deep=True))
+_YamlLoader.add_constructor(
+    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
+)
 
 
-_Loader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
+class _Placeholder:
+    """Accepts any arguments and any pickled state, and keeps none of them."""
+
+    def __new__(cls, *_: Any) -> _Placeholder:
+        return object.__new__(cls)
+
+    def __init__(self, *_: Any) -> None: ...
+
+    def __setstate__(self, _: Any) -> None: ...
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; every Python tag but ``!!python/tuple`` is refused.
+    """Return the mapping in a YAML file; every Python tag but ``!!python/tuple`` is refused.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: not YAML, a refused tag, or no mapping.
     """
-    _require_file(path)
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError) as error:
-        raise CheckpointError(f"{path} is refused as YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a mapping, not {type(content).__name__}")
-    return content
+    return _read_mapping(path, "YAML", lambda text: yaml.load(text, _YamlLoader))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: not JSON, or no object.
     """
-    _require_file(path)
+    return _read_mapping(path, "JSON", json.loads)
+
+
+def _read_mapping(path: Path, language: str, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is no JSON: {error}") from error
+        content = parse(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise CheckpointError(f"{path} is refused as {language}: {error}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold an object, not {type(content).__name__}")
+        raise CheckpointError(f"{path} must hold a mapping, not {type(content).__name__}")
     return content
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file.
+    """Return all tensors of a safetensors file.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: damaged, truncated or something else.
+        CheckpointError: damaged, truncated or of another format.
     """
-    _require_file(path)
     try:
         return load_file(path)
     except safetensors.SafetensorError as error:
@@ -80,42 +90,38 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_torch(path: Path) -> Any:
-    """What ``torch.save`` wrote, read with ``weights_only=True``.
+    """Return the content of a file of ``torch.save``, read with ``weights_only=True``.
 
-    A file that also pickles objects of mmengine, numpy and the like is read a second way, in which these become
-    inert placeholders (see ``foreign``).
+    Training checkpoints of mmengine hold ``HistoryBuffer`` objects with numpy arrays beside the tensors. These objects
+    become placeholders that do nothing; any other name beyond tensors refuses the file.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: damaged, truncated, something else, or it names code beyond tensors.
+        CheckpointError: damaged, truncated, of another format, or it names other code.
     """
-    _require_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            with _ALLOWING, torch.serialization.safe_globals(_placeholders(path)):
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
     except pickle.UnpicklingError as error:
-        if not _is_zip(path):
-            raise CheckpointError(f"{path} is refused: not a checkpoint of tensors only ({_reason(error)})") from error
-    except Exception as error:  # a damaged file makes torch's reader raise almost anything
+        raise CheckpointError(f"{path} is refused, and nothing in it was executed: {_reason(error)}") from error
+    except Exception as error:  # torch raises almost anything for a damaged file
         raise CheckpointError(f"{path} is damaged, truncated or no PyTorch checkpoint ({_reason(error)})") from error
-    try:
-        return foreign.read(path)
-    except foreign.RefusedError as error:
-        raise CheckpointError(f"{path} is refused, and nothing in it was executed: {error}") from error
 
 
-def _require_file(path: Path) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-
-
-def _is_zip(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
+def _placeholders(path: Path) -> list[Any]:
+    """Return ``(_Placeholder, name)`` for each name of the known packages in a zip checkpoint."""
+    names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
+    return [(_Placeholder, name) for name in names if name.split(".")[0] in _PACKAGES or name in _NAMES]
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of torch's error that is not advice on how to read the file unsafely."""
+    """Return the first sentence of torch's error that is no advice on how to read the file unsafely."""
     advice = ("Weights only load failed", "(1)", "(2)", "Check the documentation")
-    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line.strip() for line in str(error).split("WeightsUnpickler error:")[-1].splitlines()]
     reasons = [line for line in lines if line and not line.startswith(advice)]
-    return (reasons or [type(error).__name__])[0].split(". ")[0].removeprefix("WeightsUnpickler error: ")
+    return (reasons or [type(error).__name__])[0].split(". ")[0]

@@ -1,18 +1,16 @@
 """Encoder weights of timm's Vision Transformers, and of the DINOv2 and DINOv3 programs.
 
-timm's names are the official ones without the ``encoder.`` prefix. Its LayerNorm eps is 1e-6 and it resizes position
-embeddings with antialiased bicubic filters, while the official program runs the same weights at 1e-5 and resizes
-bilinearly: pass ``encoder_norm_eps=1e-6, pos_embed_mode="bicubic_antialias"`` for timm's own features. The variants of
-DINOv2 and DINOv3 (1e-5 there, too) have timm's numerics.
+timm's names are the official ones without the ``encoder.`` prefix. timm runs its weights with a LayerNorm eps of 1e-6
+and resizes position embeddings by antialiased bicubic filters. The official program runs the same weights at 1e-5 and
+resizes bilinearly. ``encoder_norm_eps=1e-6, pos_embed_mode="bicubic_antialias"`` give timm's own features; the variants
+of DINOv2 and DINOv3 (1e-5 there, too) have them by default.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -23,39 +21,28 @@ from torch import Tensor
 
 from ..config import SegmenterConfig, Triple
 from ..vit import resize_positions
+from .build import rename
 from .reading import CheckpointError
 
 HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
 _FILE = re.compile(r".*[/\\].*|.*\.(pth|pt|bin|ckpt|safetensors)")
-_NAMES = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r"^(blocks\.\d+)\.gamma_([12])$", r"\1.ls\2.gamma"),  # timm's DINOv3
-        (r"^(storage|register)_tokens$", "reg_token"),  # Meta's DINOv3 and DINOv2, as the rest
-        (r"^(blocks\.\d+\.mlp)\.w1\.", r"\1.fc1_g."),
-        (r"^(blocks\.\d+\.mlp)\.w2\.", r"\1.fc1_x."),
-        (r"^(blocks\.\d+\.mlp)\.w3\.", r"\1.fc2."),
-    )
-]
+_NAMES = {
+    r"^(blocks\.\d+)\.gamma_([12])$": r"\1.ls\2.gamma",  # timm's DINOv3
+    r"^(storage|register)_tokens$": "reg_token",  # Meta's DINOv3 and DINOv2, as the rest
+    r"^(blocks\.\d+\.mlp)\.w1\.": r"\1.fc1_g.",
+    r"^(blocks\.\d+\.mlp)\.w2\.": r"\1.fc1_x.",
+    r"^(blocks\.\d+\.mlp)\.w3\.": r"\1.fc2.",
+}
 _UNUSED = re.compile(r"mask_token|rope_embed\.periods|local_cls_norm\..*|.*\.qkv\.bias_mask")
 
 
-@dataclass(frozen=True)
-class Backbone:
-    """Weights in timm's names, with the mean and std of the pixels that they were trained on."""
-
-    state: Mapping[str, Tensor]
-    mean: Triple
-    std: Triple
-
-
 def recognises(state: Mapping[str, Tensor]) -> bool:
-    """Whether the keys are those of a Vision Transformer of timm."""
+    """Return whether the keys are those of a Vision Transformer of timm."""
     return "patch_embed.proj.weight" in state
 
 
 def names_a_model(name: str) -> bool:
-    """Whether timm has an architecture of this name, which may end in a tag of weights.
+    """Return whether timm has an architecture of this name, which may end in a tag of weights.
 
     Raises:
         ImportError: it may be one, but timm is not installed.
@@ -63,13 +50,42 @@ def names_a_model(name: str) -> bool:
     return not _FILE.fullmatch(name) and bool(import_timm().is_model(name))
 
 
+def download(name: str, config: SegmenterConfig) -> tuple[Mapping[str, Tensor], dict[str, Triple]]:
+    """Fetch weights by timm's name, from the local cache or the network, for an encoder of this configuration.
+
+    Returns:
+        The state dict in timm's names; mean and std of the pixels that the weights were trained on.
+
+    Raises:
+        ImportError: timm is not installed.
+        CheckpointError: timm does not know the name, the weights cannot be fetched, or the model differs from the
+            configuration in an activation or position embedding that shapes do not show.
+    """
+    timm = import_timm()
+    try:
+        model: Any = timm.create_model(name, pretrained=True, num_classes=0)
+    except (OSError, HfHubHTTPError) as error:
+        raise CheckpointError(f"timm cannot fetch {name}, is the network reachable? ({error})") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"timm cannot make {name}: {error}") from error
+    points = torch.linspace(-4, 4, 33)
+    wanted = F.gelu(points) if config.mlp == "gelu" else F.silu(points)
+    activation = getattr(model.blocks[0].mlp, "act", None) if hasattr(model, "blocks") else None
+    if activation is None or not torch.allclose(activation(points), wanted, rtol=0, atol=1e-6):
+        raise CheckpointError(f"timm's {name} is no Vision Transformer with the activation of mlp={config.mlp!r}")
+    rope = type(getattr(model, "rope", None)).__name__
+    if rope != {"learned": "NoneType", "rotary": "RotaryEmbeddingDinoV3"}[config.pos_embed_kind]:
+        raise CheckpointError(f"timm's {name} has another position embedding than {config.pos_embed_kind!r}: {rope}")
+    return model.state_dict(), {name: tuple(model.pretrained_cfg[name]) for name in ("mean", "std")}
+
+
 def encoder_state(state: Mapping[str, Tensor], config: SegmenterConfig) -> dict[str, Tensor]:
-    """A timm state dict in our names, without classifier, its position embedding resized to the image size.
+    """Return a timm state dict in our names, without classifier, its position embedding resized to the image size.
 
     A position embedding of no square grid stays as it is, for the strict load to report.
     """
     encoder = {
-        _rename(key): tensor.float()
+        rename(key, _NAMES): tensor.float()
         for key, tensor in state.items()
         if not key.startswith(HEADS) and not _UNUSED.fullmatch(key)
     }
@@ -87,14 +103,11 @@ def encoder_state(state: Mapping[str, Tensor], config: SegmenterConfig) -> dict[
     return encoder
 
 
-def _rename(key: str) -> str:
-    for pattern, replacement in _NAMES:
-        key = pattern.sub(replacement, key)
-    return key
-
-
 def _pack_biases(encoder: dict[str, Tensor], config: SegmenterConfig) -> None:
-    """DINOv3 has no bias for keys: timm leaves it out of the bias of queries and values, Meta masks it."""
+    """Make one bias of queries, keys and values, with zeros for keys.
+
+    DINOv3 has no bias for keys: timm leaves it out, Meta masks it.
+    """
     for key in [key for key in encoder if key.endswith(".attn.q_bias")]:
         if (other := key.replace("q_bias", "v_bias")) in encoder:
             query, value = encoder.pop(key), encoder.pop(other)
@@ -109,41 +122,8 @@ def _pack_biases(encoder: dict[str, Tensor], config: SegmenterConfig) -> None:
             del encoder[key]
 
 
-def download(name: str, config: SegmenterConfig) -> Backbone:
-    """Weights by timm's name, from the local cache or the network, for an encoder of this configuration.
-
-    Raises:
-        ImportError: timm is not installed.
-        CheckpointError: timm does not know the name, the weights cannot be fetched, or their model computes otherwise
-            than the configuration, in a way that their shapes do not show.
-    """
-    timm = import_timm()
-    try:
-        model: Any = timm.create_model(name, pretrained=True, num_classes=0)
-    except (OSError, HfHubHTTPError) as error:
-        raise CheckpointError(f"timm cannot fetch {name}, is the network reachable? ({error})") from error
-    except RuntimeError as error:
-        raise CheckpointError(f"timm cannot make {name}: {error}") from error
-    _require_same_functions(model, name, config)
-    settings = model.pretrained_cfg
-    return Backbone(model.state_dict(), tuple(settings["mean"]), tuple(settings["std"]))
-
-
-def _require_same_functions(model: Any, name: str, config: SegmenterConfig) -> None:
-    """Compares what has no weights: the activation, and the kind of a rotary embedding."""
-    points = torch.linspace(-4, 4, 33)
-    wanted = F.gelu(points) if config.mlp == "gelu" else F.silu(points)
-    activation = getattr(model.blocks[0].mlp, "act", None) if hasattr(model, "blocks") else None
-    if activation is None or not torch.allclose(activation(points), wanted, rtol=0, atol=1e-6):
-        raise CheckpointError(f"timm's {name} is no Vision Transformer with the activation of mlp={config.mlp!r}")
-    rope = type(getattr(model, "rope", None)).__name__
-    if rope != {"learned": "NoneType", "rotary": "RotaryEmbeddingDinoV3"}[config.pos_embed_kind]:
-        raise CheckpointError(f"timm's {name} has another position embedding than {config.pos_embed_kind!r}: {rope}")
-
-
-@functools.cache
 def import_timm() -> ModuleType:
-    """Import timm.
+    """Import timm, which not every installation has.
 
     Raises:
         ImportError: timm or torchvision is not installed, or torchvision was built for another torch.

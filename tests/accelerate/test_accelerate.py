@@ -8,19 +8,17 @@ import pickle
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import segmenter_fast as sf
 from segmenter_fast import kernels
-from segmenter_fast.weights.timm import import_timm
 from support.accuracy import assert_as_accurate
 from support.checkpoints import GOLDEN
 from support.mmseg_lookalike import MmEncoderDecoder
 from support.official_lookalike import OfficialAttention, OfficialBlock, OfficialSegmenter
-
-timm = import_timm()
 
 
 def vit(name: str, **fields: object) -> nn.Module:

@@ -6,6 +6,7 @@ import types
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,11 +14,8 @@ from torch import Tensor, nn
 import segmenter_fast as sf
 from segmenter_fast.accelerate.forwards import FusedAttention, FusedBlock
 from segmenter_fast.accelerate.match import survey
-from segmenter_fast.weights.timm import import_timm
 from support.mmseg_lookalike import MmMultiheadAttention, MmSegmenterHead
 from support.official_lookalike import OfficialBlock, OfficialMaskTransformer
-
-timm = import_timm()
 
 
 class Plain(nn.Module):

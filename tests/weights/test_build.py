@@ -1,4 +1,4 @@
-"""The strict way into a model: what does not fit is listed, what is resized or renewed is said."""
+"""Building a model: keys that do not fit are listed; resized and re-initialised tensors."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 import segmenter_fast as sf
-from segmenter_fast.weights.build import Checkpoint, build
+from segmenter_fast.weights.build import SavedModel, build
 from segmenter_fast.weights.reading import CheckpointError
 from support.checkpoints import SMALL, same, small_model
 
 IMAGES = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
 
-def checkpoint(**fields: object) -> Checkpoint:
-    return Checkpoint("here.pth", SMALL.replace(**fields), small_model(**fields).state_dict())
+def saved_model(**fields: object) -> SavedModel:
+    return SavedModel("here.pth", SMALL.replace(**fields), small_model(**fields).state_dict())
 
 
 def test_a_built_model_is_whole() -> None:
-    given = checkpoint(head_classes=4)
+    given = saved_model(head_classes=4)
     model = build(sf.Segmenter, given, {})
     assert same(model.state_dict(), dict(given.state))
     assert not model.training
@@ -33,7 +34,7 @@ def test_a_built_model_is_whole() -> None:
 
 
 def test_nothing_is_shared_with_the_source() -> None:
-    given = checkpoint()
+    given = saved_model()
     before = {key: tensor.clone() for key, tensor in given.state.items()}
     with torch.no_grad():
         for parameter in build(sf.Segmenter, given, {}).parameters():
@@ -42,46 +43,47 @@ def test_nothing_is_shared_with_the_source() -> None:
 
 
 def test_other_precisions_become_float32() -> None:
-    given = checkpoint()
-    halves = Checkpoint("half", given.config, {key: tensor.bfloat16() for key, tensor in given.state.items()})
+    given = saved_model()
+    halves = SavedModel("half", given.config, {key: tensor.bfloat16() for key, tensor in given.state.items()})
     model = build(sf.Segmenter, halves, {})
     assert same(model.state_dict(), {key: tensor.float() for key, tensor in halves.state.items()})
 
 
-def test_all_that_does_not_fit_is_listed_at_once() -> None:
-    given = checkpoint()
+def test_all_keys_that_do_not_fit_are_listed_at_once() -> None:
+    given = saved_model()
     state = dict(given.state)
     del state["encoder.cls_token"], state["decoder.proj_dec.bias"]
     state |= {"decoder.extra": torch.ones(2, 3), "encoder.norm.weight": torch.ones(5)}
     with pytest.raises(CheckpointError) as caught:
-        build(sf.Segmenter, Checkpoint("here.pth", given.config, state), {})
+        build(sf.Segmenter, SavedModel("here.pth", given.config, state), {})
     assert str(caught.value).splitlines() == [
         "here.pth does not fit its configuration:",
-        "  missing (2): encoder.cls_token (1, 1, 64), decoder.proj_dec.bias (64,)",
-        "  unexpected (1): decoder.extra (2, 3)",
-        "  misshapen (1): encoder.norm.weight is (5,), must be (64,)",
+        '\tMissing key(s) in state_dict: "encoder.cls_token", "decoder.proj_dec.bias". ',
+        '\tUnexpected key(s) in state_dict: "decoder.extra". ',
+        "\tsize mismatch for encoder.norm.weight: copying a param with shape torch.Size([5]) from checkpoint, the "
+        "shape in current model is torch.Size([64]).",
     ]
 
 
-@pytest.mark.parametrize("value", [torch.ones(64, dtype=torch.int64), torch.ones(64).to_sparse(), [1.0], None])
-def test_what_is_no_weight_is_named(value: object) -> None:
-    given = checkpoint()
+@pytest.mark.parametrize("value", [torch.ones(64, dtype=torch.int64), torch.ones(64).to_sparse()])
+def test_a_tensor_that_is_no_weight_is_named(value: Tensor) -> None:
+    given = saved_model()
     state = {**given.state, "encoder.norm.weight": value}
     with pytest.raises(CheckpointError, match=r"here\.pth: encoder\.norm\.weight must be a dense floating point"):
-        build(sf.Segmenter, Checkpoint("here.pth", given.config, state), {})  # type: ignore[arg-type]
+        build(sf.Segmenter, SavedModel("here.pth", given.config, state), {})
 
 
 def test_a_field_out_of_range_names_the_source() -> None:
     with pytest.raises(CheckpointError, match=r"here\.pth: num_heads must be a divisor"):
-        build(sf.Segmenter, checkpoint(), {"num_heads": 5})
+        build(sf.Segmenter, saved_model(), {"num_heads": 5})
     with pytest.raises(TypeError, match="unknown configuration field colour"):
-        build(sf.Segmenter, checkpoint(), {"colour": 1})
+        build(sf.Segmenter, saved_model(), {"colour": 1})
 
 
 @pytest.mark.parametrize("decoder", ["mask", "linear"])
 @pytest.mark.parametrize("num_classes", [1, 5])
-def test_another_class_count_renews_the_tensors_of_the_classes(decoder: str, num_classes: int) -> None:
-    given = checkpoint(decoder=decoder, class_names=("a", "b", "c"), palette=((0, 0, 0),) * 3)
+def test_another_class_count_reinitialises_the_tensors_of_the_classes(decoder: str, num_classes: int) -> None:
+    given = saved_model(decoder=decoder, class_names=("a", "b", "c"), palette=((0, 0, 0),) * 3)
     names = {
         "mask": ["decoder.cls_emb", "decoder.mask_norm.weight", "decoder.mask_norm.bias"],
         "linear": ["decoder.head.weight", "decoder.head.bias"],
@@ -98,8 +100,8 @@ def test_another_class_count_renews_the_tensors_of_the_classes(decoder: str, num
     assert 0 < state[names[0]].std() < 0.04  # truncated normal of 0.02
 
 
-def test_the_same_class_count_renews_nothing() -> None:
-    given = checkpoint(class_names=("a", "b", "c"))
+def test_the_same_class_count_reinitialises_nothing() -> None:
+    given = saved_model(class_names=("a", "b", "c"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = build(sf.Segmenter, given, {"num_classes": 3})
@@ -110,7 +112,7 @@ def test_the_same_class_count_renews_nothing() -> None:
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("distilled", [False, True])
 def test_another_image_size_resizes_the_position_embedding(mode: str, distilled: bool) -> None:
-    given = checkpoint(pos_embed_mode=mode, distillation_token=distilled)
+    given = saved_model(pos_embed_mode=mode, distillation_token=distilled)
     model = build(sf.Segmenter, given, {"image_size": (48, 64)})
     before, after = given.state["encoder.pos_embed"], model.encoder.pos_embed
     prefix = 1 + distilled
@@ -118,21 +120,23 @@ def test_another_image_size_resizes_the_position_embedding(mode: str, distilled:
     grid = before[:, prefix:].reshape(1, 4, 4, 64).permute(0, 3, 1, 2)
     resized = F.interpolate(grid, size=(6, 8), mode=mode, align_corners=False).permute(0, 2, 3, 1).reshape(1, 48, 64)
     torch.testing.assert_close(after[:, prefix:], resized)
-    # what the run-time resizing gives for such an image, no longer needs it
+    # an image of this size needs no resizing at run time, and gives the same
     images = torch.randn(1, 3, 48, 64)
     torch.testing.assert_close(model(images), build(sf.Segmenter, given, {})(images))
 
 
 def test_a_position_embedding_of_another_size_than_told_is_misshapen() -> None:
-    given = checkpoint()
-    wrong = Checkpoint("here.pth", given.config.replace(image_size=40), given.state)
+    given = saved_model()
+    wrong = SavedModel("here.pth", given.config.replace(image_size=40), given.state)
     for image_size in (40, 64):
-        with pytest.raises(CheckpointError, match=r"misshapen \(1\): encoder\.pos_embed is \(1, 17, 64\)"):
+        with pytest.raises(
+            CheckpointError, match=r"size mismatch for encoder\.pos_embed: .* shape torch\.Size\(\[1, 17, 64\]\)"
+        ):
             build(sf.Segmenter, wrong, {"image_size": image_size})
 
 
 def test_an_absurd_size_takes_no_memory() -> None:
-    given = checkpoint()
-    huge = Checkpoint("here.pth", given.config.replace(embed_dim=1 << 17, num_heads=1 << 11), given.state)
-    with pytest.raises(CheckpointError, match="misshapen"):
+    given = saved_model()
+    huge = SavedModel("here.pth", given.config.replace(embed_dim=1 << 17, num_heads=1 << 11), given.state)
+    with pytest.raises(CheckpointError, match="size mismatch"):
         build(sf.Segmenter, huge, {})

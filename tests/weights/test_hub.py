@@ -1,4 +1,4 @@
-"""Our format through huggingface_hub's mixin, without network."""
+"""Our own format: its files, and huggingface_hub's mixin without network."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 import segmenter_fast as sf
-from segmenter_fast.weights import ours
+from segmenter_fast import VARIANTS
+from segmenter_fast.weights import hub
 from segmenter_fast.weights.reading import CheckpointError
-from support.checkpoints import GOLDEN, same, small_model
+from support.checkpoints import GOLDEN, SMALL, same, small_model
 
 FILES = {"README.md", "config.json", "model.safetensors"}
 
@@ -50,12 +51,12 @@ def test_from_pretrained_takes_configuration_fields(tmp_path: Path) -> None:
         sf.Segmenter.from_pretrained(tmp_path, colour="red")
 
 
-def test_from_pretrained_lists_what_does_not_fit(tmp_path: Path) -> None:
+def test_from_pretrained_lists_keys_that_do_not_fit(tmp_path: Path) -> None:
     model = small_model()
     model.save_pretrained(tmp_path)
     state = {key: tensor for key, tensor in model.state_dict().items() if key != "encoder.norm.bias"}
-    ours.write_folder(tmp_path, model.config, state)
-    with pytest.raises(CheckpointError, match=r"missing \(1\): encoder\.norm\.bias \(64,\)"):
+    hub.write_folder(tmp_path, model.config, state)
+    with pytest.raises(CheckpointError, match=r"Missing key\(s\) in state_dict: \"encoder\.norm\.bias\"\."):
         sf.Segmenter.from_pretrained(tmp_path)
 
 
@@ -97,7 +98,7 @@ def test_an_interrupted_save_leaves_the_earlier_checkpoint(tmp_path: Path, monke
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(ours, "config_to_json", interrupted)  # the weights are written by then
+    monkeypatch.setattr(json, "dumps", interrupted)  # of config.json, after the weights
     with pytest.raises(KeyboardInterrupt):
         small_model(num_classes=5).save_pretrained(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == FILES
@@ -110,7 +111,7 @@ def test_a_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
         small_model().save_pretrained(tmp_path / "file")
 
 
-def test_the_model_card_says_what_the_model_is(tmp_path: Path) -> None:
+def test_the_model_card_describes_the_model(tmp_path: Path) -> None:
     model = small_model(class_names=("sky", "tree", "road"))
     model.save_pretrained(tmp_path, model_card_kwargs={"license": "mit"})
     card = (tmp_path / "README.md").read_text()
@@ -186,3 +187,51 @@ def test_config_json_is_readable_by_others(tmp_path: Path) -> None:
     small_model().save_pretrained(tmp_path)
     content = json.loads((tmp_path / "config.json").read_text())
     assert (content["num_classes"], content["image_size"], content["decoder"]) == (3, [32, 32], "mask")
+    assert content["format_version"] == hub.FORMAT_VERSION
+    assert content["package_version"] == sf.__version__
+
+
+@pytest.mark.parametrize("config", [SMALL, *VARIANTS.values()], ids=lambda config: config.variant)
+def test_a_configuration_survives_saving(config: sf.SegmenterConfig, tmp_path: Path) -> None:
+    named = config.replace(
+        class_names=tuple(f"class {index}" for index in range(config.num_classes)),
+        palette=tuple((index % 256, 0, 255) for index in range(config.num_classes)),
+    )
+    for one in (config, named):
+        hub.write_folder(tmp_path, one, {})
+        assert hub.read_folder(tmp_path).config == one
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"format_version": None}, "no configuration of segmenter-fast"),
+        ({"format_version": "1"}, "no configuration of segmenter-fast"),
+        ({"format_version": hub.FORMAT_VERSION + 1}, f"format {hub.FORMAT_VERSION + 1}, written by segmenter-fast 9.9"),
+        ({"colour": 1}, r"unknown configuration field colour.*written by segmenter-fast 9\.9"),
+        ({"depth": 0}, "depth must be at least 1"),
+        ({"depth": "12"}, "depth|not supported"),
+        ({"num_heads": 3}, "num_heads must be a divisor"),
+    ],
+)
+def test_a_wrong_configuration_is_refused_by_name(change: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**content, "package_version": "9.9", **change}))
+    with pytest.raises(CheckpointError, match=rf"config\.json: .*({reason})"):
+        sf.load(tmp_path)
+
+
+def test_the_configuration_of_another_library_is_refused(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "segformer"}')
+    with pytest.raises(CheckpointError, match="it has no format_version"):
+        sf.load(tmp_path)
+
+
+def test_truncated_weights_are_refused(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        sf.load(tmp_path)

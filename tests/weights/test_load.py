@@ -103,6 +103,9 @@ def test_warnings_point_at_the_caller() -> None:
     with pytest.warns(UserWarning, match="7 classes") as caught:
         sf.load(OFFICIAL, num_classes=3)
     assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="without a configuration") as caught:
+        sf.load(read_torch(OFFICIAL / "checkpoint.pth")["model"])
+    assert caught[0].filename == __file__
 
 
 @pytest.mark.parametrize("variant", ["seg_s_dinov2_mask_14", "seg_s_dinov3_linear_16"])
@@ -161,11 +164,13 @@ def test_an_empty_folder_says_what_is_expected(tmp_path: Path) -> None:
         ({"model": {"conv1.weight": torch.ones(2)}}, r"no Segmenter: its keys are conv1\.weight"),
         ({1: torch.ones(2)}, "no state dict: its 1 is Tensor"),
         ({"encoder.a": torch.ones(2), "b": 3}, "no state dict: its 'b' is int"),
+        ({"encoder.a": torch.ones(2), "b": [1.0]}, "no state dict: its 'b' is list"),
+        ({"encoder.a": torch.ones(2), "b": None}, "no state dict: its 'b' is NoneType"),
         ({"encoder.norm.weight": torch.ones(2)}, r"encoder\.patch_embed\.proj\.weight is missing"),
         ({"backbone.a": torch.ones(2), "decode_head.b": torch.ones(2)}, r"patch_embed\.proj\.weight is missing"),
     ],
 )
-def test_what_is_no_segmenter_is_refused_by_name(content: object, reason: str, tmp_path: Path) -> None:
+def test_other_content_is_refused_by_name(content: object, reason: str, tmp_path: Path) -> None:
     torch.save(content, tmp_path / "other.pth")
     with pytest.raises(CheckpointError, match=rf"other\.pth.*{reason}"):
         sf.load(tmp_path / "other.pth")
@@ -177,7 +182,8 @@ def test_one_missing_key_is_listed(tmp_path: Path) -> None:
     del content["model"]["decoder.mask_norm.bias"]
     torch.save(content, folder / "checkpoint.pth")
     with pytest.raises(
-        CheckpointError, match=r"checkpoint\.pth does not fit.*\n +missing \(1\): decoder\.mask_norm\.b"
+        CheckpointError,
+        match=r"checkpoint\.pth does not fit.*\n\tMissing key\(s\) in state_dict: \"decoder\.mask_norm\.b",
     ):
         sf.load(folder)
 
@@ -202,7 +208,9 @@ def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
 def test_a_hub_id_without_network_is_refused_clearly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="nobody/nothing is no file or folder here, and cannot be had from"):
+    with pytest.raises(
+        CheckpointError, match="nobody/nothing is no file or folder here, and the Hugging Face Hub does not give it"
+    ):
         sf.load("nobody/nothing")
 
 

@@ -77,7 +77,8 @@ def test_an_unknown_key_keeps_its_name_in_the_error() -> None:
     del state["decode_head.dec_proj.bias"]
     state["auxiliary_head.conv_seg.weight"] = torch.ones(2)
     wanted = (
-        r"missing \(1\): decoder\.proj_dec\.bias \(128,\)\n +unexpected \(1\): auxiliary_head\.conv_seg\.weight \(2,\)"
+        r"Missing key\(s\) in state_dict: \"decoder\.proj_dec\.bias\"\. \n"
+        r"\tUnexpected key\(s\) in state_dict: \"auxiliary_head\.conv_seg\.weight\""
     )
     with pytest.raises(CheckpointError, match=wanted):
         sf.load(state)

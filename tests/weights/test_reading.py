@@ -1,9 +1,14 @@
-"""Safe reading of files: what is damaged, foreign or hostile is refused by name, and nothing runs."""
+"""Safe reading: damaged, unknown and hostile files are refused by name, and nothing that they name runs."""
 
 from __future__ import annotations
 
 import io
 import pickle
+import re
+import struct
+import sys
+import zipfile
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
@@ -11,8 +16,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from segmenter_fast.weights.reading import CheckpointError, read_json, read_safetensors, read_torch, read_yaml
-from support.checkpoints import GOLDEN, Touches
+from segmenter_fast.weights.reading import (
+    CheckpointError,
+    _Placeholder,
+    read_json,
+    read_safetensors,
+    read_torch,
+    read_yaml,
+)
+from support.checkpoints import GOLDEN, Touches, save_pickle, save_with_history
 
 READERS = (read_yaml, read_json, read_safetensors, read_torch)
 
@@ -25,7 +37,7 @@ def test_a_missing_file_is_named(read, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("read", READERS)
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\n\x00", b"[1, 2", b"\x00" * 9, b"hello"])
-def test_something_else_is_refused_by_name(read, content: bytes, tmp_path: Path) -> None:
+def test_other_content_is_refused_by_name(read, content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "other.bin"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=r"other\.bin"):
@@ -108,3 +120,144 @@ def test_damage_never_gives_another_error(tmp_path: Path, data: st.DataObject) -
         read_torch(path)
     except CheckpointError as error:
         assert "damaged.pth" in str(error)  # noqa: PT017
+
+
+def test_tensors_beside_objects_of_mmengine_are_read(tmp_path: Path) -> None:
+    base = torch.randn(4, 6)
+    state = {
+        "view": base[1:, ::2],
+        "transposed": base.T,
+        "parameter": torch.nn.Parameter(base[0]),
+        "half": base.half(),
+        "bfloat16": base.bfloat16(),
+        "count": torch.tensor(7),
+        "empty": torch.empty(0, 3),
+    }
+    save_with_history(tmp_path / "a.pth", {"state_dict": state, "meta": {"classes": ("a", "b")}, "top": base})
+    content = read_torch(tmp_path / "a.pth")
+    assert content["state_dict"].keys() == state.keys()
+    for key, tensor in state.items():
+        assert content["state_dict"][key].dtype == tensor.dtype
+        assert torch.equal(content["state_dict"][key], tensor), key
+    assert torch.equal(content["top"], base)
+    assert content["meta"] == {"classes": ("a", "b")}
+    assert type(content["message_hub"]["log_scalars"]["loss"]) is _Placeholder
+
+
+def test_the_packages_a_file_names_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package, marker = tmp_path / "mmengine" / "logging", tmp_path / "marker"
+    package.mkdir(parents=True)
+    (tmp_path / "mmengine" / "__init__.py").write_text(f"open({str(marker)!r}, 'w')")
+    (package / "__init__.py").write_text("")
+    (package / "history_buffer.py").write_text("class HistoryBuffer: pass")
+    save_with_history(tmp_path / "a.pth", {"state_dict": {"w": torch.ones(2)}})
+    monkeypatch.syspath_prepend(tmp_path)
+    assert torch.equal(read_torch(tmp_path / "a.pth")["state_dict"]["w"], torch.ones(2))
+    assert not marker.exists()
+    assert not any(name.startswith("mmengine") for name in sys.modules)
+
+
+def test_names_are_allowed_for_one_reading_only(tmp_path: Path) -> None:
+    before = torch.serialization.get_safe_globals()
+    save_with_history(tmp_path / "a.pth", {"state_dict": {"w": torch.ones(2)}})
+    read_torch(tmp_path / "a.pth")
+    assert torch.serialization.get_safe_globals() == before
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "a.pth", weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("pickled", "reason"),
+    [
+        (b"cos\nsystem\n(Vtouch MARKER\ntR.", "os.system"),
+        (b"cposix\nsystem\n(Vtouch MARKER\ntR.", "posix.system"),
+        (b"csubprocess\nrun\n(Vtouch MARKER\ntR.", "subprocess.run"),
+        (b"cpickle\nloads\n.", "pickle.loads"),
+        (b"c__builtin__\neval\n(Vopen('MARKER', 'w')\ntR.", "eval"),
+        (b"cbuiltins\nexec\n(Vopen('MARKER', 'w')\ntR.", "exec"),
+        (b"c__builtin__\n__import__\n(Vos\ntR.", "__import__"),
+        (b"ctorch.hub\nload\n(Va\ntR.", "torch.hub.load"),
+        (b"cmmenginex\nsystem\n(tR.", "mmenginex.system"),
+        (b"(Vtouch MARKER\niposix\nsystem\n.", "operand"),
+        (b"(cposix\nsystem\nVtouch MARKER\no.", "posix.system|operand"),
+        (b"\x82\x01.", "operand"),
+        (b"Pstorage\n.", "operand"),
+        (b"]r\xff\xff\xff\x7f.", None),
+        (b"(Vmodule\ncnumpy\nndarray\nV0\nVcpu\nK\x01tQ.", "persistent_load"),
+        (b"(Vstorage\ncnumpy\nndarray\nV0\nVcpu\nK\x01tQ.", "damaged"),
+        (b"(Vstorage\nctorch\nFloatStorage\nV0\nVcpu\nK\x01tQ", "damaged"),
+        # a function of a known package that runs its argument
+        (b"cnumpy.testing._private.utils\nrunstring\n(Vopen('MARKER', 'w')\n}tR.", None),
+        # attributes of classes and functions that later readings use
+        (b"ctorch._utils\n_rebuild_tensor_v2\n(N}Vsize\nK\x01stb.", "Can only build"),
+        (b"ccollections\nOrderedDict\n(N}Vitems\nK\x01stb.", "Can only build"),
+        (b"ccollections\nOrderedDict\n}Vitems\nK\x01sb.", "Can only build"),
+        (b"cnumpy\nndarray\n(N}V__call__\nK\x01stb.", "Can only build"),
+        (b"cnumpy\nndarray\n)R(N}V__call__\nK\x01stb.", None),
+        (b"ctorch\nFloatStorage\n(N}Vdtype\nK\x01stb.", "Can only build"),
+    ],
+)
+def test_hostile_pickles(pickled: bytes, reason: str | None, tmp_path: Path) -> None:
+    """Each is refused, or read without an effect on the program."""
+    marker, path = tmp_path / "marker", tmp_path / "evil.pth"
+    exposed = (_Placeholder, OrderedDict, torch._utils._rebuild_tensor_v2, torch.FloatStorage)
+    before = [dict(vars(each)) for each in exposed]
+    pickled = pickled.replace(b"MARKER", str(marker).encode())
+    # texts as torch.save writes them, so that none is refused for its opcode
+    pickled = re.sub(rb"V(.*)\n", lambda text: b"X" + struct.pack("<I", len(text[1])) + text[1], pickled)
+    save_pickle(path, b"\x80\x02" + pickled)
+    if reason is None:
+        read_torch(path)
+    else:
+        with pytest.raises(CheckpointError, match=rf"evil\.pth.*({reason})"):
+            read_torch(path)
+    assert not marker.exists()
+    assert [dict(vars(each)) for each in exposed] == before
+
+
+def rewrite(source: Path, target: Path, entries: dict[str, bytes]) -> None:
+    """Copy a zip file with some entries, by the end of their name, replaced."""
+    with zipfile.ZipFile(source) as before, zipfile.ZipFile(target, "w") as after:
+        for name in before.namelist():
+            replaced = [content for end, content in entries.items() if name.endswith(end)]
+            after.writestr(name, replaced[0] if replaced else before.read(name))
+
+
+def test_arrays_must_have_their_size(tmp_path: Path) -> None:
+    save_with_history(tmp_path / "a.pth", {"state_dict": {"w": torch.ones(8)}})
+    rewrite(tmp_path / "a.pth", tmp_path / "short.pth", {"/data/0": b"\0" * 4})
+    with pytest.raises(CheckpointError, match=r"short\.pth.*size"):
+        read_torch(tmp_path / "short.pth")
+
+
+def test_views_beyond_the_array_are_refused(tmp_path: Path) -> None:
+    save_with_history(tmp_path / "a.pth", {"state_dict": {"w": torch.arange(5.0)[1:]}})
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        pickled = archive.read("a/data.pkl")
+    assert pickled.count(b"QK\x01K\x04") == 1  # offset 1, size 4
+    for offset_and_size in (b"QK\x01K\x05", b"QK\x09K\x04"):
+        rewrite(tmp_path / "a.pth", tmp_path / "b.pth", {"data.pkl": pickled.replace(b"QK\x01K\x04", offset_and_size)})
+        with pytest.raises(CheckpointError, match=r"b\.pth"):
+            read_torch(tmp_path / "b.pth")
+
+
+def test_a_file_of_the_other_byte_order_is_read(tmp_path: Path) -> None:
+    save_with_history(tmp_path / "a.pth", {"state_dict": {"w": torch.arange(8.0)}})
+    other = "big" if sys.byteorder == "little" else "little"
+    swapped = torch.arange(8.0).numpy().byteswap().tobytes()
+    rewrite(tmp_path / "a.pth", tmp_path / "b.pth", {"byteorder": other.encode(), "/data/0": swapped})
+    assert torch.equal(read_torch(tmp_path / "b.pth")["state_dict"]["w"], torch.arange(8.0))
+
+
+def test_a_zip_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("folder/readme.txt", "hello")
+    with pytest.raises(CheckpointError, match=r"a\.zip"):
+        read_torch(tmp_path / "a.zip")
+
+
+def test_a_list_of_itself_is_no_endless_loop(tmp_path: Path) -> None:
+    content: list[object] = []
+    content.append(content)
+    save_pickle(tmp_path / "a.pth", pickle.dumps(content, protocol=2))
+    assert len(read_torch(tmp_path / "a.pth")) == 1

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...classes import Dataset
+from ...classes import ClassList
 from ...visualize import default_palette
 from .base import IGNORE
 
 FILES = ("classes.json", "classes.txt")
 
 
-def read_classes(root: Path) -> Dataset:
+def read_classes(root: Path) -> ClassList:
     """Names in the order of the labels: one a line, or in JSON a list or ``{"classes": [...], "palette": [...]}``.
 
     The palette has an ``[r, g, b]`` for each class, 0 to 255. Without one the colours are ``default_palette``'s.
@@ -43,13 +43,13 @@ def read_classes(root: Path) -> Dataset:
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{path} names {', '.join(twice)} more than once")
     if palette is None:
-        return Dataset(tuple(names), default_palette(len(names)))
+        return ClassList(tuple(names), default_palette(len(names)))
     if not (isinstance(palette, list) and len(palette) == len(names) and all(map(_is_color, palette))):
         raise ValueError(f"{path}: palette must be a list of {len(names)} colours [r, g, b], each 0 to 255")
-    return Dataset(tuple(names), tuple((red, green, blue) for red, green, blue in palette))
+    return ClassList(tuple(names), tuple((red, green, blue) for red, green, blue in palette))
 
 
-def write_classes(root: Path, classes: Dataset) -> None:
+def write_classes(root: Path, classes: ClassList) -> None:
     """``classes.json`` with names and palette."""
     content = {"classes": list(classes.class_names), "palette": [list(color) for color in classes.palette]}
     (root / FILES[0]).write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...classes import DATASETS, Dataset
+from ...classes import DATASET_CLASSES
 from ...inference.folders import IMAGE_SUFFIXES
 from .base import IGNORE
 from .classes import read_classes
@@ -129,7 +129,7 @@ def open_files(folder: Path, kind: str, split: str) -> PairedFiles:
     root = layout.root(folder)
     if root is None or not (root / layout.images[split]).is_dir() or not (root / layout.labels[split]).is_dir():
         raise ValueError(f"{folder} has no {split} split of kind {kind}: looked for {_wanted(layout, split)}")
-    classes: Dataset = DATASETS[kind] if kind in DATASETS else read_classes(root)
+    classes = DATASET_CLASSES[kind] if kind in DATASET_CLASSES else read_classes(root)
     pairs, strays = _listed(layout, root, split) if layout.lists else _scanned(layout, root, split)
     if not pairs:
         ends = layout.image_end or " ".join(IMAGE_SUFFIXES)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...classes import Dataset
+from ...classes import ClassList
 from ...io.atomic import atomic_path
 from ...visualize import label_image
 from .classes import write_classes
@@ -43,5 +43,5 @@ def make_folder(folder: Path, images: int, size: int = 128, seed: int = 0) -> di
                 name = f"{scenes[split].name(index)}.png"
                 Image.fromarray(pixels).save(temporary / "images" / split / name)
                 label_image(labels, scenes[split].palette).save(temporary / "labels" / split / name)
-        write_classes(temporary, Dataset(scenes["train"].class_names, scenes["train"].palette))
+        write_classes(temporary, ClassList(scenes["train"].class_names, scenes["train"].palette))
     return counts

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segmenter_fast.classes import DATASETS
+from segmenter_fast.classes import DATASET_CLASSES
 from segmenter_fast.train.datasets import SampleError, open_dataset
 from segmenter_fast.train.datasets.classes import read_classes
 from segmenter_fast.visualize import default_palette
@@ -50,8 +50,9 @@ def test_layout(kind: str, asked: str, tmp_path: Path) -> None:
         assert (image.shape, image.dtype) == ((HEIGHT, WIDTH, 3), np.uint8)
         assert labels.dtype == np.uint8
         assert np.array_equal(labels, np.resize(BECOME[kind], (HEIGHT, WIDTH)))
-        if kind in DATASETS:
-            assert (dataset.class_names, dataset.palette) == (DATASETS[kind].class_names, DATASETS[kind].palette)
+        if kind in DATASET_CLASSES:
+            wanted = DATASET_CLASSES[kind]
+            assert (dataset.class_names, dataset.palette) == (wanted.class_names, wanted.palette)
 
 
 @pytest.mark.parametrize(
