@@ -1,13 +1,21 @@
-"""The two decoders of the paper: patch features ``(B, N, D)`` -> class scores ``(B, N, K)``."""
+"""The two decoders of the paper, patch features ``(B, N, D)`` -> class scores ``(B, N, K)``; the logits' size."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from . import kernels
-from .config import SegmenterConfig
+from .config import Pair, SegmenterConfig
 from .vit import Block, drop_path_rates
+
+
+def upsampled_size(config: SegmenterConfig, size: Sequence[int]) -> Pair:
+    """(height, width) in pixels that the masks of an image of ``size`` are upsampled to, before the crop to it."""
+    step = config.patch_size if config.upsample_to == "padded" else 1
+    return -(-size[0] // step) * step, -(-size[1] // step) * step
 
 
 class LinearDecoder(nn.Module):
@@ -22,7 +30,7 @@ class LinearDecoder(nn.Module):
 
 
 class MaskTransformer(nn.Module):
-    """Class embeddings attend with the patches; masks are their scalar products (paper, section 3.2)."""
+    """Patches and class embeddings attend to each other; masks are their scalar products (paper, section 3.2)."""
 
     def __init__(self, config: SegmenterConfig) -> None:
         super().__init__()
@@ -45,17 +53,14 @@ class MaskTransformer(nn.Module):
         self.proj_classes = nn.Parameter(torch.zeros(dim, dim))
         self.mask_norm = nn.LayerNorm(classes, config.decoder_norm_eps)
 
-    def tokens(self, patches: Tensor) -> Tensor:
-        """``(B, N, D)`` patch features -> ``(B, N + K, D)``: projected patches, then class embeddings."""
-        return torch.cat([self.proj_dec(patches), self.cls_emb.expand(patches.shape[0], -1, -1)], 1)
-
-    def forward(self, patches: Tensor) -> Tensor:
-        classes = self.cls_emb.shape[1]
-        x = self.tokens(patches)
+    def projected(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, N, D)`` patch features -> projected patches ``(B, N, D)`` and class embeddings ``(B, K, D)``."""
+        x = torch.cat([self.proj_dec(patches), self.cls_emb.expand(patches.shape[0], -1, -1)], 1)
         for block in self.blocks:
             x = block(x)
-        x = self.decoder_norm(x)
+        x, classes = self.decoder_norm(x), self.cls_emb.shape[1]
+        return x[:, :-classes] @ self.proj_patch, x[:, -classes:] @ self.proj_classes
+
+    def forward(self, patches: Tensor) -> Tensor:
         norm = self.mask_norm
-        return kernels.mask_scores(
-            x[:, :-classes] @ self.proj_patch, x[:, -classes:] @ self.proj_classes, norm.weight, norm.bias, norm.eps
-        )
+        return kernels.mask_scores(*self.projected(patches), norm.weight, norm.bias, norm.eps)

@@ -1,4 +1,4 @@
-"""What "auto" means for devices and dtypes."""
+"""Choice of device and dtype, "auto" among them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 
 import torch
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Dtypes of weights and activations, by name."""
 
 
 def choose_device(name: str = "auto") -> torch.device:
-    """ "auto" is a CUDA or ROCm device where there is one, else the CPU.
+    """The device of a name; "auto" is a CUDA or ROCm device if there is one, else the CPU.
 
     Raises:
         ValueError: a device that PyTorch does not know or that is not there.
@@ -27,7 +28,7 @@ def choose_device(name: str = "auto") -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """ "auto" is bfloat16 where the hardware multiplies it fast, else float16 on a GPU and float32 on a CPU.
+    """The dtype of a name; "auto" is bfloat16 if the hardware multiplies it fast, else float16 on a GPU or float32.
 
     Raises:
         ValueError: an unknown name.
@@ -36,15 +37,15 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         return torch.bfloat16 if device.type == "cpu" and cpu_is_fast_in_bfloat16() else torch.float32
-    if name not in _DTYPES:
-        raise ValueError(f"dtype must be one of auto, {', '.join(_DTYPES)}, got {name!r}")
-    return _DTYPES[name]
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
 
 
 def cpu_is_fast_in_bfloat16() -> bool:
-    """Whether the CPU has bfloat16 matrix products (AMX or AVX512-BF16) and PyTorch can tell."""
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(bool(probe()) for probe in probes if callable(probe))
+    """True if the CPU has bfloat16 matrix products (AMX or AVX512-BF16); False also if PyTorch cannot tell."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(bool(check()) for check in checks if callable(check))
 
 
 def usable_cores() -> int:

@@ -1,4 +1,4 @@
-"""A model as a file that runs without this package: ONNX (.onnx), or an AOTInductor package (.pt2).
+"""A model as a file that runs without this package: ONNX (.onnx) or an AOTInductor package (.pt2).
 
 Every file is run and compared with the model before it appears under its name.
 """
@@ -18,41 +18,42 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from . import kernels, vit
 from .config import Pair
+from .decoders import MaskTransformer, upsampled_size
+from .devices import DTYPES
 from .io.atomic import atomic_path
 from .io.images import normalise
-from .program import OUTPUTS, Program
 from .segmenter import Segmenter
 
-_SUFFIXES = (".onnx", ".pt2")
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_ONNX_BYTES = 2**31 - 2**24  # what one protobuf message holds, less some room for the graph
-# Batches of a program for any batch: it is traced with the first and checked with the others.
+_OUTPUTS = ("labels", "masks", "logits")
+_ONNX_BYTES = 2**31 - 2**24  # of one protobuf message, less some room for the graph
+# Batch sizes of a file for any batch size: it is traced with the first and checked with the others.
 _DYNAMIC_BATCHES = (3, 1, 2)
 
 Run = Callable[[Tensor], Tensor]
 
 
 class ExportError(ValueError):
-    """Something that exporting needs is missing, or the exported program is not the model; the message says which."""
+    """A package or compiler that the export needs is missing, or the exported file does not give the model's labels."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written, and what its check found."""
+    """A file that was written, and the result of its check."""
 
     path: Path
     pixels: int
     """Pixels whose labels were compared with the model's own."""
     differing: int
-    """Those that the file labels otherwise, every one a tie within rounding."""
+    """Pixels with another label than the model's, every one a tie within rounding."""
 
 
 @dataclass(frozen=True)
-class _Task:
-    """What is asked for, checked."""
+class _Options:
+    """The arguments of ``export``, checked."""
 
     path: Path
     size: Pair
@@ -62,16 +63,16 @@ class _Task:
     dtype: torch.dtype
 
     def __post_init__(self) -> None:
-        if self.path.suffix not in _SUFFIXES:
-            raise ValueError(f"file to export to must end in {' or '.join(_SUFFIXES)}, got {self.path}")
+        if self.path.suffix not in (".onnx", ".pt2"):
+            raise ValueError(f"file to export to must end in .onnx or .pt2, got {self.path}")
         if len(self.size) != 2 or min(self.size) < 1:
             raise ValueError(f"size must be (height, width), each at least 1, got {self.size}")
         if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, or None for any, got {self.batch_size}")
-        if self.output not in OUTPUTS:
-            raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
-        if self.dtype not in _DTYPES:
-            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {self.dtype}")
+        if self.output not in _OUTPUTS:
+            raise ValueError(f"output must be one of {', '.join(_OUTPUTS)}, got {self.output!r}")
+        if self.dtype not in DTYPES.values():
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype}")
         if self.path.suffix == ".onnx":
             if self.dtype == torch.bfloat16:
                 raise ValueError("ONNX files have float32 or float16 weights: onnxruntime has no bfloat16 on a CPU")
@@ -81,7 +82,7 @@ class _Task:
         if self.path.is_dir():
             raise IsADirectoryError(f"{self.path} is a folder; name a file")
         if not self.path.parent.is_dir():
-            raise NotADirectoryError(f"{self.path.parent}, where {self.path.name} is to be written, is no folder")
+            raise NotADirectoryError(f"{self.path.parent} must be an existing folder, to write {self.path.name} into")
 
 
 @torch.no_grad()
@@ -95,25 +96,22 @@ def export(
     uint8: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> Exported:
-    """Writes a model for images of one size, and checks that the file gives the model's labels.
+    """Write a model for images of one size, and check that the file gives the model's labels.
 
-    The program has one input, ``images``: ``(B, 3, H, W)``, float32 and normalised, or uint8 RGB. It has one output,
-    named as ``output`` says: "labels" ``(B, H, W)``, uint8 up to 256 classes and int32 above; "masks" ``(B, K, h, w)``
-    float32 scores of the patches; "logits" ``(B, K, H, W)`` float32. It is made of PyTorch's own operators.
+    The file's one input is ``images``: ``(B, 3, H, W)``, float32 and normalised, or uint8 RGB. Its one output has the
+    name of ``output``: "labels" ``(B, H, W)``, uint8 up to 256 classes and int32 above; "masks" ``(B, K, h, w)``
+    float32 scores of the patches; "logits" ``(B, K, H, W)`` float32. A .pt2 package runs on the model's kind of device.
+    ``metadata_props`` of the ONNX file and ``get_metadata()`` of the package hold class names, mean, std etc. in JSON.
 
-    A .pt2 package runs on the kind of device that the model is on. Class names, palette, mean, std and the like stand,
-    as JSON values, in the ONNX file's ``metadata_props`` and in the package's ``get_metadata()``.
-
-    The check runs the file on seeded random images. Its labels may differ from the model's only where, in float64, the
-    two classes are as close as rounding: within four times the error of the model itself in ``dtype``.
+    The check runs the file on seeded random images. A label may differ from the model's only if, in float64, the scores
+    of the two classes are within four times the error of the model itself in ``dtype``.
 
     Args:
-        model: what to export; it is not changed.
-        path: the file, which ends in .onnx or .pt2; it is replaced, or left alone where anything fails.
+        model: left unchanged.
+        path: the file, ending in .onnx or .pt2; an existing one is replaced, or kept if anything fails.
         size: (height, width) of the images, by default the configuration's ``image_size``.
         batch_size: images at once; None for any number.
-        output: "labels", "masks" or "logits".
-        uint8: whether the program takes uint8 images and normalises them itself.
+        uint8: take uint8 images and normalise them inside.
         dtype: of weights and activations; bfloat16 for .pt2 only.
 
     Raises:
@@ -122,51 +120,104 @@ def export(
         OSError: the file cannot be written.
     """
     height, width = model.config.image_size if size is None else size
-    task = _Task(Path(path), (height, width), batch_size, output, uint8, dtype)
+    options = _Options(Path(path), (height, width), batch_size, output, uint8, dtype)
     model = copy.deepcopy(model).eval()
-    with atomic_path(task.path) as written:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PyTorch's exporters use what PyTorch deprecates
-            run = (_write_onnx if task.path.suffix == ".onnx" else _write_pt2)(model, task, written)
+    with atomic_path(options.path) as written, warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch's exporters use deprecated parts of PyTorch
+        run = (_write_onnx if options.path.suffix == ".onnx" else _write_pt2)(model, options, written)
         batches = _DYNAMIC_BATCHES[1:] if batch_size is None else (batch_size,)
-        differing = sum(_check(model, task, run, batch) for batch in batches)
-    return Exported(task.path, sum(batches) * height * width, differing)
+        differing = sum(_check(model, options, run, batch) for batch in batches)
+    return Exported(options.path, sum(batches) * height * width, differing)
 
 
-def _write_onnx(model: Segmenter, task: _Task, path: Path) -> Run:
-    """Writes one self-contained file; the program in onnxruntime."""
+class ExportableSegmenter(nn.Module):
+    """A copy of a Segmenter for images of one height and width, of PyTorch's own operators; see ``export``.
+
+    Prefix tokens and learned positions are computed for this size once. Weights and activations have ``dtype``; class
+    scores, their LayerNorm and the upsampling are float32, as in ``InferenceSegmenter``.
+    """
+
+    def __init__(self, model: Segmenter, size: Pair, output: str, uint8: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        config, patch = model.config, model.config.patch_size
+        self.size, self.output, self.uint8 = size, output, uint8
+        self.upsampled = upsampled_size(config, size)
+        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(1, 3, 1, 1)) for v in (config.mean, config.std))
+        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        encoder = self.model.encoder
+        encoder.grid = -(-size[0] // patch), -(-size[1] // patch)
+        encoder.config = config.replace(pos_embed_prefix=False)
+        prefix, positions, _ = model.encoder.grid_embeddings(*encoder.grid)
+        encoder.cls_token = nn.Parameter(prefix.to(dtype), requires_grad=False)
+        encoder.dist_token = encoder.reg_token = None
+        if positions is not None:
+            encoder.pos_embed = nn.Parameter(positions.to(dtype), requires_grad=False)
+        for name in {"head", "head_dist"} & encoder._modules.keys():
+            delattr(encoder, name)
+        for module in self.model.modules():
+            if isinstance(module, vit.Attention):
+                module.__class__ = _PlainAttention
+            elif isinstance(module, MaskTransformer):
+                module.__class__ = _PlainMaskTransformer
+                module.mask_norm.float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.uint8:
+            images = (images.float() / 255 - self.mean) / self.std
+        masks = self.model.masks(images).float()
+        if self.output == "labels":
+            return kernels.reference.upsample_argmax(masks, self.upsampled, self.size)
+        if self.output == "logits":
+            return kernels.reference.upsample(masks, self.upsampled, self.size, align_corners=False)
+        return masks
+
+
+class _PlainAttention(vit.Attention):
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        q, k, v = self.packed_qkv(x, rotation).permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _PlainMaskTransformer(MaskTransformer):
+    def forward(self, patches: Tensor) -> Tensor:
+        patches, classes = self.projected(patches)
+        norm = self.mask_norm
+        return kernels.reference.mask_scores(patches.float(), classes.float(), norm.weight, norm.bias, norm.eps)
+
+
+def _write_onnx(model: Segmenter, options: _Options, path: Path) -> Run:
+    """Write one self-contained file, and return it as a function in onnxruntime."""
     import onnxruntime
 
-    program = _program(model, task, torch.device("cpu"))
-    if sum(tensor.nbytes for tensor in program.state_dict().values()) > _ONNX_BYTES:
+    traced = _trace(model, options, torch.device("cpu"))
+    if sum(tensor.nbytes for tensor in traced.state_dict.values()) > _ONNX_BYTES:
         raise ValueError("the weights are over 2 GiB, more than an ONNX file holds; try float16 or .pt2")
     written = torch.onnx.export(
-        _trace(program, task, torch.device("cpu")),
+        traced,
         input_names=["images"],
-        output_names=[task.output],
-        dynamic_shapes=_dynamic_shapes(task),  # for the name of the axis
+        output_names=[options.output],
+        dynamic_shapes=_dynamic_shapes(options),  # for the name of the axis
         external_data=False,
         verbose=False,
     )
     assert written is not None
-    written.model.metadata_props.update(_metadata(model, task))
+    written.model.metadata_props.update(_metadata(model, options))
     written.save(path)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session_options = onnxruntime.SessionOptions()
+    session_options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(path, session_options, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-def _write_pt2(model: Segmenter, task: _Task, path: Path) -> Run:
-    """Compiles and packages for the model's device; the program as PyTorch loads it."""
+def _write_pt2(model: Segmenter, options: _Options, path: Path) -> Run:
+    """Compile and package for the model's device, and return the package as a function."""
     from torch._inductor import aoti_compile_and_package, aoti_load_package
     from torch._inductor.exc import CppCompileError, InductorError, InvalidCxxCompiler
 
     device = next(model.parameters()).device
-    traced = _trace(_program(model, task, device), task, device)
+    traced, metadata = _trace(model, options, device), _metadata(model, options)
     try:
-        options = {"aot_inductor.metadata": _metadata(model, task)}
-        aoti_compile_and_package(traced, package_path=str(path), inductor_configs=options)
+        aoti_compile_and_package(traced, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata})
     except InductorError as error:
         if not isinstance(error.inner_exception, (InvalidCxxCompiler, CppCompileError)):
             raise
@@ -175,76 +226,67 @@ def _write_pt2(model: Segmenter, task: _Task, path: Path) -> Run:
     return lambda images: package(images.to(device)).cpu()
 
 
-def _program(model: Segmenter, task: _Task, device: torch.device) -> Program:
-    return Program(model, task.size, task.output, task.uint8, task.dtype).to(device)
+def _trace(model: Segmenter, options: _Options, device: torch.device) -> torch.export.ExportedProgram:
+    module = ExportableSegmenter(model, options.size, options.output, options.uint8, options.dtype).to(device)
+    batch, dtype = options.batch_size or _DYNAMIC_BATCHES[0], torch.uint8 if options.uint8 else torch.float32
+    images = torch.zeros(batch, 3, *options.size, dtype=dtype, device=device)
+    # With strict=False the tracer takes len(images) for a constant.
+    return torch.export.export(module, (images,), dynamic_shapes=_dynamic_shapes(options), strict=True)
 
 
-def _trace(program: Program, task: _Task, device: torch.device) -> torch.export.ExportedProgram:
-    dtype = torch.uint8 if task.uint8 else torch.float32
-    images = torch.zeros(task.batch_size or _DYNAMIC_BATCHES[0], 3, *task.size, dtype=dtype, device=device)
-    # The other way of tracing takes len(images) for a constant.
-    return torch.export.export(program, (images,), dynamic_shapes=_dynamic_shapes(task), strict=True)
+def _dynamic_shapes(options: _Options) -> dict[str, Any]:
+    return {"images": {0: torch.export.Dim("batch", min=1)} if options.batch_size is None else None}
 
 
-def _dynamic_shapes(task: _Task) -> dict[str, Any]:
-    return {"images": {0: torch.export.Dim("batch", min=1)} if task.batch_size is None else None}
-
-
-def _metadata(model: Segmenter, task: _Task) -> dict[str, str]:
-    """What a user of the file needs to know, as JSON values."""
-    config = model.config
-    facts = {
-        "variant": config.variant,
-        "image_size": task.size,
-        "input": "uint8 RGB" if task.uint8 else "float32 RGB in [0, 1], minus mean, divided by std",
-        "output": task.output,
-        "dtype": str(task.dtype).removeprefix("torch."),
-        "mean": config.mean,
-        "std": config.std,
-        "num_classes": config.num_classes,
-        "class_names": config.class_names,
-        "palette": config.palette,
+def _metadata(model: Segmenter, options: _Options) -> dict[str, str]:
+    """Facts for the users of the file, as JSON values."""
+    facts: dict[str, Any] = {
+        "image_size": options.size,
+        "input": "uint8 RGB" if options.uint8 else "float32 RGB in [0, 1], minus mean, divided by std",
+        "output": options.output,
+        "dtype": str(options.dtype).removeprefix("torch."),
         "segmenter_fast_version": importlib.metadata.version("segmenter-fast"),
     }
-    return {name: json.dumps(value) for name, value in facts.items()}
+    for name in ("variant", "mean", "std", "num_classes", "class_names", "palette"):
+        facts[name] = getattr(model.config, name)
+    return {name: json.dumps(fact) for name, fact in facts.items()}
 
 
-def _check(model: Segmenter, task: _Task, run: Run, batch: int) -> int:
-    """Compares a program with the model on one batch; the number of pixels that rounding labels otherwise.
-
-    Upsampling is a convex combination of masks, so that what the masks' error is bounds the logits' error, too.
-    """
-    pixels = _pixels(batch, task.size)
-    device = next(model.parameters()).device
+def _check(model: Segmenter, options: _Options, run: Run, batch: int) -> int:
+    """Compare a file with the model on one batch; return the number of pixels with another label, all of them ties."""
+    pixels = _pixels(batch, options.size)
+    device, upsampled = next(model.parameters()).device, upsampled_size(model.config, options.size)
     images = torch.cat([normalise(image.numpy(), model.config.mean, model.config.std, device) for image in pixels])
-    result = run(pixels.permute(0, 3, 1, 2).contiguous() if task.uint8 else images.cpu())
+    result = run(pixels.permute(0, 3, 1, 2).contiguous() if options.uint8 else images.cpu())
 
     exact = _masks(model, images, torch.float64)
-    error = (_masks(model, images, task.dtype) - exact).abs().max()
+    # Upsampling is a convex combination of masks: their error bounds the error of the logits.
+    error = (_masks(model, images, options.dtype) - exact).abs().max()
     tolerance = float(4 * error + 2**-16 * exact.abs().max())
     if not tolerance < float("inf"):
-        raise ExportError(f"the model's masks are not finite in {task.dtype} on a random image; try another dtype")
+        raise ExportError(f"the model's masks are not finite in {options.dtype} on a random image; try another dtype")
 
-    logits = result if task.output == "logits" else _upsample(result, task, model) if task.output == "masks" else None
-    labels = (result if logits is None else logits.argmax(1)).long()
-    own = model.segment(images).cpu().long()
-    differing = int((labels != own).sum())
+    if options.output == "masks":
+        result = kernels.reference.upsample(result, upsampled, options.size, align_corners=False)
+    scores = options.output != "labels"
+    labels = (result.argmax(1) if scores else result).long()
+    differing = int((labels != model.segment(images).cpu()).sum())
     worst = 0.0
-    if logits is not None or differing:
-        exact = _upsample(exact, task, model)  # (B, K, H, W) float64
+    if scores or differing:
+        exact = kernels.reference.upsample(exact, upsampled, options.size, align_corners=False)  # (B, K, H, W) float64
         worst = float((exact.amax(1) - exact.gather(1, labels[:, None])[:, 0]).max()) / 2
-    if logits is not None:
-        worst = max(worst, float((logits - exact).abs().max()))
+    if scores:
+        worst = max(worst, float((result - exact).abs().max()))
     if not worst <= tolerance:
         raise ExportError(
-            f"the exported program is not the model: of {labels.numel():,} labels {differing:,} differ, and scores are "
-            f"off by {worst:.2g} where rounding explains {tolerance:.2g}; nothing was written"
+            f"the exported file does not give the model's results: of {labels.numel():,} labels {differing:,} differ, "
+            f"and scores are off by {worst:.2g} where rounding explains {tolerance:.2g}; nothing was written"
         )
     return differing
 
 
 def _pixels(batch: int, size: Pair) -> Tensor:
-    """``(B, H, W, 3)`` uint8: seeded random colours, smooth and so of many labels, under a little noise."""
+    """``(B, H, W, 3)`` uint8: seeded random colours, smooth, so that many labels occur, under a little noise."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(batch, 3, 6, 6, generator=generator)
     smooth = F.interpolate(coarse, size=size, mode="bilinear", align_corners=True)
@@ -253,13 +295,5 @@ def _pixels(batch: int, size: Pair) -> Tensor:
 
 
 def _masks(model: Segmenter, images: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(B, K, h, w)`` float64 masks that the model gives on the CPU when its weights have a dtype."""
+    """``(B, K, h, w)`` float64 masks of the model with weights of a dtype, on the CPU."""
     return copy.deepcopy(model).to("cpu", dtype).eval().masks(images.cpu()).double()
-
-
-def _upsample(masks: Tensor, task: _Task, model: Segmenter) -> Tensor:
-    """``(B, K, h, w)`` -> ``(B, K, H, W)`` logits."""
-    height, width = task.size
-    patch = model.config.patch_size if model.config.upsample_to == "padded" else 1
-    size = -(-height // patch) * patch, -(-width // patch) * patch
-    return F.interpolate(masks, size=size, mode="bilinear", align_corners=False)[..., :height, :width]

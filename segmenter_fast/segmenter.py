@@ -1,32 +1,33 @@
-"""The model: encoder, decoder, and the upsample ops that keep the full-size logits from ever existing."""
+"""The model: encoder, decoder, and the upsample ops, which never build the full-size logits."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
-from .attention_maps import attention_maps
 from .config import SegmenterConfig
-from .decoders import LinearDecoder, MaskTransformer
-from .optimize import InferenceSegmenter
-from .vit import VisionTransformer
+from .decoders import LinearDecoder, MaskTransformer, upsampled_size
+from .inference_segmenter import InferenceSegmenter
+from .vit import Block, VisionTransformer
 from .weights.hub import HubMixin
+
+# Largest number of attention scores of one chunk of queries, beside the result of ``attention_maps``.
+_CHUNK_VALUES = 1 << 24
 
 
 class Segmenter(nn.Module, HubMixin):
     """Segmenter with the official program's state-dict keys and forward contract.
 
     All methods take ``(B, 3, H, W)`` floating point images, RGB, normalised with the configuration's mean and std, of
-    any height and width: they are zero-padded at the bottom and right to whole patches. Images are cast to the dtype
-    of the weights.
+    any height and width. Images are cast to the dtype of the weights and zero-padded at the bottom and right to whole
+    patches.
 
     Source: Strudel et al., ICCV 2021. As in the official program, and unlike the paper's text, the LayerNorm over
     classes acts on the patch-level masks, before the upsampling.
 
     Raises (all methods):
-        ValueError, TypeError: images of a wrong rank, channel count or dtype, naming what was given.
+        ValueError, TypeError: images of a wrong rank, channel count or dtype.
     """
 
     def __init__(self, config: SegmenterConfig) -> None:
@@ -36,42 +37,26 @@ class Segmenter(nn.Module, HubMixin):
         self.decoder = (MaskTransformer if config.decoder == "mask" else LinearDecoder)(config)
         self.apply(_initialise)
 
-    def padded(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` images, checked, in the dtype of the weights, zero-padded to whole patches."""
-        if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 1:
-            raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise TypeError(
-                f"images must be floating point and normalised, got {images.dtype}; "
-                "segmenter_fast.predict takes uint8 images"
-            )
-        images = images.to(self.encoder.patch_embed.proj.weight.dtype)
-        patch = self.config.patch_size
-        height, width = images.shape[2:]
-        if height % patch or width % patch:
-            images = F.pad(images, (0, -width % patch, 0, -height % patch))
-        return images
-
     def masks(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, K, h, w)`` scores of the patches of the padded images (channels-last strides)."""
-        images, patch = self.padded(images), self.config.patch_size
-        scores = self.decoder(self.encoder(images))  # (B, h w, K)
-        return scores.mT.unflatten(2, (images.shape[2] // patch, images.shape[3] // patch))
+        scores, patch = self.decoder(self.encoder(images)), self.config.patch_size  # (B, h w, K)
+        return scores.mT.unflatten(2, [-(-side // patch) for side in images.shape[2:]])
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` -> ``(B, K, H, W)`` logits. Everything else here avoids this tensor."""
+        """``(B, 3, H, W)`` -> ``(B, K, H, W)`` logits. No other method builds this tensor."""
         masks = self.masks(images).contiguous()  # interpolate copies the full-size result of channels-last masks
-        height, width = images.shape[2:]
-        logits = F.interpolate(masks, size=self._upsampled_size(images), mode="bilinear", align_corners=False)
-        return logits[..., :height, :width]
+        size = upsampled_size(self.config, images.shape[2:])
+        return kernels.reference.upsample(masks, size, images.shape[2:], align_corners=False)
 
     def segment(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, H, W)`` labels, uint8 up to 256 classes and int32 above; not differentiable."""
-        return kernels.upsample_argmax(self.masks(images), self._upsampled_size(images), images.shape[2:])
+        size = images.shape[2:]
+        return kernels.upsample_argmax(self.masks(images), upsampled_size(self.config, size), size)
 
     def probabilities(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, K, H, W)`` class probabilities."""
-        return kernels.upsample_softmax(self.masks(images), self._upsampled_size(images), images.shape[2:])
+        size = images.shape[2:]
+        return kernels.upsample_softmax(self.masks(images), upsampled_size(self.config, size), size)
 
     def loss(
         self,
@@ -84,7 +69,7 @@ class Segmenter(nn.Module, HubMixin):
     ) -> Tensor:
         """Mean cross-entropy of ``(B, 3, H, W)`` images against ``(B, H, W)`` class indices: a float32 scalar.
 
-        ``weight`` is ``(K,)``; the options mean what they mean in ``torch.nn.functional.cross_entropy``.
+        ``weight`` is ``(K,)``; the options are those of ``torch.nn.functional.cross_entropy``.
         """
         if target.shape != (images.shape[0], *images.shape[2:]):
             wanted = (images.shape[0], *images.shape[2:])
@@ -92,7 +77,7 @@ class Segmenter(nn.Module, HubMixin):
         return kernels.upsample_cross_entropy(
             self.masks(images),
             target,
-            self._upsampled_size(images),
+            upsampled_size(self.config, images.shape[2:]),
             ignore_index=ignore_index,
             weight=weight,
             label_smoothing=label_smoothing,
@@ -100,10 +85,10 @@ class Segmenter(nn.Module, HubMixin):
         )
 
     def freeze_encoder(self, frozen: bool = True) -> Segmenter:
-        """Train the decoder only, on features of an encoder that stays as it is; ``frozen=False`` undoes it.
+        """Train the decoder only, on features of an unchanging encoder; ``frozen=False`` undoes it.
 
         Encoder parameters lose their ``requires_grad``, ``train`` leaves the encoder in evaluation mode, and nothing of
-        it is kept for a backward pass, so that no gradient reaches the images either. Not part of a saved model.
+        it is kept for a backward pass, so no gradient reaches the images either. Not part of a saved model.
 
         Returns:
             The model itself.
@@ -114,28 +99,64 @@ class Segmenter(nn.Module, HubMixin):
     def optimize(
         self, dtype: torch.dtype = torch.bfloat16, compile: bool = True, cuda_graph: bool = True
     ) -> InferenceSegmenter:
-        """The inference form of this model, which is left as it is; see ``InferenceSegmenter``.
+        """Return the inference form of this model, a copy; see ``InferenceSegmenter``.
 
         Args:
             dtype: of weights and activations: bfloat16, float16 or float32.
-            compile: whether ``torch.compile`` fuses what lies between the ops. The first call of a shape then takes a
-                minute or so, later calls of another batch size or image size once more.
+            compile: run ``torch.compile`` on everything between the ops. The first call of a shape then takes a minute
+                or so; another batch size or image size compiles once more.
             cuda_graph: on a GPU, capture one CUDA graph per input shape, for the last 8 shapes, each with its own
-                memory; nothing elsewhere.
+                memory. No effect on other devices.
 
         Raises:
             ValueError: another dtype.
         """
-        return InferenceSegmenter(self, dtype, compile, cuda_graph)
+        return InferenceSegmenter(self.config, self.encoder, self.decoder, dtype, compile, cuda_graph)
 
+    @torch.no_grad()
     def attention_maps(self, images: Tensor, layer: int, part: str = "encoder", queries: slice | None = None) -> Tensor:
-        """Attention probabilities of one layer; see ``segmenter_fast.attention_maps.attention_maps``."""
-        return attention_maps(self, images, layer, part, queries)
+        """Softmax probabilities of every head of one layer, in the model's mode (train or eval), by plain PyTorch.
 
-    def _upsampled_size(self, images: Tensor) -> list[int]:
-        """What the masks are upsampled to before the crop to the image."""
-        patch = self.config.patch_size if self.config.upsample_to == "padded" else 1
-        return [-(-side // patch) * patch for side in images.shape[2:]]
+        The layers before run as in ``forward``, with the fused attention.
+
+        Args:
+            images: ``(B, 3, H, W)``, as in ``forward``.
+            layer: index into the layers of ``part``; negative ones count from the end.
+            part: "encoder", whose tokens are the prefix tokens and the patches in row-major order, or "decoder" (mask
+                transformer only), whose tokens are the patches and the class embeddings.
+            queries: the tokens whose rows are returned, by default all. All rows of a large image take
+                B x heads x N x N x 4 bytes: 0.8 GB for one 512 x 512 image of a ViT-B at patch size 8.
+
+        Returns:
+            ``(B, heads, queries, N)`` float32 (float64 for a float64 model); each row sums to 1.
+
+        Raises:
+            ValueError: another part, a layer that does not exist, or the decoder of a model with a linear one.
+        """
+        if part not in ("encoder", "decoder"):
+            raise ValueError(f"part must be 'encoder' or 'decoder', got {part!r}")
+        stack = self.encoder if part == "encoder" else self.decoder
+        if isinstance(stack, LinearDecoder):
+            raise ValueError("part 'decoder' needs a mask transformer; the linear decoder has no attention")
+        blocks = stack.blocks
+        if not -len(blocks) <= layer < len(blocks):
+            raise ValueError(f"layer must be in [{-len(blocks)}, {len(blocks)}) for the {part}, got {layer}")
+        if isinstance(stack, MaskTransformer):
+            x, rotation = stack.proj_dec(self.encoder(images)), None
+            x = torch.cat([x, stack.cls_emb.expand(x.shape[0], -1, -1)], 1)
+        else:
+            x, rotation = stack.embed(images)
+        for block in blocks[: layer % len(blocks)]:
+            x = block(x, rotation)
+        block = blocks[layer]
+        assert isinstance(block, Block)
+        q, k, _ = block.attn.packed_qkv(block.norm1(x), rotation).permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads)
+        q = q[:, :, queries or slice(None)] * q.shape[-1] ** -0.5
+        maps = q.new_empty((*q.shape[:3], k.shape[2]), dtype=q.dtype if q.dtype == torch.float64 else torch.float32)
+        chunk = max(_CHUNK_VALUES // max(maps[:, :, :1].numel(), 1), 1)
+        for rows, into in zip(q.split(chunk, 2), maps.split(chunk, 2), strict=True):
+            torch.softmax((rows @ k.mT).to(maps.dtype), -1, out=into)
+        return maps
 
 
 def _initialise(module: nn.Module) -> None:
@@ -145,7 +166,7 @@ def _initialise(module: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, VisionTransformer):
-        for parameter in (*module.prefix_tokens(), module.pos_embed):
+        for parameter in (module.cls_token, module.dist_token, module.reg_token, module.pos_embed):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
     elif isinstance(module, MaskTransformer):

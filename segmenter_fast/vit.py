@@ -5,20 +5,67 @@ Parameter names are those of timm and of the official Segmenter program.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
 from .config import Pair, SegmenterConfig
-from .rope import rotate, rotation_table
+
+
+def check_images(images: Tensor, uint8: bool = False) -> None:
+    """Refuse anything but ``(B, 3, H, W)`` floating point images, or uint8 ones where ``uint8`` allows them."""
+    if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 1:
+        raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+    if not images.is_floating_point() and not (uint8 and images.dtype == torch.uint8):
+        allowed = "uint8, or floating point and normalised" if uint8 else "floating point and normalised"
+        raise TypeError(f"images must be {allowed}, got {images.dtype}; segmenter_fast.predict takes uint8 images")
+
+
+def pad_to_patches(images: Tensor, patch_size: int) -> Tensor:
+    """``(B, 3, H, W)`` zero-padded at the bottom and right to multiples of the patch size."""
+    height, width = images.shape[2:]
+    if height % patch_size or width % patch_size:
+        images = F.pad(images, (0, -width % patch_size, 0, -height % patch_size))
+    return images
+
+
+def rotation_table(grid: Pair, num_prefix_tokens: int, head_dim: int, temperature: float, like: Tensor) -> Tensor:
+    """``(2, prefix + rows * columns, head_dim)`` cosines and sines of DINOv3's rotary position embedding.
+
+    A patch's row and column, each in (-1, 1) across the grid, turn pairs of channels of its queries and keys by angles
+    ``2 pi coordinate / period``: the first half of the pairs by the row, the second by the column. The channels of a
+    pair lie half a head apart. Prefix tokens are not turned. On the device of ``like``; float64 if ``like`` is, else
+    float32, because low precision would move the patches.
+
+    Source: Siméoni et al., "DINOv3", 2025, and its program, without the random scaling of coordinates in training.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    exponents = torch.arange(head_dim // 4, dtype=dtype, device=like.device) / (head_dim // 4)
+    y, x = (2 * (torch.arange(n, dtype=dtype, device=like.device) + 0.5) / n - 1 for n in grid)
+    coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)  # (rows * columns, 2)
+    angles = 2 * math.pi * coordinates[..., None] / temperature**exponents
+    angles = angles.flatten(1).repeat(1, 2)  # (rows * columns, head_dim)
+    angles = torch.cat([angles.new_zeros(num_prefix_tokens, head_dim), angles])
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def rotate(qkv: Tensor, table: Tensor) -> Tensor:
+    """``(B, N, 3, heads, head_dim)`` with queries and keys turned by ``rotation_table``; values are unchanged."""
+    cosines, sines = table[:, None, :, None, None]  # (1, N, 1, 1, head_dim) each
+    turned = qkv[:, :, :2]
+    first, second = turned.chunk(2, -1)
+    turned = turned * cosines + torch.cat([-second, first], -1) * sines
+    return torch.cat([turned.to(qkv.dtype), qkv[:, :, 2:]], 2)
 
 
 class Attention(nn.Module):
     """Multi-head self-attention on a packed projection.
 
-    Dropout of the attention probabilities, which the fused op does not have, goes through PyTorch's
-    ``scaled_dot_product_attention``; it happens only in training with a dropout above 0.
+    The fused op has no dropout of the probabilities: training with a dropout above 0 runs PyTorch's
+    ``scaled_dot_product_attention``.
     """
 
     def __init__(self, dim: int, num_heads: int, dropout: float, qkv_bias: bool = True) -> None:
@@ -58,7 +105,7 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """Two linear layers around a gate, ``silu(gate) * value``, as the larger DINOv3 models have.
+    """Two linear layers around a gate, ``silu(gate) * value`` (DINOv3 S+ and H+).
 
     Source: Shazeer, "GLU Variants Improve Transformer", 2020.
     """
@@ -76,7 +123,7 @@ class SwiGlu(nn.Module):
 
 
 class LayerScale(nn.Module):
-    """A learnt factor per channel, as DINOv2 has."""
+    """A learned factor per channel (DINOv2, DINOv3)."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -87,7 +134,7 @@ class LayerScale(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training a whole residual branch is dropped for a sample with probability ``rate``.
+    """Stochastic depth: training drops a sample's whole residual branch with probability ``rate``.
 
     Source: Huang et al., "Deep Networks with Stochastic Depth", ECCV 2016.
     """
@@ -97,7 +144,7 @@ class DropPath(nn.Module):
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (self.training and self.rate):
+        if not self.training:
             return x
         keep = x.new_empty(x.shape[0], *[1] * (x.ndim - 1)).bernoulli_(1 - self.rate)
         return x * (keep / (1 - self.rate))
@@ -125,7 +172,7 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, norm_eps)
         self.mlp = Mlp(dim, hidden, dropout) if mlp == "gelu" else SwiGlu(dim, hidden + -hidden % 8, dropout)
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
-        self.drop_path = DropPath(drop_path)
+        self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
         x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rotation)))
@@ -140,7 +187,7 @@ def drop_path_rates(last: float, depth: int) -> list[float]:
 def resize_positions(positions: Tensor, grid: Pair, size: Pair, mode: str) -> Tensor:
     """``(1, prefix + rows * columns, D)`` position embedding from one grid of patches to another.
 
-    Entries before the patches stay; ``mode`` is a configuration's ``pos_embed_mode``.
+    The entries of prefix tokens are unchanged; ``mode`` is a configuration's ``pos_embed_mode``.
     """
     prefix = positions.shape[1] - grid[0] * grid[1]
     patches = positions[:, prefix:].mT.unflatten(2, grid)
@@ -152,31 +199,33 @@ def resize_positions(positions: Tensor, grid: Pair, size: Pair, mode: str) -> Te
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches, each projected to one token."""
+    """Non-overlapping patches of zero-padded images, each projected to one token: ``(B, D, h, w)``."""
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__()
+        self.patch_size = patch_size
         self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)  # (B, h w, D)
+        check_images(images)
+        return self.proj(pad_to_patches(images.to(self.proj.weight.dtype), self.patch_size))
 
 
 class VisionTransformer(nn.Module):
-    """``(B, 3, H, W)`` images, H and W multiples of the patch size -> ``(B, h w, D)`` patch features."""
+    """``(B, 3, H, W)`` normalised images of any size -> ``(B, h w, D)`` features of the zero-padded images' patches."""
 
     def __init__(self, config: SegmenterConfig) -> None:
         super().__init__()
         dim, (rows, columns) = config.embed_dim, config.grid
         self.config = config
+        self.grid, self.num_prefix_tokens = (rows, columns), config.num_prefix_tokens
         self.patch_embed = PatchEmbed(config.patch_size, dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.distillation_token else None
         registers = config.num_register_tokens
         self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
-        positions = rows * columns + (config.num_prefix_tokens if config.pos_embed_prefix else 0)
-        learned = config.pos_embed_kind == "learned"
-        self.pos_embed = nn.Parameter(torch.zeros(1, positions, dim)) if learned else None
+        positions = rows * columns + (self.num_prefix_tokens if config.pos_embed_prefix else 0)
+        self.pos_embed = nn.Parameter(torch.zeros(1, positions, dim)) if config.pos_embed_kind == "learned" else None
         self.blocks = nn.ModuleList(
             Block(
                 dim,
@@ -193,63 +242,54 @@ class VisionTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, config.encoder_norm_eps)
         self.frozen = False
-        # The classification heads of official checkpoints: kept so that nothing is lost, never run or trained.
+        # The classification heads of official checkpoints: kept so that saving loses nothing, never run or trained.
         if config.head_classes:
             self.head = nn.Linear(dim, config.head_classes).requires_grad_(False)
             if config.distillation_token:
                 self.head_dist = nn.Linear(dim, config.head_classes).requires_grad_(False)
 
-    def prefix_tokens(self) -> list[Tensor]:
-        """Class, distillation and register tokens, as far as there are any, ``(1, n, D)`` each."""
-        return [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
+    def grid_embeddings(self, rows: int, columns: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Prefix tokens and positions for a grid of patches.
 
-    def positions(self, rows: int, columns: int) -> Tensor | None:
-        """``(1, n, D)`` learned position embedding for a grid, None where there is none.
+        A learned position embedding is resized if the number of patches changes; in timm's mode also if only the
+        aspect ratio does.
 
-        It is resized where the number of patches differs; in timm's mode also where only the aspect ratio does.
+        Returns:
+            ``(1, prefix, D)`` class, distillation and register tokens with their positions, ``(1, rows * columns, D)``
+            learned positions of the patches or None, and the ``rotation_table`` of a rotary embedding or None.
         """
-        before, mode = self.config.grid, self.config.pos_embed_mode
-        if self.pos_embed is None or (rows, columns) == before:
-            return self.pos_embed
-        if rows * columns == before[0] * before[1] and mode != "bicubic_antialias":
-            return self.pos_embed
-        return resize_positions(self.pos_embed, before, (rows, columns), mode)
-
-    def rotation(self, rows: int, columns: int) -> Tensor | None:
-        """``(2, prefix + rows * columns, D / heads)`` cosines and sines of a rotary embedding, None without one."""
-        config = self.config
-        if config.pos_embed_kind != "rotary":
-            return None
-        head_dim = config.embed_dim // config.num_heads
-        like = self.patch_embed.proj.weight
-        return rotation_table((rows, columns), config.num_prefix_tokens, head_dim, config.rope_temperature, like)
+        config, prefix, positions, rotation = self.config, self.num_prefix_tokens, self.pos_embed, None
+        like, head_dim = self.patch_embed.proj.weight, config.embed_dim // config.num_heads
+        tokens = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
+        prefix_tokens = torch.cat(tokens, 1) if tokens else like.new_empty(1, 0, config.embed_dim)
+        if positions is None:
+            rotation = rotation_table((rows, columns), prefix, head_dim, config.rope_temperature, like)
+        else:
+            same_count = rows * columns == self.grid[0] * self.grid[1] and config.pos_embed_mode != "bicubic_antialias"
+            if (rows, columns) != self.grid and not same_count:
+                positions = resize_positions(positions, self.grid, (rows, columns), config.pos_embed_mode)
+            if config.pos_embed_prefix:
+                prefix_tokens, positions = prefix_tokens + positions[:, :prefix], positions[:, prefix:]
+        return prefix_tokens, positions, rotation
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(B, 3, H, W)`` -> ``(B, prefix + h w, D)`` tokens with their learned positions; the rotation, if any."""
-        grid = images.shape[2] // self.config.patch_size, images.shape[3] // self.config.patch_size
-        tokens = self.patch_embed(images)
-        positions = self.positions(*grid)
-        prefix = [token.expand(images.shape[0], -1, -1) for token in self.prefix_tokens()]
-        if positions is None:
-            tokens = torch.cat([*prefix, tokens], 1)
-        elif self.config.pos_embed_prefix:
-            tokens = torch.cat([*prefix, tokens], 1) + positions
-        else:
-            tokens = torch.cat([*prefix, tokens + positions], 1)
-        return F.dropout(tokens, self.config.dropout, self.training), self.rotation(*grid)
-
-    def patches(self, x: Tensor) -> Tensor:
-        """The last layer's ``(B, prefix + h w, D)`` tokens -> normalised patch features ``(B, h w, D)``."""
-        return self.norm(x)[:, self.config.num_prefix_tokens :]
+        patches = self.patch_embed(images)
+        prefix, positions, rotation = self.grid_embeddings(*patches.shape[2:])
+        patches = patches.flatten(2).mT  # (B, h w, D)
+        if positions is not None:
+            patches = patches + positions
+        tokens = torch.cat([prefix.expand(images.shape[0], -1, -1), patches], 1)
+        return F.dropout(tokens, self.config.dropout, self.training), rotation
 
     def freeze(self, frozen: bool = True) -> None:
-        """Take every parameter out of training, or put it back in; see ``Segmenter.freeze_encoder``."""
+        """Exclude every parameter from training, or include it again; see ``Segmenter.freeze_encoder``."""
         self.frozen = frozen
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not frozen and not name.startswith(("head.", "head_dist.")))
 
     def train(self, mode: bool = True) -> VisionTransformer:
-        """As any module's, but a frozen encoder stays in evaluation mode."""
+        """Set the mode, as in every module, but keep a frozen encoder in evaluation mode."""
         return super().train(mode and not self.frozen)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -257,4 +297,4 @@ class VisionTransformer(nn.Module):
             x, rotation = self.embed(images)
             for block in self.blocks:
                 x = block(x, rotation)
-            return self.patches(x)
+            return self.norm(x)[:, self.num_prefix_tokens :]

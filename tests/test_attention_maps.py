@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import segmenter_fast as sf
-from segmenter_fast import attention_maps as module
+from segmenter_fast import segmenter as module
 from segmenter_fast.reference import ReferenceSegmenter
 
 FIELDS = {"image_size": 32, "num_classes": 5, "depth": 3, "embed_dim": 128, "num_heads": 2, "decoder_num_heads": 2}

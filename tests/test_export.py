@@ -17,8 +17,7 @@ from typer.testing import CliRunner
 import segmenter_fast as sf
 from segmenter_fast import export as module
 from segmenter_fast.cli import app
-from segmenter_fast.export import ExportError, export
-from segmenter_fast.program import Program
+from segmenter_fast.export import ExportableSegmenter, ExportError, export
 from support.models import FAMILIES, SMALL
 
 GOLDEN = str(Path(__file__).parent / "golden" / "official_mask")  # 7 classes, images of 64
@@ -141,19 +140,19 @@ def test_the_model_is_left_as_it_is(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("output", ["labels", "logits"])
 def test_a_wrong_program_is_not_written(output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Program.forward
-    monkeypatch.setattr(Program, "forward", lambda program, images: right(program, images.flip(-1)))
+    right = ExportableSegmenter.forward
+    monkeypatch.setattr(ExportableSegmenter, "forward", lambda module, images: right(module, images.flip(-1)))
     path = tmp_path / "model.onnx"
     path.write_text("of yesterday")
-    with pytest.raises(ExportError, match="the exported program is not the model: of 1,024 labels"):
+    with pytest.raises(ExportError, match="the exported file does not give the model's results: of 1,024 labels"):
         export(small("mask_16"), path, output=output)
     assert files(tmp_path) == ["model.onnx"]
     assert path.read_text() == "of yesterday"
 
 
 def test_scores_that_only_keep_the_labels_are_not_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Program.forward
-    monkeypatch.setattr(Program, "forward", lambda program, images: right(program, images) + 0.01)
+    right = ExportableSegmenter.forward
+    monkeypatch.setattr(ExportableSegmenter, "forward", lambda module, images: right(module, images) + 0.01)
     with pytest.raises(ExportError, match=r"of 1,024 labels 0 differ, and scores are off by 0\.01 where"):
         export(small("mask_16"), tmp_path / "model.onnx", output="masks")
     assert files(tmp_path) == []
@@ -165,7 +164,7 @@ def test_only_ties_may_be_labelled_otherwise(tmp_path: Path) -> None:
     with torch.no_grad():
         for parameter in (model.decoder.head.weight, model.decoder.head.bias):
             parameter[3] = parameter[1]  # classes 1 and 3 are one
-    task = module._Task(tmp_path / "model.onnx", (32, 32), 2, "labels", False, torch.float32)
+    options = module._Options(tmp_path / "model.onnx", (32, 32), 2, "labels", False, torch.float32)
     images = []
 
     def relabelled(old: int, new: int) -> module.Run:
@@ -176,10 +175,10 @@ def test_only_ties_may_be_labelled_otherwise(tmp_path: Path) -> None:
 
         return run
 
-    differing = module._check(model, task, relabelled(1, 3), 2)
+    differing = module._check(model, options, relabelled(1, 3), 2)
     assert differing == (images[0] == 1).sum() > 0
-    with pytest.raises(ExportError, match="is not the model"):
-        module._check(model, task, relabelled(1, 0), 2)
+    with pytest.raises(ExportError, match="does not give the model's results"):
+        module._check(model, options, relabelled(1, 0), 2)
 
 
 def test_a_model_that_overflows_in_the_dtype_is_refused(tmp_path: Path) -> None:
@@ -199,11 +198,11 @@ def test_a_model_that_overflows_in_the_dtype_is_refused(tmp_path: Path) -> None:
         ("model.onnx", {"size": (0, 32)}, r"size must be \(height, width\), each at least 1, got \(0, 32\)"),
         ("model.onnx", {"batch_size": 0}, "batch_size must be at least 1, or None for any, got 0"),
         ("model.onnx", {"output": "overlay"}, "output must be one of labels, masks, logits, got 'overlay'"),
-        ("model.pt2", {"dtype": torch.float64}, r"dtype must be .*, got torch\.float64"),
+        ("model.pt2", {"dtype": torch.float64}, r"dtype must be one of float32, bfloat16, float16, got torch\.float64"),
         ("model.onnx", {"dtype": torch.bfloat16}, "ONNX files have float32 or float16 weights"),
         ("folder.onnx", {}, "is a folder; name a file"),
-        ("nowhere/model.onnx", {}, "nowhere, where model.onnx is to be written, is no folder"),
-        ("file/model.onnx", {}, "file, where model.onnx is to be written, is no folder"),
+        ("nowhere/model.onnx", {}, "nowhere must be an existing folder, to write model.onnx into"),
+        ("file/model.onnx", {}, "file must be an existing folder, to write model.onnx into"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(name: str, options: dict[str, Any], message: str, tmp_path: Path) -> None:
