@@ -1,30 +1,33 @@
-"""Geometry of a bilinear resize along one axis, in exact integers. No Triton here.
+"""Geometry of a bilinear resize along one axis, in exact integers.
 
 Output index ``y`` lies at input coordinate ``(y * step + offset) / denominator``:
 
     align_corners False:  (y + 1/2) * h / H - 1/2   =  ((2 y + 1) h - H) / (2 H)
     align_corners True:   y * (h - 1) / (H - 1)
 
-Cell ``c`` is the stretch between input centres ``c`` and ``c + 1``: all its outputs mix the same two inputs,
-``clamp(c)`` and ``clamp(c + 1)``. Cells run from -1 (before the first centre) to h - 1 (after the last one). The
-same numbers drive the plain formulations (through ``taps``) and the Triton kernels (as integer arguments); they are
-divided by their greatest common divisor, so that whole ratios stay small. An axis whose outputs all lie at input 0
-(one input, or one output with align_corners) has step 0 and a denominator of at least the outputs, so cell 0 takes all.
+Cell ``c`` lies between the input centres ``c`` and ``c + 1``: all its outputs mix the same two inputs, ``clamp(c)`` and
+``clamp(c + 1)``. Cells run from -1 (before the first centre) to h - 1 (after the last one). The plain formulations and
+the Triton kernels use the same integers, divided by their greatest common divisor so that whole ratios stay small. An
+axis whose outputs all lie at input 0 (one input, or one output with align_corners) has step 0 and a denominator of at
+least the outputs, so that cell 0 holds all.
 Source: ``area_pixel_compute_source_index`` in PyTorch's UpSample.h, without its float32 rounding.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One axis of a resize from ``size_in`` inputs to ``size_out`` outputs, of which the first ``kept`` matter."""
+class Axis(NamedTuple):
+    """One axis of a resize from ``size_in`` inputs to ``size_out`` outputs, of which the first ``kept`` matter.
+
+    A tuple, because Triton kernels take it as one argument and read its fields.
+    """
 
     size_in: int
     size_out: int
@@ -34,6 +37,7 @@ class Axis:
     denominator: int
 
     @classmethod
+    @lru_cache(maxsize=256)
     def make(cls, size_in: int, size_out: int, kept: int | None = None, align_corners: bool = False) -> Axis:
         kept = size_out if kept is None else kept
         step, offset, denominator = 2 * size_in, size_in - size_out, 2 * size_out
@@ -45,25 +49,30 @@ class Axis:
         return cls(size_in, size_out, kept, step // divisor, offset // divisor, denominator // divisor)
 
     @property
+    @lru_cache(maxsize=256)  # noqa: B019  (an axis is a few integers)
     def cells(self) -> int:
-        """How many cells reach up to the last kept output; the first one is cell -1, which may be empty."""
+        """Number of cells up to that of the last kept output; the first one is cell -1, which may be empty."""
         return ((self.kept - 1) * self.step + self.offset) // self.denominator + 2
 
     @property
+    @lru_cache(maxsize=256)  # noqa: B019
     def longest_cell(self) -> int:
-        """An upper bound of the outputs that one cell holds."""
+        """Upper bound of the outputs of one cell."""
         return self.size_out if self.step == 0 else -(-self.denominator // self.step)
 
-    def start(self, cell: int) -> int:
-        """The first kept output of ``cell``; ``start(cell + 1)`` is one past its last."""
+    @property
+    @lru_cache(maxsize=256)  # noqa: B019
+    def cell_starts(self) -> tuple[int, ...]:
+        """First kept output of each cell from -1 on, and at the end ``kept``."""
         step = max(self.step, 1)
-        return min((max(cell * self.denominator - self.offset, 0) + step - 1) // step, self.kept)
+        starts = ((max(cell * self.denominator - self.offset, 0) + step - 1) // step for cell in range(-1, self.cells))
+        return tuple(min(start, self.kept) for start in starts)
 
     def taps(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
         """``(kept,)`` lower index, upper index (int64) and weight of the upper one (float64).
 
-        As in PyTorch, outputs before the first centre mix input 0 with none of input 1: they belong to cell 0. Where
-        the size does not change there is no upper input, which matters to infinities.
+        As in PyTorch, outputs before the first centre belong to cell 0 and have weight 0. Where the size does not
+        change, the upper input is the lower one, so that an infinity does not reach its neighbour.
         """
         numerator = (torch.arange(self.kept, device=device) * self.step + self.offset).clamp(min=0)
         cell = numerator.div(self.denominator, rounding_mode="floor")

@@ -1,8 +1,8 @@
-"""The operator library ``segmenter_fast``: definitions, and which backend serves which device.
+"""The operator library ``segmenter_fast``: definitions, the backend of each device, and rules that all ops share.
 
 CUDA and ROCm tensors run Triton kernels, tensors of every other device the plain formulations in ``cpu/``.
-``TRITON_INTERPRET=1`` sends CPU tensors through the Triton kernels, interpreted. Where Triton does
-not exist the plain formulations serve every device, said once by a warning.
+``TRITON_INTERPRET=1`` sends CPU tensors through the Triton kernels, interpreted. Where Triton does not exist,
+the plain formulations serve every device, and a warning says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+from torch import Tensor
 
 library = torch.library.Library("segmenter_fast", "DEF")
 
@@ -25,6 +25,7 @@ HEAD_SIZES = (16, 32, 64, 80, 96, 128)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on"}
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Dtype of statistics, accumulators and losses for the dtype of an input: float64 for float64, float32 for all others.
 statistics_dtype = functools.partial(torch.promote_types, torch.float32)
 
@@ -36,8 +37,10 @@ def define(
     plain: Callable[..., Any],
     fake: Callable[..., Any],
     pack: Callable[..., tuple[Any, ...]] | None = None,
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
 ) -> None:
-    """Define an operator and register its backends.
+    """Define an operator; register its backends and its first derivative.
 
     Args:
         schema: name, arguments and results, as for ``torch.library.define``.
@@ -46,27 +49,29 @@ def define(
         plain: formulation for the CPU and for every device without Triton.
         fake: function of the schema's arguments that returns empty results of the right shapes and dtypes.
         pack: turns the schema's flat arguments into those of ``triton`` and ``plain``; not given where they are equal.
+        setup_context, backward: as for ``torch.library.register_autograd``.
     """
     name = schema.split("(")[0]
     library.define(schema)
     torch.library.register_fake(f"segmenter_fast::{name}", fake, lib=library)
-    fused = None
-    if triton and HAS_TRITON:
-        fused = _triton_backend(*triton.split(":"), pack)
-        library.impl(name, fused, "CUDA")
+    fused = _triton_backend(*triton.split(":")) if triton and HAS_TRITON else None
     if pack:
-        plain = _packed(plain, pack)
+        plain, fused = _packed(plain, pack), fused and _packed(fused, pack)
     library.impl(name, fused if fused and INTERPRET else plain, "CPU")
     library.impl(name, _warning(plain) if triton and not HAS_TRITON else plain, "CompositeExplicitAutograd")
+    if fused:
+        library.impl(name, fused, "CUDA")
+    if backward:
+        torch.library.register_autograd(f"segmenter_fast::{name}", backward, setup_context=setup_context, lib=library)
 
 
-def _triton_backend(module: str, function: str, pack: Callable[..., tuple[Any, ...]] | None) -> Callable[..., Any]:
-    """Launch on the device of the first argument: Triton launches on the current one."""
+def _triton_backend(module: str, function: str) -> Callable[..., Any]:
+    """The function, imported at its first call and run with the device of its first argument as the current one."""
 
     def call(*args: Any) -> Any:
         backend = getattr(importlib.import_module(module, __package__), function)
-        with torch.cuda.device_of(args[0]):
-            return backend(*(pack(*args) if pack else args))
+        with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+            return backend(*args)
 
     return call
 
@@ -87,39 +92,29 @@ def _warning(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def differentiable(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
-    """Register the first derivative of ``name``."""
-    torch.library.register_autograd(f"segmenter_fast::{name}", backward, setup_context=setup_context, lib=library)
+def no_second_derivative(op: str) -> Callable[..., None]:
+    """Backward of the backward operator of ``op``: a clear error."""
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise derivative_error(op, "second")
+
+    return backward
 
 
-def once_differentiable(*names: str) -> None:
-    """Make a derivative of these backward operators a clear error."""
-
-    def save_nothing(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    for name in names:
-
-        def refuse(ctx: Any, *grads: Any, name: str = name) -> None:
-            raise NotImplementedError(
-                f"segmenter_fast::{name} has no derivative: second derivatives through the fused ops are not "
-                "supported; use segmenter_fast.kernels.reference for them"
-            )
-
-        differentiable(name, refuse, save_nothing)
+def derivative_error(op: str, kind: str) -> NotImplementedError:
+    """Error for a derivative that ``op`` does not have."""
+    return NotImplementedError(f"{op} has no {kind} derivative; use segmenter_fast.kernels.reference.{op} for it")
 
 
-def refuse_forward_mode(op: str, *inputs: torch.Tensor) -> None:
-    """Raise where a forward-mode tangent would be dropped without a word."""
-    if not torch.compiler.is_compiling() and any(forward_ad.unpack_dual(x).tangent is not None for x in inputs):
-        raise NotImplementedError(
-            f"{op} has no forward-mode derivative; use segmenter_fast.kernels.reference.{op} for it"
-        )
+def dtype_error(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> TypeError:
+    """Error for an argument whose dtype is none of ``allowed``."""
+    *names, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
+    return TypeError(f"{name} must be {', '.join(names)}{' or ' if names else ''}{last}, got {tensor.dtype}")
 
 
-def autocast_dtype(tensor: torch.Tensor) -> torch.dtype | None:
-    """The autocast dtype of the tensor's device, or None outside an autocast region."""
-    device = tensor.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
+def require_one_device(**tensors: Tensor | None) -> None:
+    """Raise ValueError where the arguments, by name, are on more than one device; None is on none."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    if len(set(devices.values())) > 1:
+        given = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"all arguments must be on one device, got {given}")

@@ -1,12 +1,12 @@
 """Attention through PyTorch's flash kernel for the CPU, forward and backward, on views of the packed projection.
 
-The kernel takes 4-D ``(B, H, N, D)`` tensors of any strides with a last stride of 1, so neither the split into q, k
-and v nor the transposes copy anything; the views cost 1 to 2 % over contiguous q, k and v. It splits batch, heads and
-query blocks over the cores itself. Every device without that kernel takes plain mathematics.
+The kernel takes ``(B, H, N, D)`` tensors of any strides with a last stride of 1, so neither the split into q, k and v
+nor the transposes copy anything; the views cost 1 to 2 % over contiguous q, k and v. The kernel distributes batch,
+heads and query blocks over the cores. Devices without it, and empty tensors, take matrix products and softmax.
 
-Why no formulation by matrix products: at 4097 tokens, 2 heads of 64, bfloat16, one core of a Xeon with AMX, the kernel
-takes 24 ms of processor time and q k^T and p v alone 22 ms (contractions over 64 do not reach AMX's rate). Products and
-softmax by blocks of 256 queries take 57 ms, in float32 94 against 70; the backward in blocks takes 197 against 119.
+Matrix products by blocks of 256 queries are slower than the kernel. Processor time at 4097 tokens, 2 heads of 64, one
+core of a Xeon with AMX: 57 ms against 24 in bfloat16 (its two products alone take 22, as contractions over 64 do not
+reach AMX's rate), 94 against 70 in float32; backward 197 against 119.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from ..registry import statistics_dtype
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# The kernel's backward in float16, and in bfloat16 at few tokens, is slower than its backward in float32. Processor
-# time on one core of a Xeon with AMX, 6 heads of 64, casts counted: float16 435 ms against 346 (2 x 2305 tokens), 17
+# The kernel's backward is slower in float16, and in bfloat16 up to this number of tokens, than in float32. Processor
+# time on one core of a Xeon with AMX, 6 heads of 64, casts included: float16 435 ms against 346 (2 x 2305 tokens), 17
 # against 11 (4 x 257); bfloat16 5.0 against 1.1 (4 x 65), 14 against 11 (4 x 257), but 23 against 24 (4 x 401).
 _WIDEN_BFLOAT16_UP_TO = 320
 
 
 def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` and the log-sum-exp ``(B, H, N)``, empty unless asked for."""
+    """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` and the log-sum-exp ``(B, H, N)``, empty if not ``with_lse``."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each, views
     if qkv.numel() == 0 or qkv.device.type != "cpu":
         scores = (q @ k.mT).to(statistics_dtype(qkv.dtype)) * scale

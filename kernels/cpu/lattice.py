@@ -1,7 +1,8 @@
 """Labels and probabilities of pixels that mix four lattice points, in plain PyTorch.
 
-Labels of one lattice: pixels that mix the same four points are a cell, and classes are pruned in it as in
-``upsample_argmax``. All else goes tile by tile: the rows of a tile mix a few lattice rows, each resized along x once.
+Labels of one lattice: pixels that mix the same four points are a cell, whose classes are pruned as in
+``upsample_argmax``. Otherwise the logits exist tile by tile: the rows of a tile mix a few lattice rows, and each of
+these is resized along x once.
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .upsample_argmax import LARGEST, SMALLEST, TILE, Cells, settle
+from .upsample_argmax import TILE, Cells, cell_labels, prunable
 
-# Logits of a tile: 4 MB of float32, two cores' second-level caches.
-_TILE = 1 << 20
-# Rows of a tile where the classes leave room for them.
-_TILE_ROWS = 16
+_TILE = 1 << 20  # logits of a tile: 4 MB of float32, two cores' second-level caches
+_TILE_ROWS = 16  # fewer where the classes are too many
 
 
 def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
@@ -27,9 +26,7 @@ def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tens
     if len(rows) == 1:
         ys, xs = _Runs.grouped(rows[0], row_weights[0]), _Runs.grouped(cols[0], col_weights[0])
         cells = sum(len(y.lower) for y in ys) * sum(len(x.lower) for x in xs)
-        smallest, largest = scores.aminmax()
-        # NaN fails the comparison, too.
-        if labels.numel() >= SMALLEST * cells and torch.maximum(-smallest, largest) < LARGEST:
+        if prunable(scores, labels.numel() / cells):
             for y in ys:
                 for x in xs:
                     _prune(scores, y, x, labels)
@@ -62,7 +59,7 @@ class _Lattices:
         return self.rows.shape[2], self.cols.shape[2]
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
-        """Rows and columns of each tile."""
+        """Yield the rows and columns of each tile."""
         (height, width), classes = self.size, self.scores.shape[1]
         across = max(min(_TILE // (classes * _TILE_ROWS), width), 1)
         down = max(_TILE // (classes * across), 1)
@@ -71,14 +68,14 @@ class _Lattices:
                 yield slice(top, min(top + down, height)), slice(left, min(left + across, width))
 
     def probabilities(self, tile: tuple[slice, slice]) -> Tensor:
-        """``(rows, K, columns)``: the mean over the lattices."""
+        """Mean softmax over the lattices, ``(rows, K, columns)``."""
         total = self.logits(0, tile).softmax(1)
         for index in range(1, len(self.rows)):
             total += self.logits(index, tile).softmax(1)
         return total.div_(len(self.rows)) if len(self.rows) > 1 else total
 
     def logits(self, index: int, tile: tuple[slice, slice]) -> Tensor:
-        """``(rows, K, columns)`` of one lattice."""
+        """Logits of one lattice, ``(rows, K, columns)``."""
         ys, xs = tile
         used_rows, row_of = self.rows[index, :, ys].unique(return_inverse=True)
         used_cols, col_of = self.cols[index, :, xs].unique(return_inverse=True)
@@ -94,7 +91,7 @@ class _Lattices:
 
 @dataclass(frozen=True)
 class _Runs:
-    """Outputs of one axis that mix the same two points, in runs that are padded to one length by their last output."""
+    """Runs of outputs of one axis that mix the same two points, padded to one length by their last output."""
 
     lower: Tensor  # (runs,) points
     upper: Tensor  # (runs,)
@@ -103,7 +100,7 @@ class _Runs:
 
     @classmethod
     def grouped(cls, pairs: Tensor, weights: Tensor) -> list[_Runs]:
-        """``(2, n)`` points and ``(n,)`` weights, in groups of runs whose lengths differ by less than a factor of 2."""
+        """Group ``(2, n)`` points and ``(n,)`` weights into runs whose lengths differ by less than a factor of 2."""
         changes = (pairs[:, 1:] != pairs[:, :-1]).any(0).nonzero()[:, 0] + 1
         first = torch.cat([changes.new_zeros(1), changes])
         length = torch.cat([changes, changes.new_tensor([pairs.shape[1]])]) - first
@@ -117,7 +114,7 @@ class _Runs:
         return groups
 
     def split(self, count: int) -> Iterator[_Runs]:
-        """At most ``count`` runs at a time."""
+        """Yield at most ``count`` runs at a time."""
         parts = (tensor.split(count) for tensor in (self.lower, self.upper, self.weights, self.outputs))
         return (_Runs(*part) for part in zip(*parts, strict=True))
 
@@ -130,15 +127,8 @@ def _prune(scores: Tensor, ys: _Runs, xs: _Runs, labels: Tensor) -> None:
         for y in ys.split(max(most // len(x.lower), 1)):
             points = [row[:, None] + column for row in (y.lower, y.upper) for column in (x.lower, x.upper)]
             corners = scores[torch.stack(points).flatten(1)]  # (4, cells, K)
-            count, across = corners.shape[1], len(x.lower)
-            lower, upper = corners.amin(0), corners.amax(0)
-            flat = corners.view(-1)
-
-            def gather(cells: Tensor, flat: Tensor = flat, count: int = count, y: _Runs = y, x: _Runs = x) -> Cells:
-                row, column = cells.div(len(x.lower), rounding_mode="floor"), cells % len(x.lower)
-                right = count * classes
-                return Cells(flat, cells * classes, right, 2 * right, y.weights[row].T, x.weights[column].T)
-
-            found = settle(lower, upper, gather, rows * cols, labels.dtype)
+            across, right = len(x.lower), corners[0].numel()
+            cells = Cells(corners.view(-1), across * classes, right, 2 * right, y.weights, x.weights)
+            found = cell_labels(corners.amin(0), corners.amax(0), cells, labels.dtype)
             image = found.view(-1, across, rows, cols).transpose(1, 2).reshape(-1, across * cols)
             labels[y.outputs.flatten()[:, None], x.outputs.flatten()] = image

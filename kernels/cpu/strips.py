@@ -54,7 +54,7 @@ class Resize:
 
     def _strips(self) -> Iterator[Strip]:
         most = max(_STRIP_ELEMENTS // (self.classes * self.horizontal.kept), 1)
-        starts = [self.vertical.start(cell) for cell in range(-1, self.vertical.cells)]
+        starts = self.vertical.cell_starts
         taps = self.vertical.taps(self.left.device)
         begin = 0  # of the cells that are gathered into one strip
         for cell_start, cell_stop in pairwise(starts):

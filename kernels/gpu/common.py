@@ -30,7 +30,7 @@ class Specialization(NamedTuple):
 
 @triton.jit
 def cell_start(cell, step, offset, denominator, kept):
-    """``Axis.start``: the first kept output of ``cell`` (int64, so that the products cannot overflow)."""
+    """``Axis.cell_starts``: the first kept output of ``cell`` (int64, so that the products cannot overflow)."""
     step = tl.maximum(step, 1)
     return tl.minimum((tl.maximum(cell * denominator - offset, 0) + step - 1) // step, kept)
 

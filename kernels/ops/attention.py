@@ -1,4 +1,4 @@
-"""``attention``: checks, registration, first derivative."""
+"""``attention``: argument checks, registration, first derivative."""
 
 from __future__ import annotations
 
@@ -7,21 +7,20 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import reference
 from ..cpu import attention as cpu
 from ..registry import (
+    FLOATS,
     INTERPRET,
-    autocast_dtype,
     define,
-    differentiable,
+    derivative_error,
+    dtype_error,
     library,
-    once_differentiable,
-    refuse_forward_mode,
+    no_second_derivative,
     statistics_dtype,
 )
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
@@ -41,37 +40,38 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
         TypeError: a dtype that is not floating point; float64, where Triton runs.
         NotImplementedError: a second derivative, or forward-mode differentiation.
 
-    ``torch.func.vmap`` folds its dimension into the batch. ``torch.func.grad`` is refused by PyTorch, as for every
-    operator with a registered derivative; ``torch.autograd.grad`` does the same, also around ``vmap``.
+    ``torch.func.vmap`` folds its dimension into the batch. PyTorch refuses ``torch.func.grad`` for every operator with
+    a registered derivative; ``torch.autograd.grad`` computes the same, also around ``vmap``.
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be (B, N, 3, H, D), got {tuple(qkv.shape)}")
-    if qkv.dtype not in _FLOATS:
-        raise TypeError(f"qkv must be float32, bfloat16, float16 or float64, got {qkv.dtype}")
+    if qkv.dtype not in FLOATS:
+        raise dtype_error("qkv", qkv, FLOATS)
     if qkv.shape[-1] > 1 and qkv.stride(-1) != 1:
         raise ValueError(f"qkv must have a last stride of 1, got strides {qkv.stride()}; call .contiguous() on it")
-    refuse_forward_mode("attention", qkv)
-    cast = autocast_dtype(qkv)
-    if cast is not None and qkv.dtype != torch.float64:
-        qkv = qkv.to(cast)
+    if forward_ad.unpack_dual(qkv).tangent is not None:
+        raise derivative_error("attention", "forward-mode")
+    device = qkv.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
+        qkv = qkv.to(torch.get_autocast_dtype(device))
     with_lse = torch.is_grad_enabled() and qkv.requires_grad
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     return torch.ops.segmenter_fast.attention(qkv, scale, with_lse)[0]
 
 
 def attention_with(backend: str, qkv: Tensor, scale: float | None = None) -> Tensor:
-    """``attention`` by one named backend, for tests and benchmarks: the dispatch policy, in the open.
+    """``attention`` by one named backend, for tests and benchmarks; differentiable.
 
-    ``attention`` itself takes Triton on CUDA and ROCm and PyTorch's flash kernel on the CPU. No table of exceptions by
-    device and shape exists, because no measurement on a device has yet shown another backend faster.
+    ``attention`` itself takes Triton on CUDA and ROCm and PyTorch's flash kernel on the CPU, for every shape: no
+    measurement has shown another backend faster.
 
     Args:
-        backend: ``"triton"``; ``"sdpa"``, PyTorch's ``scaled_dot_product_attention`` with the kernel it chooses or
-            that ``torch.nn.attention.sdpa_kernel`` forces; or ``"reference"``, which holds the whole score matrix.
-        qkv, scale: as for ``attention``. All three are differentiable.
+        backend: ``"triton"``; ``"sdpa"``, PyTorch's ``scaled_dot_product_attention`` with the kernel that it chooses
+            or that ``torch.nn.attention.sdpa_kernel`` forces; or ``"reference"``, which holds the whole score matrix.
+        qkv, scale: as for ``attention``.
 
     Raises:
-        ValueError: an unknown backend, or Triton on a tensor that it cannot serve.
+        ValueError: an unknown backend, or a tensor on a device that Triton does not serve.
     """
     if backend == "triton":
         if not (qkv.is_cuda or (INTERPRET and qkv.device.type == "cpu")):
@@ -105,13 +105,13 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None]:
     qkv, *saved = ctx.saved_tensors
-    # A tensor inside torch.func.vmap does not say that it requires a gradient: then nothing was saved.
+    # Nothing was saved inside torch.func.vmap, where a tensor does not report that it requires a gradient.
     out, lse = saved or torch.ops.segmenter_fast.attention(qkv, ctx.scale, True)
     return torch.ops.segmenter_fast.attention_backward(grad_out, qkv, out, lse, ctx.scale), None, None
 
 
 def _fold(info: Any, dim: int | None, tensor: Tensor) -> Tensor:
-    """The vmapped dimension as the outer part of the batch."""
+    """Make the vmapped dimension the outer part of the batch."""
     tensor = tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
     return tensor.flatten(0, 1).contiguous()
 
@@ -131,20 +131,22 @@ def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     return grad_qkv.unflatten(0, (info.batch_size, folded[0].shape[0] // info.batch_size)), 0
 
 
-# The second result is the log-sum-exp as this device's backward wants it: natural on the CPU, to base 2 from Triton.
+# The second result is the log-sum-exp as the backward of the same backend takes it: natural on the CPU, to base 2 from
+# Triton.
 define(
     "attention(Tensor qkv, float scale, bool with_lse) -> (Tensor, Tensor)",
     triton=".gpu.attention_forward:attention_forward",
     plain=cpu.attention_forward,
     fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
 )
 define(
     "attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
     triton=".gpu.attention_backward:attention_backward",
     plain=cpu.attention_backward,
     fake=_fake_backward,
+    backward=no_second_derivative("attention"),
 )
-differentiable("attention", _backward, _setup_context)
-once_differentiable("attention_backward")
 torch.library.register_vmap("segmenter_fast::attention", _vmap, lib=library)
 torch.library.register_vmap("segmenter_fast::attention_backward", _vmap_backward, lib=library)

@@ -1,4 +1,4 @@
-"""``lattice_argmax``, ``lattice_softmax``: checks and registration. They serve inference and have no derivative."""
+"""``lattice_argmax``, ``lattice_softmax``: argument checks and registration. They have no derivative."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from ..cpu import lattice as cpu
-from ..registry import define
+from ..registry import define, dtype_error, require_one_device
 
-_FLOATS = (torch.float32, torch.float64)
+_SCORES = (torch.float32, torch.float64)
 
 
 def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
@@ -16,16 +16,16 @@ def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tens
 
     In lattice s the logits of pixel (y, x) are the mix of the points ``rows[s, i, y] + cols[s, j, x]``, i and j in
     (0, 1), by the weights ``row_weights[s, y]`` of i = 1 and ``col_weights[s, x]`` of j = 1. The label is the class
-    with the largest mean softmax; of one lattice the largest logit, and no softmax is taken.
+    with the largest mean softmax over the lattices, which for one lattice is the class with the largest logit.
 
     Args:
         scores: ``(N, K)`` float32 or float64, contiguous: the logits at all points of all lattices.
-        rows, cols: ``(S, 2, H)`` and ``(S, 2, W)`` int64; each sum of both is in [0, N), which is not checked.
-        row_weights, col_weights: ``(S, H)`` and ``(S, W)`` in the dtype of ``scores``.
+        rows, cols: ``(S, 2, H)`` and ``(S, 2, W)`` int64, contiguous; each sum of both must be in [0, N), which is
+            not checked.
+        row_weights, col_weights: ``(S, H)`` and ``(S, W)`` in the dtype of ``scores``, contiguous.
 
     Returns:
-        ``(H, W)``, uint8 where K <= 256 and int32 otherwise. Ties go to the lowest class, a NaN wins. The logits exist
-        for a few pixels at a time only.
+        ``(H, W)``, uint8 where K <= 256 and int32 otherwise. Ties go to the lowest class, a NaN wins.
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is allowed.
@@ -35,19 +35,19 @@ def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tens
 
 
 def lattice_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
-    """Mean softmax over the lattices of ``lattice_argmax``, whose arguments and errors these are: ``(K, H, W)``."""
+    """Mean softmax over the lattices, ``(K, H, W)`` in the dtype of ``scores``; arguments as for ``lattice_argmax``."""
     _check(scores, rows, row_weights, cols, col_weights)
     return torch.ops.segmenter_fast.lattice_softmax(scores.detach(), rows, row_weights, cols, col_weights)
 
 
 def _check(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> None:
-    if scores.dtype not in _FLOATS:
-        raise TypeError(f"scores must be float32 or float64, got {scores.dtype}")
+    if scores.dtype not in _SCORES:
+        raise dtype_error("scores", scores, _SCORES)
     if scores.ndim != 2 or min(scores.shape) < 1 or not scores.is_contiguous():
         raise ValueError(f"scores must be (N, K), not empty and contiguous, got {_described(scores)}")
     for name, index, weight in (("row", rows, row_weights), ("col", cols, col_weights)):
         if index.dtype != torch.int64:
-            raise TypeError(f"{name}s must be int64, got {index.dtype}")
+            raise dtype_error(f"{name}s", index, (torch.int64,))
         if index.ndim != 3 or index.shape[1] != 2 or min(index.shape) < 1 or not index.is_contiguous():
             raise ValueError(f"{name}s must be (S, 2, outputs), not empty and contiguous, got {_described(index)}")
         wanted = (index.shape[0], index.shape[2])
@@ -56,21 +56,11 @@ def _check(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_
             raise ValueError(f"{name}_weights must be {wanted}, {scores.dtype} and contiguous, got {given}")
     if len(rows) != len(cols):
         raise ValueError(f"rows and cols must have one entry for each lattice, got {len(rows)} and {len(cols)}")
-    if len({tensor.device for tensor in (scores, rows, row_weights, cols, col_weights)}) > 1:
-        raise ValueError(f"all arguments must be on one device, scores are on {scores.device}, rows on {rows.device}")
+    require_one_device(scores=scores, rows=rows, row_weights=row_weights, cols=cols, col_weights=col_weights)
 
 
 def _described(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} with strides {tensor.stride()}"
-
-
-def _fake_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
-    labels = torch.uint8 if scores.shape[1] <= 256 else torch.int32
-    return scores.new_empty((rows.shape[2], cols.shape[2]), dtype=labels)
-
-
-def _fake_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
-    return scores.new_empty((scores.shape[1], rows.shape[2], cols.shape[2]))
 
 
 _ARGUMENTS = "(Tensor scores, Tensor rows, Tensor row_weights, Tensor cols, Tensor col_weights) -> Tensor"
@@ -78,11 +68,15 @@ define(
     f"lattice_argmax{_ARGUMENTS}",
     triton=".gpu.lattice:lattice_argmax",
     plain=cpu.lattice_argmax,
-    fake=_fake_argmax,
+    fake=lambda scores, rows, row_weights, cols, col_weights: scores.new_empty(
+        (rows.shape[2], cols.shape[2]), dtype=torch.uint8 if scores.shape[1] <= 256 else torch.int32
+    ),
 )
 define(
     f"lattice_softmax{_ARGUMENTS}",
     triton=".gpu.lattice:lattice_softmax",
     plain=cpu.lattice_softmax,
-    fake=_fake_softmax,
+    fake=lambda scores, rows, row_weights, cols, col_weights: scores.new_empty(
+        (scores.shape[1], rows.shape[2], cols.shape[2])
+    ),
 )

@@ -1,4 +1,4 @@
-"""``mask_scores``: checks, registration, first derivative."""
+"""``mask_scores``: argument checks, registration, first derivative."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..cpu import mask_scores as cpu
-from ..registry import define, differentiable, once_differentiable, refuse_forward_mode
+from ..registry import define, derivative_error, no_second_derivative
 
 
 def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -25,10 +26,11 @@ def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, 
         LayerNorm, as under autocast, the scores are float32 and never rounded.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError, TypeError: shapes or dtypes that do not fit together.
+        NotImplementedError: a second derivative, or forward-mode differentiation.
     """
-    b, _, dim = patches.shape if patches.ndim == 3 else (-1, -1, -1)
-    if patches.ndim != 3 or classes.ndim != 3 or classes.shape[0] != b or classes.shape[2] != dim:
+    ranks = (patches.ndim, classes.ndim)
+    if ranks != (3, 3) or patches.shape[0] != classes.shape[0] or patches.shape[2] != classes.shape[2]:
         raise ValueError(
             f"patches (B, N, D) and classes (B, K, D) must share B and D, got {tuple(patches.shape)} and "
             f"{tuple(classes.shape)}"
@@ -39,7 +41,8 @@ def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, 
     if patches.dtype != classes.dtype or weight.dtype != bias.dtype:
         given = ", ".join(str(tensor.dtype) for tensor in (patches, classes, weight, bias))
         raise TypeError(f"patches and classes must share a dtype, and weight and bias, got {given}")
-    refuse_forward_mode("mask_scores", patches, classes, weight, bias)
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in (patches, classes, weight, bias)):
+        raise derivative_error("mask_scores", "forward-mode")
     return torch.ops.segmenter_fast.mask_scores(patches, classes, weight, bias, eps)
 
 
@@ -68,6 +71,8 @@ define(
     triton=".gpu.mask_scores:mask_scores",
     plain=cpu.mask_scores,
     fake=_fake,
+    setup_context=_setup_context,
+    backward=_backward,
 )
 define(
     "mask_scores_backward(Tensor grad, Tensor patches, Tensor classes, Tensor weight, Tensor bias, float eps)"
@@ -75,6 +80,5 @@ define(
     triton=".gpu.mask_scores:mask_scores_backward",
     plain=cpu.mask_scores_backward,
     fake=_fake_backward,
+    backward=no_second_derivative("mask_scores"),
 )
-differentiable("mask_scores", _backward, _setup_context)
-once_differentiable("mask_scores_backward")

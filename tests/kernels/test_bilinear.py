@@ -54,7 +54,8 @@ def test_taps_meet_infinity_where_pytorchs_do(position, align_corners) -> None:
 @settings(max_examples=200, deadline=None)
 def test_cells_divide_the_outputs(drawn) -> None:
     axis = make(drawn)
-    starts = [axis.start(cell) for cell in range(-1, axis.cells)]
+    starts = axis.cell_starts
+    assert len(starts) == axis.cells + 1
     assert starts[0] == 0
     assert starts[-1] == axis.kept
     lengths = [after - before for before, after in itertools.pairwise(starts)]
@@ -69,8 +70,8 @@ def test_outputs_of_a_cell_share_their_taps(drawn) -> None:
     axis = make(drawn)
     lower, upper, weight = axis.taps()
     last = axis.size_in - 1
-    for cell in range(-1, axis.cells - 1):
-        inside = slice(axis.start(cell), axis.start(cell + 1))
+    for cell, (start, stop) in enumerate(itertools.pairwise(axis.cell_starts), -1):
+        inside = slice(start, stop)
         # Outputs before the first centre weigh the inputs of cell 0.
         tap = max(cell, 0)
         assert (lower[inside] == min(tap, last)).all()
