@@ -30,9 +30,11 @@ class _YamlLoader(yaml.SafeLoader):
     """Plain YAML plus ``!!python/tuple``, the tag of the image size in official variant.yml files."""
 
 
-_YamlLoader.add_constructor(
-    "tag:yaml.org,2002:python/tuple", lambda loader, node: tuple(loader.construct_sequence(node, deep=True))
-)
+def _construct_tuple(loader: yaml.SafeLoader, node: yaml.SequenceNode) -> tuple[Any, ...]:
+    return tuple(loader.construct_sequence(node, deep=True))
+
+
+_YamlLoader.add_constructor("tag:yaml.org,2002:python/tuple", _construct_tuple)
 
 
 class _Placeholder:

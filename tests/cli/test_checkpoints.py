@@ -1,4 +1,4 @@
-"""``segmenter-fast convert`` and ``push`` as users run them."""
+"""``segmenter-fast convert`` and ``push``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from segmenter_fast.cli import app
 from segmenter_fast.weights.reading import read_torch
-from support.checkpoints import GOLDEN, official_folder, same, small_model
+from support.checkpoints import GOLDEN, RecordingHub, official_folder, same, small_model
 
 
 def call(*arguments: object) -> Result:
@@ -29,7 +29,7 @@ def test_official_to_ours_and_back(tmp_path: Path) -> None:
     assert same(before, after)
 
 
-def test_what_changes_is_said(tmp_path: Path) -> None:
+def test_changed_numerics_are_reported(tmp_path: Path) -> None:
     result = call("convert", GOLDEN / "mmseg_mask" / "segmenter.pth", tmp_path / "out", "--to", "official")
     assert result.exit_code == 0, result.output
     assert "warning: the official program runs it with encoder_norm_eps 1e-05, not 1e-06" in result.stderr
@@ -64,44 +64,33 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-class Hub:
-    """Records what would be uploaded."""
-
-    uploads: dict[str, tuple[set[str], str]]
-
-    def __init__(self, **_: Any) -> None: ...
-
-    def create_repo(self, repo_id: str, **options: Any) -> Any:
-        assert options["private"]
-        return type("Repository", (), {"repo_id": repo_id})
-
-    def upload_folder(self, *, repo_id: str, folder_path: Path, **_: Any) -> str:
-        names = {path.name for path in Path(folder_path).iterdir()}
-        self.uploads[repo_id] = names, (Path(folder_path) / "README.md").read_text()
-        return "https://hub/commit"
-
-
-def test_push_uploads_the_model_with_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
-    Hub.uploads = {}
-    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Hub)
+def test_push_uploads_the_model_with_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = RecordingHub(tmp_path)
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", hub)
     result = call("push", GOLDEN / "official_mask", "org/name", "--private", "--license", "mit")
     assert result.exit_code == 0, result.output
     assert "https://hub/commit" in result.output
-    names, card = Hub.uploads["org/name"]
-    assert names == {"README.md", "config.json", "model.safetensors"}
+    assert hub.private == {"org/name": True}
+    assert {path.name for path in (tmp_path / "org/name").iterdir()} == {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    }
+    card = (tmp_path / "org/name/README.md").read_text()
     for wanted in ("license: mit", "| licence of the weights | mit |", "| numerics of | the official program |"):
         assert wanted in card
 
 
-def test_push_says_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Unreachable(Hub):
-        def create_repo(self, repo_id: str, **options: Any) -> Any:
-            raise RuntimeError("no route to host\nand more")
+def test_push_names_the_reason_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no route to host\nand more")
 
-    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Unreachable)
+    hub = RecordingHub(tmp_path)
+    monkeypatch.setattr(hub, "create_repo", unreachable)
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", hub)
     result = call("push", GOLDEN / "official_mask", "org/name")
     assert result.exit_code == 2
     assert "error: org/name cannot be pushed to the Hugging Face Hub: no route to host" in result.stderr
     assert "Traceback" not in result.output
     assert "repository must be org/name, got 'name'" in call("push", GOLDEN / "official_mask", "name").stderr
-    assert "no such file" in call("push", "seg_t_mask_16", "org/name").stderr  # random weights are for no one
+    assert "no such file" in call("push", "seg_t_mask_16", "org/name").stderr  # a variant's name: random weights

@@ -1,4 +1,4 @@
-"""Checkpoint files for tests: paths of the goldens, and writers of small, foreign and hostile ones."""
+"""Checkpoints for tests: the goldens, small models, mmengine's and hostile files, and a Hub without network."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ SMALL = SegmenterConfig(
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    """Whether two state dicts are equal bit for bit."""
+    """Return whether two state dicts are equal bit for bit."""
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 def official_folder(folder: Path, name: str = "official_mask", edits: dict[str, str] | None = None) -> Path:
-    """A writable copy of an official golden, with texts of its variant.yml replaced."""
+    """Make a writable copy of an official golden, with texts of its variant.yml replaced."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(GOLDEN / name / "checkpoint.pth", folder / "checkpoint.pth")
     text = (GOLDEN / name / "variant.yml").read_text()
@@ -52,7 +52,7 @@ def small_model(**fields: Any) -> Segmenter:
 
 
 class Touches:
-    """Creates ``marker`` when it is unpickled the unsafe way."""
+    """Creates ``marker`` when it is unpickled unsafely."""
 
     def __init__(self, marker: Path) -> None:
         self.marker = marker
@@ -62,7 +62,7 @@ class Touches:
 
 
 def save_with_history(path: Path, content: dict[str, Any]) -> None:
-    """Writes what mmengine's runner writes: a ``HistoryBuffer`` with numpy arrays and a method of its class."""
+    """Write a checkpoint as mmengine's runner does, with a ``HistoryBuffer`` of numpy arrays and one of its methods."""
     name = "mmengine.logging.history_buffer"
 
     class HistoryBuffer:
@@ -87,8 +87,27 @@ def save_with_history(path: Path, content: dict[str, Any]) -> None:
             del sys.modules[part]
 
 
+class RecordingHub:
+    """Stands in for huggingface_hub's ``HfApi``: copies what would be uploaded to ``folder/org/name``."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.private: dict[str, bool | None] = {}
+
+    def __call__(self, **_: Any) -> RecordingHub:
+        return self
+
+    def create_repo(self, repo_id: str, private: bool | None = None, **_: Any) -> types.SimpleNamespace:
+        self.private[repo_id] = private
+        return types.SimpleNamespace(repo_id=repo_id)
+
+    def upload_folder(self, *, repo_id: str, folder_path: Path, **_: Any) -> str:
+        shutil.copytree(folder_path, self.folder / repo_id)
+        return "https://hub/commit"
+
+
 def save_pickle(path: Path, pickled: bytes) -> None:
-    """A zip checkpoint around a hand-written pickle."""
+    """Write a zip checkpoint around a hand-written pickle."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", pickled)
         archive.writestr("archive/version", "3\n")

@@ -1,6 +1,6 @@
 """A small model with the attribute names, state-dict keys and forward contracts of mmsegmentation's Segmenter on mmcv.
 
-Written anew, for tests of what swaps its modules where the library need not be. Weights of its golden load into it.
+It stands in for the library in tests of ``accelerate``. The weights of the library's golden load into it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .official_lookalike import DropPath
 
 
 class MmModule(nn.Module, metaclass=ABCMeta):
-    """A base with a metaclass and a dictionary for an attribute, as mmengine's ``BaseModule``."""
+    """A base with a metaclass and a dictionary attribute, as mmengine's ``BaseModule``."""
 
     def __init__(self, init_cfg: dict[str, Any] | None = None) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class MmModule(nn.Module, metaclass=ABCMeta):
 
 
 def renamed_argument(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Takes ``residual`` for ``identity``, wrapped around the forward as mmcv does it."""
+    """Accept ``residual`` for ``identity``, in a wrapper of the forward as in mmcv."""
 
     @functools.wraps(forward)
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Tensor:

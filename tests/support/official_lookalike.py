@@ -1,6 +1,6 @@
 """A small model with the attribute names, state-dict keys and forward contracts of the official Segmenter program.
 
-Written anew, for tests of what swaps its modules where the program need not be. Weights of its golden load into it.
+It stands in for the program in tests of ``accelerate``. The weights of the program's golden load into it.
 """
 
 from __future__ import annotations

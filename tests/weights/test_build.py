@@ -125,7 +125,7 @@ def test_another_image_size_resizes_the_position_embedding(mode: str, distilled:
     torch.testing.assert_close(model(images), build(sf.Segmenter, given, {})(images))
 
 
-def test_a_position_embedding_of_another_size_than_told_is_misshapen() -> None:
+def test_a_position_embedding_of_another_size_than_configured_is_misshapen() -> None:
     given = saved_model()
     wrong = SavedModel("here.pth", given.config.replace(image_size=40), given.state)
     for image_size in (40, 64):

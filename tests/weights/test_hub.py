@@ -17,7 +17,7 @@ import segmenter_fast as sf
 from segmenter_fast import VARIANTS
 from segmenter_fast.weights import hub
 from segmenter_fast.weights.reading import CheckpointError
-from support.checkpoints import GOLDEN, SMALL, same, small_model
+from support.checkpoints import GOLDEN, SMALL, RecordingHub, same, small_model
 
 FILES = {"README.md", "config.json", "model.safetensors"}
 
@@ -155,25 +155,14 @@ def test_the_model_card_names_the_numerics(fields: dict[str, Any], program: str)
 
 @pytest.mark.parametrize("through_save", [False, True])
 def test_push_uploads_what_load_reads(through_save: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, uploaded = small_model(), {}
-
-    class Recorder:
-        def __init__(self, **_: Any) -> None: ...
-
-        def create_repo(self, repo_id: str, **_: Any) -> Any:
-            return type("Repository", (), {"repo_id": repo_id})
-
-        def upload_folder(self, *, repo_id: str, folder_path: Path, **_: Any) -> str:
-            uploaded[repo_id] = sf.load(folder_path).state_dict()
-            return "address"
-
-    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Recorder)
+    model = small_model()
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", RecordingHub(tmp_path / "hub"))
     if through_save:
-        assert model.save_pretrained(tmp_path / "name", push_to_hub=True) == "address"
-        assert same(uploaded["name"], model.state_dict())
+        assert model.save_pretrained(tmp_path / "name", push_to_hub=True) == "https://hub/commit"
+        assert same(sf.load(tmp_path / "hub" / "name").state_dict(), model.state_dict())
     else:
-        assert model.push_to_hub("org/name") == "address"
-        assert same(uploaded["org/name"], model.state_dict())
+        assert model.push_to_hub("org/name") == "https://hub/commit"
+        assert same(sf.load(tmp_path / "hub" / "org" / "name").state_dict(), model.state_dict())
 
 
 def test_the_mixin_leaves_copying_and_pickling_alone() -> None:

@@ -1,4 +1,4 @@
-"""Configurations read off tensors."""
+"""Configurations from the shapes of tensors."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_heads_that_are_not_of_64_must_be_given() -> None:
     "key",
     ["encoder.patch_embed.proj.weight", "encoder.pos_embed", "encoder.blocks.0.mlp.fc1.weight", "decoder.cls_emb"],
 )
-def test_what_must_be_there_is_named(key: str) -> None:
+def test_missing_and_misshapen_tensors_are_named(key: str) -> None:
     state = small_model().state_dict()
     misshapen = state | {key: state[key].flatten()}
     with pytest.raises(CheckpointError, match=key):

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import os
+import re
 import shutil
 import warnings
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 import segmenter_fast as sf
-from segmenter_fast.weights.load import load
+from segmenter_fast.cli import app
 from segmenter_fast.weights.reading import CheckpointError, read_torch
 from support.checkpoints import GOLDEN, Touches, official_folder, same, small_model
 
 OFFICIAL = GOLDEN / "official_mask"
-
-
-def test_load_is_public() -> None:
-    assert sf.load is load
 
 
 @pytest.mark.parametrize("source", [OFFICIAL, str(OFFICIAL), OFFICIAL / "checkpoint.pth", str(OFFICIAL) + os.sep])
@@ -176,33 +178,69 @@ def test_other_content_is_refused_by_name(content: object, reason: str, tmp_path
         sf.load(tmp_path / "other.pth")
 
 
-def test_one_missing_key_is_listed(tmp_path: Path) -> None:
-    folder = official_folder(tmp_path)
-    content = read_torch(folder / "checkpoint.pth")
-    del content["model"]["decoder.mask_norm.bias"]
-    torch.save(content, folder / "checkpoint.pth")
-    with pytest.raises(
-        CheckpointError,
-        match=r"checkpoint\.pth does not fit.*\n\tMissing key\(s\) in state_dict: \"decoder\.mask_norm\.b",
-    ):
-        sf.load(folder)
+def truncated(folder: Path) -> Path:
+    path = official_folder(folder) / "checkpoint.pth"
+    path.write_bytes(path.read_bytes()[:-1000])
+    return path
 
 
-@pytest.mark.parametrize("place", ["folder", "file"])
-def test_an_evil_checkpoint_is_refused_and_nothing_runs(place: str, tmp_path: Path) -> None:
-    folder, marker = official_folder(tmp_path / "model"), tmp_path / "marker"
-    torch.save({**read_torch(folder / "checkpoint.pth"), "optimizer": Touches(marker)}, folder / "checkpoint.pth")
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pth is refused, and nothing in it was executed.*system"):
-        sf.load(folder if place == "folder" else folder / "checkpoint.pth")
-    assert not marker.exists()
+def other_zip(folder: Path) -> Path:
+    path = official_folder(folder) / "checkpoint.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("photo.txt", "sunset")
+    return path
 
 
-def test_a_truncated_checkpoint_is_refused(tmp_path: Path) -> None:
-    folder = official_folder(tmp_path)
-    whole = (folder / "checkpoint.pth").read_bytes()
-    (folder / "checkpoint.pth").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"checkpoint\.pth is damaged, truncated"):
-        sf.load(folder)
+def executing(folder: Path) -> Path:
+    path = official_folder(folder) / "checkpoint.pth"
+    torch.save({**read_torch(path), "optimizer": Touches(folder / "marker")}, path)
+    return path
+
+
+def one_key_missing(folder: Path) -> Path:
+    path = official_folder(folder) / "checkpoint.pth"
+    content = read_torch(path)
+    del content["model"]["encoder.blocks.1.attn.qkv.bias"]
+    torch.save(content, path)
+    return path
+
+
+def wrong_heads(folder: Path) -> Path:
+    small_model().save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_heads": 3}))
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("entry", ["load file", "load folder", "create_model", "convert"])
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (truncated, r"checkpoint\.pth is damaged, truncated or no PyTorch checkpoint"),
+        (other_zip, r"checkpoint\.pth is (refused|damaged)"),
+        (executing, r"checkpoint\.pth is refused, and nothing in it was executed: .*system"),
+        (
+            one_key_missing,
+            r"checkpoint\.pth does not fit.*\n\tMissing key.*: \"encoder\.blocks\.1\.attn\.qkv\.bias\"\.",
+        ),
+        (wrong_heads, r"config\.json: num_heads must be a divisor of embed_dim, which is 64, got 3"),
+    ],
+)
+def test_bad_files_are_refused_by_name(entry: str, make: Callable[[Path], Path], reason: str, tmp_path: Path) -> None:
+    path = make(tmp_path / "model")
+    if entry == "convert":
+        result = CliRunner().invoke(app, ["convert", str(path), str(tmp_path / "out")])
+        assert result.exit_code == 2
+        assert "Traceback" not in result.output
+        message = result.stderr
+    else:
+        call = functools.partial(sf.create_model, "seg_t_mask_16") if entry == "create_model" else sf.load
+        with pytest.raises(CheckpointError) as caught:
+            call(path.parent if entry == "load folder" else path)
+        message = str(caught.value)
+    assert re.search(reason, message)
+    assert not (tmp_path / "model" / "marker").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_hub_id_without_network_is_refused_clearly(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

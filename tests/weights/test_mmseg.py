@@ -47,7 +47,7 @@ def test_an_unused_convolution_is_dropped_and_a_missing_bias_is_zero() -> None:
     assert same(loaded, whole)
 
 
-def test_a_training_checkpoint_with_foreign_objects_is_read(tmp_path: Path) -> None:
+def test_a_training_checkpoint_with_objects_of_mmengine_is_read(tmp_path: Path) -> None:
     content = read_torch(FILES["mmseg_mask"])
     save_with_history(tmp_path / "iter_1000.pth", dict(content))
     loaded, plain = sf.load(tmp_path / "iter_1000.pth"), sf.load(FILES["mmseg_mask"])

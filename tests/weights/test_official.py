@@ -148,7 +148,7 @@ def test_missing_classification_heads_are_added_as_zeros(tmp_path: Path) -> None
     assert sf.load(tmp_path).config == model.config.replace(head_classes=1000, variant="custom")
 
 
-def test_other_numerics_are_told(tmp_path: Path) -> None:
+def test_other_numerics_are_reported(tmp_path: Path) -> None:
     model = sf.load(GOLDEN / "mmseg_mask" / "segmenter.pth")
     notices = write_folder(tmp_path, model.config, model.state_dict())
     for told in (

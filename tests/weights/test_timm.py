@@ -22,7 +22,7 @@ from support.checkpoints import same
 
 
 def randomised(name: str, **options: Any) -> nn.Module:
-    """A timm model no parameter of which is trivial, so that a wrong map shows."""
+    """Make a timm model in which no parameter is trivial, so that a wrong key map shows."""
     model = timm.create_model(name, pretrained=False, **options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -30,12 +30,12 @@ def randomised(name: str, **options: Any) -> nn.Module:
     return model
 
 
-# What timm runs the weights of older variants with; those of DINOv2 and DINOv3 have it as it is.
+# timm's numerics for the weights of the older variants; the variants of DINOv2 and DINOv3 have them already.
 TIMM = {"encoder_norm_eps": 1e-6, "pos_embed_mode": "bicubic_antialias"}
 
 
 def assert_same_features(name: str, config: SegmenterConfig, sizes: list[tuple[int, int]], **options: Any) -> None:
-    """Patch features of a randomly initialised timm model, with and without a change of the image's size."""
+    """Compare patch features of a randomly initialised timm model, at its own image size and at others."""
     theirs = randomised(name, dynamic_img_size=True, depth=config.depth, **options)
     model = sf.Segmenter(config).eval()
     model.encoder.load_state_dict(weights.encoder_state(theirs.state_dict(), config))
@@ -79,7 +79,7 @@ def test_features_without_registers_are_timms_own() -> None:
 @pytest.mark.parametrize(
     ("fields", "options"),
     [
-        # as DeiT III
+        # DeiT III
         ({"layer_scale": True, "pos_embed_prefix": False}, {"init_values": 1e-5, "no_embed_class": True}),
         # registers that have positions, and no class token
         ({"class_token": False, "num_register_tokens": 2}, {"class_token": False, "reg_tokens": 2, "global_pool": ""}),
@@ -141,7 +141,7 @@ def test_metas_dinov3_names_are_understood() -> None:
             key = key.replace(before, after)
         theirs[key] = tensor
     theirs |= {"mask_token": torch.zeros(1, 384), "rope_embed.periods": torch.ones(16)}
-    bias = torch.cat([torch.zeros(384), torch.randn(384), torch.zeros(384)])  # of keys: masked, so it means nothing
+    bias = torch.cat([torch.zeros(384), torch.randn(384), torch.zeros(384)])  # of keys: masked, without effect
     masked = theirs | {"blocks.0.attn.qkv.bias": bias, "blocks.0.attn.qkv.bias_mask": torch.ones(1152)}
     for state in (theirs, masked):
         assert same(weights.encoder_state(state, config), dict(wanted))
@@ -173,7 +173,7 @@ def test_the_position_embedding_is_resized_in_the_configured_mode(mode: str) -> 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> dict[str, nn.Module]:
-    """What timm makes from now on: random models where it would download."""
+    """Let timm make random models instead of downloads; returns them by name."""
     models: dict[str, nn.Module] = {}
     create = timm.create_model
 
@@ -203,12 +203,12 @@ def test_create_model_takes_any_name_of_timm(made: dict[str, nn.Module]) -> None
 
 
 @pytest.mark.usefixtures("made")
-def test_weights_bring_their_mean_and_std_unless_told_otherwise() -> None:
+def test_weights_bring_their_mean_and_std_unless_given() -> None:
     name = "deit_tiny_patch16_224.fb_in1k"
     fields: dict[str, Any] = {"num_classes": 4, "image_size": 224}
     assert create_model("seg_t_mask_16", pretrained=name, **fields).config.mean == IMAGENET_MEAN
-    told = create_model("seg_t_mask_16", pretrained=name, mean=(0.1, 0.2, 0.3), **fields)
-    assert told.config.mean == (0.1, 0.2, 0.3)
+    given = create_model("seg_t_mask_16", pretrained=name, mean=(0.1, 0.2, 0.3), **fields)
+    assert given.config.mean == (0.1, 0.2, 0.3)
     assert create_model("seg_s_linear_8", pretrained="timm", **fields).config.mean == IMAGENET_MEAN
 
 
@@ -230,7 +230,7 @@ def test_create_model_starts_from_dino_and_freezes_it(made: dict[str, nn.Module]
         ("resnet18", "is no Vision Transformer"),
     ],
 )
-def test_models_that_compute_otherwise_are_refused(name: str, reason: str) -> None:
+def test_models_with_other_functions_are_refused(name: str, reason: str) -> None:
     with pytest.raises(CheckpointError, match=f"timm's {name} {reason}"):
         create_model("seg_t_mask_16", pretrained=name)
 
@@ -248,7 +248,7 @@ def test_another_backbone_can_be_named_and_must_fit() -> None:
         create_model("seg_t_deit_mask_16", pretrained="timm", timm_backbone="vit_tiny_patch16_224", image_size=224)
 
 
-def test_a_variant_without_timm_weights_says_so() -> None:
+def test_a_variant_without_timm_weights_is_refused() -> None:
     with pytest.raises(CheckpointError, match="no timm weights for seg_t_mask_8; pass timm_backbone="):
         create_model("seg_t_mask_8", pretrained="timm")
 
