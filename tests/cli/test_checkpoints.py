@@ -71,12 +71,9 @@ def test_push_uploads_the_model_with_a_card(tmp_path: Path, monkeypatch: pytest.
     assert result.exit_code == 0, result.output
     assert "https://hub/commit" in result.output
     assert hub.private == {"org/name": True}
-    assert {path.name for path in (tmp_path / "org/name").iterdir()} == {
-        "README.md",
-        "config.json",
-        "model.safetensors",
-    }
-    card = (tmp_path / "org/name/README.md").read_text()
+    uploaded = tmp_path / "org" / "name"
+    assert {path.name for path in uploaded.iterdir()} == {"README.md", "config.json", "model.safetensors"}
+    card = (uploaded / "README.md").read_text()
     for wanted in ("license: mit", "| licence of the weights | mit |", "| numerics of | the official program |"):
         assert wanted in card
 
