@@ -1,34 +1,31 @@
-"""Training: a plain loop around ``Segmenter.loss``, in one process or many, that never loses a run.
+"""Training: a plain loop around ``Segmenter.loss``, in one process or many, that can be interrupted at any time.
 
 Everything random follows from the recipe's seed: samples from (seed, epoch, index), see ``samples``; stochastic depth
-and dropout from (seed, step, rank). What a run was at a step is therefore its weights, its optimizer and that number,
-and an interrupted and resumed run is the uninterrupted one: on a CPU bit for bit, with as many threads.
+and dropout from (seed, step, rank). The state of a run at a step is therefore its weights, its optimizer and the step,
+and an interrupted and resumed run equals the uninterrupted one: on a CPU bit for bit, with as many threads.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from ..devices import choose_dtype
+from ..inference.settings import Settings
 from ..processes import StopRequest, World, process_group
 from ..segmenter import Segmenter
-from . import checkpoints, run_folder
-from .batches import Batches
+from . import run_folder
 from .datasets.base import SegmentationDataset
-from .evaluation import Inference, evaluate, sample_pictures
+from .evaluation import evaluate, sample_pictures
 from .logs import RunLog
 from .metrics import Scores
-from .optimization import recomputed, to_training
-from .pace import Pace
-from .preparing import prepare, whole_model
+from .optimization import recomputed
 from .presets import Recipe
-from .run_folder import Standing
-from .stepping import Outcome, Stepper
+from .run_folder import EvaluationSummary
+from .samples import Batches
+from .stepping import Stepper, StepResult
 
 
 class DivergedError(ValueError):
@@ -37,17 +34,17 @@ class DivergedError(ValueError):
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a call of ``train`` came to."""
+    """Result of a call of ``train``."""
 
     steps: int
     """Optimizer steps done, those of earlier calls included."""
     finished: bool
-    """False where a signal ended it early; a checkpoint holds all that was done."""
+    """False where a signal ended the run early; a checkpoint holds all that was done."""
     skipped: int
     """Steps of this call whose loss or gradient was not finite."""
-    standing: Standing
+    summary: EvaluationSummary
     scores: Scores | None
-    """Of the last evaluation of this call."""
+    """Scores of the last evaluation of this call."""
 
 
 def train(
@@ -61,48 +58,45 @@ def train(
     device: str = "auto",
     timeout: float = 600.0,
 ) -> TrainResult:
-    """Trains a model in place.
+    """Train a model in place.
 
     Args:
         model: on the CPU, any weights, with as many classes as the data. ``recipe.model_fields()`` are meant for its
             configuration.
         dataset: to train on.
         val_dataset: to evaluate on; without one nothing is evaluated.
-        recipe: how.
+        recipe: how to train.
         out: the run's folder, see ``run_folder``.
-        resume: "auto" goes on from the last checkpoint in ``out``, and begins where there is none.
+        resume: "auto" goes on from the last checkpoint in ``out``, or starts where there is none.
         device: "auto", "cpu" or "cuda".
         timeout: seconds that a process waits for the others, see ``processes.process_group``.
 
     Raises:
-        ValueError: model, data and recipe that do not fit each other, or another run than the one in ``out``.
+        ValueError: model, data and recipe do not fit each other, or ``out`` holds another run.
         FileExistsError: ``out`` holds a run, and ``resume`` is "never".
         DivergedError: (a ValueError) the loss stayed not finite.
         SampleError: (an OSError) a sample cannot be read, and the recipe does not skip it.
         ConnectionError: (an OSError) the other processes cannot be reached or were lost.
         OSError: the folder cannot be written; earlier checkpoints stay whole.
     """
-    _require_classes(model, dataset, "the training data")
-    if val_dataset is not None:
-        _require_classes(model, val_dataset, "the validation data")
+    for data, name in ((dataset, "the training data"), (val_dataset, "the validation data")):
+        if data is None:
+            continue
+        if len(data) == 0:
+            raise ValueError(f"{name} has no samples")
+        have, wanted = model.config.num_classes, len(data.class_names)
+        if have != wanted:
+            raise ValueError(f"the model has {have} classes, {name} {wanted}: make the model with num_classes={wanted}")
     with process_group(device, timeout) as world, StopRequest() as request:
         return _Run(model, dataset, val_dataset, recipe, Path(out), world, request).go(resume == "auto")
 
 
-def _require_classes(model: Segmenter, dataset: SegmentationDataset, name: str) -> None:
-    if len(dataset) == 0:
-        raise ValueError(f"{name} has no samples")
-    have, wanted = model.config.num_classes, len(dataset.class_names)
-    if have != wanted:
-        raise ValueError(f"the model has {have} classes, {name} {wanted}: make the model with num_classes={wanted}")
-
-
 class _InterruptedError(Exception):
-    """A signal came at a moment when everything is already on the disk."""
+    """A signal came at a moment when everything is on the disk already."""
 
 
 class _Run:
-    """The state of one call of ``train``. What is called here runs in every process, unless it says otherwise."""
+    """The state of one call of ``train``. Every method runs in every process."""
 
     def __init__(
         self,
@@ -117,103 +111,92 @@ class _Run:
         self.dataset, self.val_dataset, self.recipe = dataset, val_dataset, recipe
         self.out, self.world, self.request = out, world, request
         self.total_steps = recipe.total_steps(len(dataset))
-        self.epoch_steps = recipe.epoch_steps(len(dataset))
+        epoch_steps = recipe.epoch_steps(len(dataset))
+        self.evaluate_every = recipe.evaluate_every or epoch_steps
+        self.save_every = recipe.save_every or epoch_steps
         self.batches = Batches(dataset, recipe, model.config, world)
-        self.standing = Standing()
+        self.stepper = Stepper(model, dataset.ignore_index, recipe, self.total_steps, world)
+        self.summary = EvaluationSummary()
         self.scores: Scores | None = None
         self.skipped = self.bad_in_a_row = 0
-        self.dtype = choose_dtype(recipe.precision, world.device)
-        self.module, self.training = prepare(model, dataset.ignore_index, recipe, self.total_steps, self.dtype, world)
 
     def go(self, resume: bool) -> TrainResult:
-        """From the start, or from the last checkpoint, to the end, or to a signal."""
-        problems = self._begin(resume)
-        training, step = self.training, self.training.step
-        with (
-            RunLog(self.out if self.world.leads else None, self.total_steps, step) as self.log,
-            recomputed(training.model, self.recipe.activation_checkpointing),
-        ):
-            if step:
-                self.log.event("resumed", f"from the checkpoint of step {step}")
+        """Train from the start, or from the last checkpoint, to the end or until a signal."""
+        problems = self._open_folder(resume)
+        stepper, recipe = self.stepper, self.recipe
+        folder = self.out if self.world.leads else None
+        log = RunLog(folder, self.total_steps, recipe.batch_size, stepper.steps, self.world.device)
+        with log as self.log, recomputed(stepper.model, recipe.activation_checkpointing):
+            if stepper.steps:
+                log.event("resumed", f"from the checkpoint of step {stepper.steps}")
             for problem in problems:
-                self.log.event("warning", f"an earlier checkpoint is used, as {problem}")
+                log.event("warning", f"an earlier checkpoint is used, as {problem}")
             try:
                 finished = self._loop()
             except _InterruptedError:
                 finished = False
             if not finished:
-                self.log.event("stopped", f"by a signal after step {training.step}; all of it is saved")
-        return TrainResult(training.step, finished, self.skipped, self.standing, self.scores)
+                log.event("stopped", f"by a signal after step {stepper.steps}; all of it is saved")
+        return TrainResult(stepper.steps, finished, self.skipped, self.summary, self.scores)
 
-    def _begin(self, resume: bool) -> list[str]:
-        """Opens the run's folder and restores what is there; why later checkpoints cannot be read, if any cannot."""
+    def _open_folder(self, resume: bool) -> list[str]:
+        """Open the run's folder and restore its last checkpoint; return why later ones cannot be read."""
         content: dict[str, Any] | None = None
         problems: list[str] = []
-        model = self.training.model
+        model = self.stepper.model
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
 
-        def opened() -> None:
+        def open_run() -> None:
             nonlocal content, problems
-            sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-            known = run_folder.open_run(self.out, self.recipe, model.config, len(self.dataset), resume)
-            if known:
-                content, problems = checkpoints.read_latest(self.out)
-            if content is not None:
-                self._export(content)  # the process may have been killed before it did
+            if run_folder.open_run(self.out, self.recipe, model.config, len(self.dataset), resume):
+                content, problems = run_folder.read_latest(self.out)
+            if content is not None:  # the process may have been killed between checkpoint and model
+                run_folder.export_last(self.out, model.config, content)
             trained = sum(size for size, trains in sizes if trains)
             run_folder.require_room(self.out, self.recipe, sum(size for size, _ in sizes), trained)
 
-        self.world.in_first(opened)
+        self.world.in_first(open_run)
         if self.world.broadcast(content is not None):
-            checkpoints.restore(self.training, content, self.world)
-            self.standing = self.world.broadcast(run_folder.read_standing(self.out, self.training.step))
+            self.stepper.load_state_dict(content)
+            self.summary = self.world.broadcast(run_folder.read_scores(self.out, self.stepper.steps))
         return problems
 
     def _loop(self) -> bool:
-        """All steps that are left; False where a signal ended them."""
-        training, recipe = self.training, self.recipe
-        if training.step and self._evaluates_at(training.step) and self.standing.last_step != training.step:
+        """Take all steps that are left; return False where a signal ended them."""
+        stepper, recipe, total = self.stepper, self.recipe, self.total_steps
+        if stepper.steps and self._evaluates_at(stepper.steps) and self.summary.last_step != stepper.steps:
             self._evaluate()
-        to_training(training.model, recipe)
-        stepper = Stepper(self.module, training, recipe, self.world, self.dtype)
-        pace = Pace()
-        for data in self.batches.between(training.step, self.total_steps):
-            for message in data.broken:
+        for batch in self.batches.between(stepper.steps, total):
+            for message in batch.broken:
                 self.log.event("broken", f"{message}; another sample takes its place")
-            outcome = stepper.step(data.parts, self.dataset.ignore_index, self._asked)
-            pace.add(outcome)
-            self._judge(outcome)
-            step = training.step
-            if step % recipe.log_every == 0 or step == self.total_steps:
-                self._report(pace, outcome.lr)
-            if outcome.stop and step < self.total_steps:
-                self._save()
-                return False
-            if self._saves_at(step):
-                pause = time.perf_counter()
-                self._save()
-                if self._evaluates_at(step):
-                    self._evaluate()
-                    to_training(training.model, recipe)
-                pace.skip(time.perf_counter() - pause)
+            result = stepper.step(batch.images, batch.labels, self.request)
+            step, evaluates = stepper.steps, self._evaluates_at(stepper.steps)
+            if result.updated:
+                self.bad_in_a_row = 0
+            else:
+                self._skip(result)
+            self.log.step(step, result.loss, result.lr, step % recipe.log_every == 0 or step == total)
+            stops = result.stop and step < total
+            if stops or evaluates or step == total or step % self.save_every == 0:
+                with self.log.paused():
+                    self._save()
+                    if stops:
+                        return False
+                    if evaluates:
+                        self._evaluate()
         return True
 
-    def _asked(self) -> bool:
-        return self.request.signal is not None
-
-    def _judge(self, outcome: Outcome) -> None:
-        """Counts a step that changed nothing, and ends the run where they do not cease."""
-        if outcome.updated:
-            self.bad_in_a_row = 0
-            return
-        step = self.training.step
-        if outcome.overflow:
+    def _skip(self, result: StepResult) -> None:
+        """Log a step that changed nothing, and end the run after too many in a row."""
+        step = self.stepper.steps
+        if result.overflow:
             self.log.event(
                 "overflow", f"step {step} skipped: the gradient passed float16's range; a smaller scale is tried"
             )
             return
         self.skipped += 1
         self.bad_in_a_row += 1
-        what = f"loss {outcome.loss}, gradient norm {outcome.norm}, learning rate {outcome.lr:.3g}"
+        what = f"loss {result.loss}, gradient norm {result.norm}, learning rate {result.lr:.3g}"
         images = ", ".join(self.batches.names(step - 1))
         self.log.event("skipped", f"step {step}: {what}; its images: {images}")
         if self.bad_in_a_row == self.recipe.max_bad_steps:
@@ -223,69 +206,43 @@ class _Run:
                 "--precision float32 may help"
             )
 
-    def _report(self, pace: Pace, lr: float) -> None:
-        step, seconds = self.training.step, pace.seconds_per_step()
-        cuda = self.world.device.type == "cuda"
-        memory = torch.cuda.max_memory_allocated(self.world.device) if cuda else None
-        self.log.step(
-            step, pace.mean_loss(), lr, self.recipe.batch_size / seconds, memory, (self.total_steps - step) * seconds
-        )
-
     def _evaluates_at(self, step: int) -> bool:
-        every = self.recipe.evaluate_every or self.epoch_steps
-        return self.val_dataset is not None and (step == self.total_steps or step % every == 0)
-
-    def _saves_at(self, step: int) -> bool:
-        every = self.recipe.save_every or self.epoch_steps
-        return step == self.total_steps or step % every == 0 or self._evaluates_at(step)
+        return self.val_dataset is not None and (step == self.total_steps or step % self.evaluate_every == 0)
 
     def _save(self) -> None:
-        """A checkpoint, then the model of it, then older ones go: whenever it ends, something whole is there."""
-        content = checkpoints.gathered(self.training)
+        """Write a checkpoint, then its model, then delete older ones, so that a crash always leaves a whole one."""
+        content = self.stepper.state_dict()
 
         def write() -> None:
-            checkpoints.save(self.out, content)
-            self._export(content)
-            checkpoints.prune(self.out, self.recipe.keep, self.standing.best_step)
+            run_folder.save_checkpoint(self.out, content)
+            run_folder.export_last(self.out, self.stepper.model.config, content)
+            run_folder.prune(self.out, self.recipe.keep, self.summary.best_step)
 
         self.world.in_first(write)
 
-    def _export(self, content: dict[str, Any]) -> None:
-        """In the first process."""
-        state = content["model"] if content["ema"] is None else content["ema"]["model"]
-        run_folder.export(self.out, run_folder.LAST, self.training.model.config, state)
-
     def _evaluate(self) -> None:
-        """Scores of the step whose checkpoint was just written; the best model is a copy of the last then."""
+        """Score the step whose checkpoint was just written, and keep the best model."""
         assert self.val_dataset is not None
-        recipe, step = self.recipe, self.training.step
-        model = whole_model(self.training, self.world)
-        where = Inference(recipe.resize, recipe.window, recipe.stride)
-        with torch.autocast(self.world.device.type, self.dtype, enabled=self.dtype != torch.float32):
+        recipe, stepper = self.recipe, self.stepper
+        settings = Settings(recipe.window, recipe.stride)
+        model, low = stepper.whole_model(), stepper.dtype != torch.float32
+        with torch.autocast(self.world.device.type, stepper.dtype, enabled=low):
             scores = evaluate(
-                model,
-                self.val_dataset,
-                recipe.resize,
-                recipe.window,
-                recipe.stride,
-                rank=self.world.rank,
-                world_size=self.world.size,
-                progress=self._stop_if_asked,
+                model, self.val_dataset, recipe.resize, settings, self.world, progress=self._stop_if_asked
             )
-            self.log.evaluation(step, scores)
+            self.log.evaluation(stepper.steps, scores)
             if self.world.leads and recipe.pictures:
                 shown = range(0, len(self.val_dataset), max(len(self.val_dataset) // recipe.pictures, 1))
-                self.log.samples(step, sample_pictures(model, self.val_dataset, shown[: recipe.pictures], where))
-        self.scores, self.standing = scores, self.standing.after(step, scores.miou)
+                pictures = sample_pictures(model, self.val_dataset, shown[: recipe.pictures], recipe.resize, settings)
+                self.log.samples(stepper.steps, pictures)
+        self.scores, self.summary = scores, self.summary.after(stepper.steps, scores.miou)
 
         def write() -> None:
-            if self.standing.best_step == step:
-                run_folder.copy_to_best(self.out)
-            run_folder.write_standing(self.out, self.standing)
-            checkpoints.prune(self.out, self.recipe.keep, self.standing.best_step)
+            run_folder.save_scores(self.out, self.summary)
+            run_folder.prune(self.out, recipe.keep, self.summary.best_step)
 
         self.world.in_first(write)
 
     def _stop_if_asked(self, done: int, total: int) -> None:
-        if self._asked():
+        if self.request.signal is not None:
             raise _InterruptedError

@@ -10,7 +10,6 @@ import itertools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,75 +17,19 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from segmenter_fast import Segmenter
-from segmenter_fast.inference.settings import Settings, fits_one_window
-from segmenter_fast.inference.slide import slide
-from segmenter_fast.io.images import normalise
-
+from ..config import Pair
+from ..inference.settings import Settings, fits_one_window
+from ..inference.slide import slide
+from ..io.images import normalise
+from ..processes import World
+from ..segmenter import Segmenter
+from ..visualize import Color, colorize
 from .datasets.base import SegmentationDataset
 from .metrics import ConfusionMatrix, Scores
-from .pictures import side_by_side
 
 MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """The paper's scales, which it takes plain and mirrored."""
-
-Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class Inference:
-    """How one image is segmented.
-
-    Images of the data set are uint8 RGB; their pixels are normalised as the model's configuration says.
-
-    Args:
-        resize: pixels that the image's smaller side is resized to.
-        window: side of the square windows, pixels.
-        stride: pixels from one window to the next.
-        scales: factors of ``resize`` whose probabilities are averaged.
-        flip: whether every scale is segmented mirrored, too.
-        batch_size: windows that go through the model at once.
-
-    Raises:
-        ValueError: a number out of its range, naming it.
-    """
-
-    resize: int
-    window: int
-    stride: int
-    scales: tuple[float, ...] = (1.0,)
-    flip: bool = False
-    batch_size: int = 2
-
-    def __post_init__(self) -> None:
-        Settings(self.window, self.stride, batch_size=self.batch_size)
-        if not self.scales or not all(0 < scale < float("inf") and self.resize * scale >= 1 for scale in self.scales):
-            raise ValueError(
-                "scales must be positive, finite and leave at least one pixel of the resized smaller side, "
-                f"got {', '.join(map(str, self.scales)) or 'none'} of {self.resize} pixels"
-            )
-
-    def segment(self, model: Segmenter, image: np.ndarray, size: tuple[int, int]) -> Tensor:
-        """``(H, W, 3)`` uint8 RGB -> labels ``size`` on the model's device."""
-        config = model.config
-        whole = normalise(image, config.mean, config.std, next(model.parameters()).device)
-        images, flips = [], []
-        for scale in self.scales:
-            scaled = _resized(whole, int(self.resize * scale))
-            images += [scaled, scaled.flip(3)] if self.flip else [scaled]
-            flips += [False, True] if self.flip else [False]
-        if len(images) == 1 and tuple(images[0].shape[2:]) == size and fits_one_window(model, size, self.window):
-            return model.segment(images[0])[0]
-        return slide(model, images, flips, size, self.window, self.stride, self.batch_size)
-
-
-def _resized(images: Tensor, smaller_side: int) -> Tensor:
-    """``(1, 3, H, W)``, bilinear to this smaller side; the other is rounded to the nearest pixel, as mmcv does."""
-    factor = smaller_side / min(images.shape[2:])
-    size = tuple(int(side * factor + 0.5) for side in images.shape[2:])
-    if size == images.shape[2:]:
-        return images
-    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+_GAP = 4
 
 
 @torch.inference_mode()
@@ -94,39 +37,34 @@ def evaluate(
     model: Segmenter,
     dataset: SegmentationDataset,
     resize: int,
-    window: int,
-    stride: int,
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-    rank: int = 0,
-    world_size: int = 1,
-    progress: Progress | None = None,
-    batch_size: int = 2,
+    settings: Settings,
+    world: World | None = None,
+    progress: Callable[[int, int], None] | None = None,
     read_ahead: int = 2,
 ) -> Scores:
-    """The scores of a model, in evaluation mode, on a whole data set; the same on every rank.
+    """Score a model, in evaluation mode, on a whole data set; the result is the same on every rank.
 
-    Every rank takes each ``world_size``-th image, and the counts are summed once, so ranks need no equal shares. The
+    Every rank takes each ``world.size``-th image, and the counts are summed once, so ranks need no equal shares. The
     model must be whole on each rank: one whose parameters are sharded would wait for ranks that have nothing left.
 
     Args:
-        resize, window, stride, scales, flip, batch_size: see ``Inference``.
-        progress: told how many images of this rank's share are done, and how many it has.
+        resize: pixels that the image's smaller side is resized to; scales are factors of it.
+        settings: windows, scales, mirroring.
+        progress: called with the number of images of this rank that are done, and of all of them.
         read_ahead: images that are read in the background while the model runs.
 
     Raises:
         ValueError: a model and a data set of different class counts, an empty data set, labels out of range (naming
-            the sample), no labelled pixel at all, or a setting out of range.
-        OSError: a sample that cannot be read, naming its file.
+            the sample), no labelled pixel at all, or a scale that leaves no pixel.
+        OSError: a sample that cannot be read; names its file.
     """
-    inference = Inference(resize, window, stride, tuple(scales), flip, batch_size)
     check_classes(model, dataset)
     if not len(dataset):
         raise ValueError("the data set has no images to evaluate on")
     matrix = ConfusionMatrix(model.config.num_classes, next(model.parameters()).device, dataset.ignore_index)
-    share = range(rank, len(dataset), world_size)
-    for done, (index, image, target) in enumerate(_evaluated(model, dataset, share, read_ahead), 1):
-        labels = inference.segment(model, image, (target.shape[0], target.shape[1]))
+    share = range(len(dataset)) if world is None else range(world.rank, len(dataset), world.size)
+    for done, (index, image, target) in enumerate(_samples(model, dataset, share, read_ahead), 1):
+        labels = segment(model, image, (target.shape[0], target.shape[1]), resize, settings)
         try:
             matrix.update(labels, torch.from_numpy(target))
         except ValueError as error:
@@ -137,31 +75,94 @@ def evaluate(
     return matrix.scores()
 
 
+def segment(model: Segmenter, image: np.ndarray, size: Pair, resize: int, settings: Settings) -> Tensor:
+    """``(H, W, 3)`` uint8 RGB -> labels of ``size`` on the model's device; see ``evaluate``.
+
+    Raises:
+        ValueError: a scale leaves no pixel of the resized smaller side.
+    """
+    if min(settings.scales) * resize < 1:
+        given = ", ".join(map(str, settings.scales))
+        raise ValueError(f"scales must leave at least one pixel of the resized smaller side, got {given} of {resize}")
+    config = model.config
+    whole = normalise(image, config.mean, config.std, next(model.parameters()).device)
+    images, flips = list[Tensor](), list[bool]()
+    for scale in settings.scales:
+        factor = int(resize * scale) / min(whole.shape[2:])
+        scaled_size = [int(side * factor + 0.5) for side in whole.shape[2:]]  # to the nearest pixel, as mmcv rounds
+        scaled = whole
+        if scaled_size != list(whole.shape[2:]):
+            scaled = F.interpolate(whole, size=scaled_size, mode="bilinear", align_corners=False)
+        images += [scaled, scaled.flip(3)] if settings.flip else [scaled]
+        flips += [False, True] if settings.flip else [False]
+    if len(images) == 1 and images[0].shape[2:] == size and fits_one_window(model, size, settings.window):
+        return model.segment(images[0])[0]
+    return slide(model, images, flips, size, settings.window, settings.stride, settings.batch_size)
+
+
 @torch.inference_mode()
 def sample_pictures(
-    model: Segmenter, dataset: SegmentationDataset, indices: Iterable[int], inference: Inference
+    model: Segmenter, dataset: SegmentationDataset, indices: Iterable[int], resize: int, settings: Settings
 ) -> dict[str, Image.Image]:
-    """Image, labels and prediction side by side for some samples of a data set, by the samples' names.
+    """Draw image, labels and prediction side by side for some samples of a data set, by the samples' names.
 
     Raises:
         ValueError: a model and a data set of different class counts.
-        OSError: a sample that cannot be read, naming its file.
+        OSError: a sample that cannot be read; names its file.
     """
     check_classes(model, dataset)
     pictures = {}
-    for index, image, target in _evaluated(model, dataset, indices, read_ahead=0):
-        labels = inference.segment(model, image, (target.shape[0], target.shape[1])).cpu().numpy()
+    for index, image, target in _samples(model, dataset, indices, read_ahead=1):
+        labels = segment(model, image, (target.shape[0], target.shape[1]), resize, settings).cpu().numpy()
         if image.shape[:2] != labels.shape:
             image = np.asarray(Image.fromarray(image).resize(labels.shape[::-1]))
         pictures[dataset.name(index)] = side_by_side(image, target, labels, dataset.palette, dataset.ignore_index)
     return pictures
 
 
-def check_classes(model: Segmenter, dataset: SegmentationDataset) -> None:
-    """Whether the model and the data set have as many classes.
+def side_by_side(
+    image: np.ndarray,
+    target: np.ndarray,
+    prediction: np.ndarray,
+    palette: Sequence[Color],
+    ignore_index: int = 255,
+    alpha: float = 0.6,
+    largest_side: int = 512,
+) -> Image.Image:
+    """Draw the image, the image under its labels, and the image under the prediction; ignored pixels show the image.
+
+    Args:
+        image: ``(H, W, 3)`` uint8.
+        target: ``(H, W)`` labels.
+        prediction: ``(H, W)`` classes.
+        palette: RGB of each class.
+        alpha: weight of the colours, 0 to 1.
+        largest_side: pixels that the longer side of a panel is reduced to, where it is longer.
 
     Raises:
-        ValueError: they have not.
+        ValueError: sizes that differ, or classes beyond the palette.
+    """
+    if not image.shape == (*target.shape, 3) == (*prediction.shape, 3):
+        given = f"{image.shape}, {target.shape} and {prediction.shape}"
+        raise ValueError(f"image, target and prediction must be (H, W, 3), (H, W) and (H, W), got {given}")
+    panels = [Image.fromarray(image)]
+    for labels, shown in ((target, target != ignore_index), (prediction, np.ones_like(prediction, bool))):
+        colors = colorize(np.where(shown, labels, 0), palette)
+        panels.append(Image.blend(panels[0], Image.fromarray(np.where(shown[..., None], colors, image)), alpha))
+    for panel in panels:
+        panel.thumbnail((largest_side, largest_side))
+    width, height = panels[0].size
+    picture = Image.new("RGB", (3 * width + 2 * _GAP, height), "white")
+    for index, panel in enumerate(panels):
+        picture.paste(panel, (index * (width + _GAP), 0))
+    return picture
+
+
+def check_classes(model: Segmenter, dataset: SegmentationDataset) -> None:
+    """Require as many classes of the model as of the data set.
+
+    Raises:
+        ValueError: the numbers differ.
     """
     own, needed = model.config.num_classes, len(dataset.class_names)
     if own != needed:
@@ -171,36 +172,28 @@ def check_classes(model: Segmenter, dataset: SegmentationDataset) -> None:
         )
 
 
-def _evaluated(
+def _samples(
     model: Segmenter, dataset: SegmentationDataset, indices: Iterable[int], read_ahead: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Index, image and labels of the samples, while the model is in evaluation mode."""
-    training = model.training
+    """Yield index, image and labels, read by threads up to ``read_ahead`` before their turn.
+
+    The model is in evaluation mode meanwhile; afterwards every module is in the mode it was in.
+    """
+    training = [module for module in model.modules() if module.training]
+    waiting: deque[tuple[int, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
+    left = iter(indices)
+    pool = ThreadPoolExecutor(read_ahead)
     model.eval()
     try:
-        yield from _read(dataset, indices, read_ahead)
+        for index in itertools.islice(left, read_ahead):
+            waiting.append((index, pool.submit(dataset.read, index)))
+        while waiting:
+            index, sample = waiting.popleft()
+            image, target = sample.result()
+            for following in itertools.islice(left, 1):
+                waiting.append((following, pool.submit(dataset.read, following)))
+            yield index, image, target
     finally:
-        model.train(training)
-
-
-def _read(
-    dataset: SegmentationDataset, indices: Iterable[int], read_ahead: int
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """The samples in order, read by threads up to ``read_ahead`` before their turn."""
-    if not read_ahead:
-        yield from ((index, *dataset.read(index)) for index in indices)
-        return
-    left = iter(indices)
-    with ThreadPoolExecutor(read_ahead) as pool:
-        waiting: deque[tuple[int, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
-        try:
-            for index in itertools.islice(left, read_ahead):
-                waiting.append((index, pool.submit(dataset.read, index)))
-            while waiting:
-                index, sample = waiting.popleft()
-                image, target = sample.result()
-                for following in itertools.islice(left, 1):
-                    waiting.append((following, pool.submit(dataset.read, following)))
-                yield index, image, target
-        finally:
-            pool.shutdown(cancel_futures=True)
+        pool.shutdown(cancel_futures=True)
+        for module in training:
+            module.training = True

@@ -1,6 +1,6 @@
-"""What a training run tells while it runs: a progress display, ``log.jsonl``, TensorBoard, pictures.
+"""The log of a training run: a progress display, ``log.jsonl``, TensorBoard, pictures.
 
-``log.jsonl`` in the run's folder holds one object a line, flushed line by line; ``kind`` says what it is:
+``log.jsonl`` in the run's folder holds one object a line, flushed line by line, of one of these kinds:
 
     step        step, loss (null where not finite), lr, images_per_s, memory_bytes, eta_s
     evaluation  step, miou, macc, aacc, iou and accuracy for each class, pixels
@@ -13,17 +13,18 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from segmenter_fast.io.atomic import atomic_path, write_png
-
+from ..io.atomic import atomic_path, write_png
 from .metrics import Scores
 
 LOG = "log.jsonl"
@@ -32,15 +33,17 @@ TENSORBOARD = "tensorboard"
 
 
 class RunLog:
-    """The log of one run. Rank 0 gives the run's folder; the others None, and nothing is written or shown by them.
+    """The log of one run. Rank 0 gives the run's folder; the others None, and then nothing is written or shown.
 
     A context manager: the display is up inside. A terminal gets a live line, anything else plain lines.
 
     Args:
         folder: of the run; made where it is missing.
         total_steps: of the whole run, for the display.
-        resumed_step: the step that a resumed run goes on from. What an earlier process logged up to it stays; what it
-            logged beyond, and the half line that a killed process leaves, is dropped. 0: the log begins anew.
+        batch_size: images of a step, in all processes.
+        resumed_step: the step that a resumed run goes on from. Records up to it stay; later ones, and the half line
+            that a killed process leaves, are dropped. 0: a new log.
+        device: its peak memory is logged if it is a GPU.
         console: where the display goes, by default standard error.
         plain_seconds: least time between two plain lines of steps; 0 shows all.
 
@@ -52,20 +55,29 @@ class RunLog:
         self,
         folder: Path | None,
         total_steps: int,
+        batch_size: int,
         resumed_step: int = 0,
+        device: torch.device | None = None,
         console: Console | None = None,
         plain_seconds: float = 5.0,
     ) -> None:
-        self.folder, self.total_steps, self.plain_seconds = folder, total_steps, plain_seconds
-        self.last_step = resumed_step
-        self._said = -math.inf
+        self.folder, self.total_steps, self.batch_size, self.device = folder, total_steps, batch_size, device
+        self.plain_seconds, self.last_step = plain_seconds, resumed_step
+        self._shown = -math.inf
+        self._start, self._losses = time.perf_counter(), list[float]()  # since the last record of steps
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_log(folder) if record["step"] <= resumed_step] if resumed_step else []
-        _rewrite(folder / LOG, kept)
+        with atomic_path(folder / LOG) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = (folder / LOG).open("a", encoding="utf-8")
-        self._board = _summary_writer(folder / TENSORBOARD, resumed_step + 1)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            self._tensorboard: Any = None
+        else:  # hides what was logged from purge_step on
+            self._tensorboard = SummaryWriter(str(folder / TENSORBOARD), purge_step=resumed_step + 1)
         self._console = console or Console(stderr=True)
         columns = TextColumn("step"), MofNCompleteColumn(), BarColumn(20), TextColumn("{task.description}")
         self._progress = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
@@ -74,56 +86,63 @@ class RunLog:
     def __enter__(self) -> RunLog:
         if self.folder is not None:
             self._progress.start()
-            if self._board is None:
+            if self._tensorboard is None:
                 self.event("note", "TensorBoard gets nothing: pip install 'segmenter-fast[train]' for it")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Takes the display down and closes the files; may be called again."""
         if self.folder is not None:
             self._progress.stop()
             self._file.close()
-            if self._board is not None:
-                self._board.close()
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
-    def step(
-        self, step: int, loss: float, lr: float, images_per_s: float, memory_bytes: int | None, eta_s: float
-    ) -> None:
-        """One optimiser step, or the mean of those since the last call. ``step`` counts from 1.
+    def step(self, step: int, loss: float, lr: float, write: bool = True) -> None:
+        """Count an optimizer step, from 1 on. With ``write``, record the steps since the last record.
 
-        Args:
-            memory_bytes: the device's or process's peak; None where nothing can tell.
-            eta_s: seconds until the run ends.
+        The record has the mean of their finite losses, NaN without one, and their speed.
         """
+        self._losses.append(loss)
+        if not write:
+            return
         self.last_step = step
+        seconds = (time.perf_counter() - self._start) / len(self._losses)
+        finite = [loss for loss in self._losses if math.isfinite(loss)]
+        self._start, self._losses = time.perf_counter(), []
         if self.folder is None:
             return
-        numbers = {"loss": loss, "lr": lr, "images_per_s": images_per_s, "memory_bytes": memory_bytes, "eta_s": eta_s}
-        self._write("step", **numbers)
-        for name, value in numbers.items():
-            if value is not None:
-                self._scalar(f"train/{name}", value)
-        memory = f", {memory_bytes / 2**30:.2f} GiB" if memory_bytes is not None else ""
-        text = f"loss {loss:.4f}, lr {lr:.2e}, {images_per_s:.1f} images/s{memory}, {_duration(eta_s)} left"
+        loss = sum(finite) / len(finite) if finite else math.nan
+        speed, eta = self.batch_size / seconds, (self.total_steps - step) * seconds
+        cuda = self.device is not None and self.device.type == "cuda"
+        memory = torch.cuda.max_memory_allocated(self.device) if cuda else None
+        numbers = {"loss": loss, "lr": lr, "images_per_s": speed, "memory_bytes": memory, "eta_s": eta}
+        self._write("step", "train", numbers)
+        size = f", {memory / 2**30:.2f} GiB" if memory is not None else ""
+        minutes, rest = divmod(round(eta), 60)
+        left = f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+        text = f"loss {loss:.4f}, lr {lr:.2e}, {speed:.1f} images/s{size}, {left} left"
         self._progress.update(self._task, completed=step, description=text)
-        if not self._console.is_terminal and self._due(step):
-            self._say(f"step {step}/{self.total_steps}: {text}")
+        due = time.monotonic() - self._shown >= self.plain_seconds or step == self.total_steps
+        if due and not self._console.is_terminal:
+            self._shown = time.monotonic()
+            self._print(f"step {step}/{self.total_steps}: {text}")
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside the block does not count as training."""
+        pause = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - pause
 
     def evaluation(self, step: int, scores: Scores) -> None:
-        """What the model reaches after ``step`` steps."""
+        """Record the scores of the model after ``step`` steps."""
         self.last_step = step
-        if self.folder is None:
-            return
-        self._write("evaluation", **scores.to_dict())
-        for name in ("miou", "macc", "aacc"):
-            self._scalar(f"evaluation/{name}", getattr(scores, name))
-        self._say(f"step {step}: mIoU {scores.miou:.4f}, mAcc {scores.macc:.4f}, aAcc {scores.aacc:.4f}")
+        if self.folder is not None:
+            self._write("evaluation", "evaluation", scores.to_dict())
+            self._print(f"step {step}: mIoU {scores.miou:.4f}, mAcc {scores.macc:.4f}, aAcc {scores.aacc:.4f}")
 
     def event(self, kind: str, message: str) -> None:
-        """Something worth a line, such as a skipped step, a checkpoint or a broken image.
+        """Record an event, such as a skipped step, a checkpoint or a broken image.
 
         Raises:
             ValueError: a kind that the other records have.
@@ -132,13 +151,13 @@ class RunLog:
             raise ValueError(f"kind must be a word for the event, and not {kind!r}, which has a method of its own")
         if self.folder is None:
             return
-        self._write(kind, message=message)
-        if self._board is not None:
-            self._board.add_text(kind, message, self.last_step)
-        self._say(f"{kind}: {message}")
+        self._write(kind, None, {"message": message})
+        if self._tensorboard is not None:
+            self._tensorboard.add_text(kind, message, self.last_step)
+        self._print(f"{kind}: {message}")
 
     def samples(self, step: int, images: Mapping[str, Image.Image]) -> None:
-        """Pictures by name, such as those of ``evaluation.sample_pictures``: ``samples/<step>/<name>.png``.
+        """Write pictures by name, such as those of ``evaluation.sample_pictures``: ``samples/<step>/<name>.png``.
 
         Raises:
             OSError: a file cannot be written.
@@ -146,11 +165,14 @@ class RunLog:
         if self.folder is None:
             return
         for name, image in images.items():
-            write_png(image, self.folder / SAMPLES / f"{step:07}" / f"{_file_name(name)}.png")
-            if self._board is not None:
-                self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+            # a sample's name may be a path
+            file = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).strip(".")
+            write_png(image, self.folder / SAMPLES / f"{step:07}" / f"{file}.png")
+            if self._tensorboard is not None:
+                self._tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
-    def _write(self, kind: str, **fields: Any) -> None:
+    def _write(self, kind: str, group: str | None, fields: dict[str, Any]) -> None:
+        """Append a record to the file; numbers become TensorBoard's scalars where a group is given."""
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in fields.items()
@@ -158,72 +180,31 @@ class RunLog:
         record = {"kind": kind, "step": self.last_step, "time": round(time.time(), 3), **finite}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        if group is not None and self._tensorboard is not None:
+            for name, value in fields.items():
+                if isinstance(value, (int, float)) and name != "pixels":
+                    self._tensorboard.add_scalar(f"{group}/{name}", value, self.last_step)
 
-    def _scalar(self, name: str, value: float) -> None:
-        if self._board is not None:
-            self._board.add_scalar(name, value, self.last_step)
-
-    def _due(self, step: int) -> bool:
-        now = time.monotonic()
-        if now - self._said < self.plain_seconds and step != self.total_steps:
-            return False
-        self._said = now
-        return True
-
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def read_log(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's folder or of its ``log.jsonl``, in order; none where there is no such file.
+    """Return the records of a run's folder or of its ``log.jsonl``, in order; none where there is no such file.
 
     A last line that its process did not finish is left out.
 
     Raises:
-        ValueError: another line is no record, naming the file and the line.
+        ValueError: another line is no record; names the file and the line.
     """
     path = run / LOG if run.is_dir() else run
-    if not path.is_file():
-        return []
-    lines = path.read_bytes().split(b"\n")
-    return list(_records(path, lines))
-
-
-def _records(path: Path, lines: list[bytes]) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(lines, 1):
-        if number == len(lines):
-            return  # empty after the last newline, or unfinished
+    records = []
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1] if path.is_file() else [], 1):
         try:
             record = json.loads(line)
         except ValueError:
             record = None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int) or "kind" not in record:
             raise ValueError(f"{path} must hold one record with kind and step a line; line {number} is none")
-        yield record
-
-
-def _rewrite(path: Path, records: list[dict[str, Any]]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-
-
-def _summary_writer(folder: Path, purge_step: int) -> Any:
-    """TensorBoard's writer, which hides what was logged from ``purge_step`` on; None where it is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=purge_step)
-
-
-def _duration(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    if not math.isfinite(seconds):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
-
-
-def _file_name(name: str) -> str:
-    """A sample's name, which may be a path, as one file name."""
-    return "".join(character if character.isalnum() or character in "-_." else "_" for character in name).strip(".")
+        records.append(record)
+    return records

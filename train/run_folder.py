@@ -1,10 +1,22 @@
-"""The folder of a run: what was trained, by which recipe, how well, and the models to load.
+"""The folder of a run: recipe, checkpoints, models to load, scores. Every file is whole or not there.
 
-run.json       recipe, configuration of the model, classes and number of samples: what must not change on the way
-checkpoints/   see ``checkpoints``
+run.json       recipe, configuration of the model, classes and number of samples: all that must not change in a run
+checkpoints/   step-0001000.pt and so on
 last/, best/   the model at the last checkpoint and at the best evaluation, for ``segmenter_fast.load``
 scores.json    step and mIoU of the last and of the best evaluation
 log.jsonl, tensorboard/, samples/   see ``logs``
+
+A checkpoint is one dict, readable with ``weights_only=True``:
+
+    format_version, step
+    model       state dict of the Segmenter, full-size float32 tensors by name, however many processes there were
+    optimizer   state by parameter name, and the parameter groups
+    schedule    of the learning rate
+    scaler      of the loss; empty but in float16
+    ema         state dict of the averaged model and the count of its updates; None without
+
+It holds no state of random number generators, because those of a step follow from the recipe's seed, the step and the
+rank, see ``stepping``. The position in the data is the step. So a run may go on with another number of processes.
 """
 
 from __future__ import annotations
@@ -12,26 +24,28 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from ..config import SegmenterConfig
 from ..io.atomic import atomic_files, atomic_path
-from ..weights import hub
-from ..weights.reading import read_json
-from . import checkpoints
+from ..weights.hub import write_folder
+from ..weights.reading import CheckpointError, read_json, read_torch
 from .presets import Recipe
+from .stepping import FORMAT_VERSION
 
-RUN, SCORES, LAST, BEST = "run.json", "scores.json", "last", "best"
+RUN, SCORES, LAST, BEST, CHECKPOINTS = "run.json", "scores.json", "last", "best", "checkpoints"
+_NAME = re.compile(r"step-(\d{7,})\.pt")
+_KEYS = {"format_version", "step", "model", "optimizer", "schedule", "scaler", "ema"}
 
 
 @dataclass(frozen=True)
-class Standing:
+class EvaluationSummary:
     """Steps and mIoUs of the last and of the best evaluation of a run; -1 before the first."""
 
     last_step: int = -1
@@ -39,76 +53,73 @@ class Standing:
     best_step: int = -1
     best_miou: float = -1.0
 
-    def after(self, step: int, miou: float) -> Standing:
-        """With one more evaluation; of equals the first is the best."""
+    def after(self, step: int, miou: float) -> EvaluationSummary:
+        """Return the summary with one more evaluation; the first of equal ones is the best."""
         best = (step, miou) if miou > self.best_miou else (self.best_step, self.best_miou)
-        return Standing(step, miou, *best)
+        return EvaluationSummary(step, miou, *best)
 
 
 def open_run(run: Path, recipe: Recipe, config: SegmenterConfig, samples: int, resume: bool) -> bool:
-    """Makes the folder of a new run, or finds that of one to go on with: one that holds a checkpoint.
+    """Make the folder of a new run, or accept that of one to go on with.
 
     Returns:
-        Whether there is a run to go on with.
+        Whether there is a run to go on with: one that has a checkpoint.
 
     Raises:
-        FileExistsError: a run stands there and ``resume`` is False.
-        ValueError: the run there has another recipe, model or data, saying what differs.
-        OSError: the folder cannot be written, or has no room for the checkpoints.
+        FileExistsError: the folder holds a run and ``resume`` is False.
+        ValueError: the run there has another recipe, model or data; names the differences.
+        OSError: the folder cannot be written.
     """
-    steps = checkpoints.steps_kept(run)
+    steps = checkpoint_steps(run)
     if steps and not resume:
         raise FileExistsError(
             f"{run} holds a run, its last checkpoint is of step {steps[-1]}; go on with it by --resume auto, or choose "
             "another --out"
         )
     if steps and (run / RUN).exists():
-        _require_same(run, recipe, config, samples)
+        before = read_json(run / RUN)
+        model, now = before.get("model", {}), json.loads(json.dumps(config.to_dict()))
+        different = recipe.differences(before.get("recipe", {}))
+        different += [
+            f"the model's {name} is {now[name]}, was {model.get(name)}" for name in now if now[name] != model.get(name)
+        ]
+        if samples != before.get("samples"):
+            different.append(f"the data has {samples} samples, had {before.get('samples')}")
+        if different:
+            raise ValueError(
+                f"{run} holds another run: {'; '.join(different)}. Go on with the recipe it has, or choose another "
+                "--out"
+            )
     try:
-        (run / checkpoints.FOLDER).mkdir(parents=True, exist_ok=True)
-        for folder in (run, run / checkpoints.FOLDER, run / LAST, run / BEST):
+        for folder in (run / CHECKPOINTS, run, run / LAST, run / BEST):
             for left in folder.glob(".saving-*"):  # of a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
+        (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         description = {
             "package_version": importlib.metadata.version("segmenter-fast"),
             "recipe": recipe.to_dict(),
             "model": config.to_dict(),
             "samples": samples,
         }
-        _write_json(run, RUN, description)
+        _write_json(run / RUN, description)
     except OSError as error:
         raise OSError(f"the run's folder {run} cannot be written: {error.strerror or error}") from error
     return bool(steps)
 
 
-def _require_same(run: Path, recipe: Recipe, config: SegmenterConfig, samples: int) -> None:
-    before = read_json(run / RUN)
-    model, now = before.get("model", {}), json.loads(json.dumps(config.to_dict()))
-    different = recipe.differences(before.get("recipe", {}))
-    different += [
-        f"the model's {name} is {now[name]}, was {model.get(name)}" for name in now if now[name] != model.get(name)
-    ]
-    if samples != before.get("samples"):
-        different.append(f"the data has {samples} samples, had {before.get('samples')}")
-    if different:
-        raise ValueError(
-            f"{run} holds another run: {'; '.join(different)}. Go on with the recipe it has, or choose another --out"
-        )
-
-
 def require_room(run: Path, recipe: Recipe, parameters: int, trained: int) -> None:
-    """Looks whether the disk has room for the checkpoints that are still to come.
+    """Require that the disk has room for the checkpoints that are still to come.
 
     Args:
-        parameters: how many the model has, and ``trained`` how many of them are trained.
+        parameters, trained: how many the model has, and how many of them are trained.
 
     Raises:
-        OSError: it has not, saying how much is free and how much is needed.
+        OSError: there is too little room; gives what is free and what is needed.
     """
     model = 4 * parameters
     moments = 4 * trained * (1 if recipe.optimizer == "sgd" else 2)
     checkpoint = model * (2 if recipe.ema else 1) + moments
-    files = recipe.keep + 2 - min(len(checkpoints.steps_kept(run)), recipe.keep + 1)
+    files = recipe.keep + 2 - min(len(checkpoint_steps(run)), recipe.keep + 1)
     needed, free = files * checkpoint + 3 * model, shutil.disk_usage(run).free
     if free < needed:
         raise OSError(
@@ -117,42 +128,102 @@ def require_room(run: Path, recipe: Recipe, parameters: int, trained: int) -> No
         )
 
 
-def read_standing(run: Path, step: int) -> Standing:
-    """How the run stood after a step; what the file tells of later steps is forgotten."""
+def checkpoint_path(run: Path, step: int) -> Path:
+    return run / CHECKPOINTS / f"step-{step:07}.pt"
+
+
+def checkpoint_steps(run: Path) -> list[int]:
+    """Return the steps of which a run's folder holds checkpoints, rising."""
+    folder = run / CHECKPOINTS
+    found = [_NAME.fullmatch(path.name) for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(match[1]) for match in found if match)
+
+
+def save_checkpoint(run: Path, content: dict[str, Any]) -> Path:
+    """Write a checkpoint, see ``Stepper.state_dict``.
+
+    Raises:
+        OSError: it cannot be written; the earlier ones stay as they are.
+    """
+    path = checkpoint_path(run, content["step"])
+    try:
+        with atomic_path(path) as temporary:
+            torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        kept = checkpoint_steps(run)
+        remain = f"the checkpoint of step {kept[-1]} is whole" if kept else "there is no earlier one"
+        reason = str(error).splitlines()[0]
+        raise OSError(
+            f"{path} cannot be written ({reason}); is the disk full? {remain}; make room and go on with --resume auto"
+        ) from error
+    return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read the content of a checkpoint.
+
+    Raises:
+        CheckpointError: damaged, of a newer version, or no checkpoint of a training run.
+    """
+    content = read_torch(path)
+    if not isinstance(content, dict) or not set(content) >= _KEYS:
+        raise CheckpointError(f"{path} is no checkpoint of a training run")
+    if content["format_version"] > FORMAT_VERSION:
+        raise CheckpointError(f"{path} has format {content['format_version']}; this program reads {FORMAT_VERSION}")
+    return content
+
+
+def read_latest(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
+    """Read the last readable checkpoint, None where there is none; also return why later ones cannot be read.
+
+    Raises:
+        CheckpointError: there are checkpoints, but none can be read.
+    """
+    problems: list[str] = []
+    for step in reversed(checkpoint_steps(run)):
+        try:
+            return read_checkpoint(checkpoint_path(run, step)), problems
+        except CheckpointError as error:
+            problems.append(str(error))
+    if problems:
+        raise CheckpointError(f"no checkpoint in {run / CHECKPOINTS} can be read: {'; '.join(problems)}")
+    return None, []
+
+
+def prune(run: Path, keep: int, best_step: int) -> None:
+    """Delete all checkpoints but the last ``keep`` and the best."""
+    for step in checkpoint_steps(run)[:-keep]:
+        if step != best_step:
+            checkpoint_path(run, step).unlink(missing_ok=True)
+
+
+def export_last(run: Path, config: SegmenterConfig, content: dict[str, Any]) -> None:
+    """Write the model of a checkpoint, the averaged one where there is one, as ``last``."""
+    state = content["model"] if content["ema"] is None else content["ema"]["model"]
+    with atomic_files(run / LAST) as temporary:
+        write_folder(temporary, config, state)
+
+
+def save_scores(run: Path, summary: EvaluationSummary) -> None:
+    """Write ``scores.json``; if the last evaluation is the best, ``best`` becomes a copy of ``last`` first."""
+    if summary.best_step == summary.last_step:
+        with atomic_files(run / BEST) as temporary:
+            for file in (run / LAST).iterdir():
+                shutil.copy(file, temporary)
+    _write_json(run / SCORES, asdict(summary))
+
+
+def read_scores(run: Path, step: int) -> EvaluationSummary:
+    """Read the summary as of a step; evaluations of later steps are left out."""
     if not (run / SCORES).exists():
-        return Standing()
-    standing = Standing(**read_json(run / SCORES))
-    if standing.best_step > step:
-        return Standing()
-    return standing if standing.last_step <= step else Standing().after(standing.best_step, standing.best_miou)
+        return EvaluationSummary()
+    summary = EvaluationSummary(**read_json(run / SCORES))
+    if summary.best_step > step:
+        return EvaluationSummary()
+    best = summary.best_step, summary.best_miou
+    return summary if summary.last_step <= step else EvaluationSummary(*best, *best)
 
 
-def write_standing(run: Path, standing: Standing) -> None:
-    """Raises OSError where it cannot be written."""
-    _write_json(run, SCORES, asdict(standing))
-
-
-def export(run: Path, name: str, config: SegmenterConfig, state: Mapping[str, Tensor]) -> None:
-    """Writes the model as ``run/name``, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    with atomic_files(run / name) as temporary:
-        hub.write_folder(temporary, config, state)
-
-
-def copy_to_best(run: Path) -> None:
-    """Makes the last model the best one, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    with atomic_files(run / BEST) as temporary:
-        for file in (run / LAST).iterdir():
-            shutil.copy(file, temporary)
-
-
-def _write_json(folder: Path, name: str, content: Mapping[str, Any]) -> None:
-    with atomic_path(folder / name) as temporary:
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + os.linesep, encoding="utf-8")

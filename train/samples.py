@@ -1,42 +1,31 @@
-"""From a data set to batches: which sample comes when, and with which random numbers.
+"""Batches of augmented samples, in an order and with random numbers that follow from (seed, epoch, index) alone.
 
-Everything follows from (seed, epoch, index): the order does not depend on the number of ranks, a sample's augmentation
-not on the worker that makes it, and a run that starts at step n sees what an uninterrupted run sees from there on.
+The order does not depend on the number of ranks, a sample's augmentation not on the worker that makes it, and a run
+that starts at step n sees what an uninterrupted run sees from there on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from ..processes import StopRequest
+from ..config import SegmenterConfig
+from ..devices import usable_cores
+from ..processes import StopRequest, World
+from .augment import TrainTransform
 from .datasets.base import SampleError, SegmentationDataset
+from .presets import Recipe
 
+Key = tuple[int, int]  # epoch, index of the sample
 Transform = Callable[[np.ndarray, np.ndarray, torch.Generator], tuple[Tensor, Tensor]]
 ATTEMPTS = 10
 """How many samples in a row may be broken before skipping them stops."""
-
-
-class Key(NamedTuple):
-    """One visit of one sample."""
-
-    epoch: int
-    sample: int
-
-
-class Sample(NamedTuple):
-    """What a data set and a transform make of a key."""
-
-    image: Tensor
-    labels: Tensor
-    broken: tuple[str, ...] = ()
-    """What was wrong with each sample that this one replaces."""
+_NAMED = 8
 
 
 class Batch(NamedTuple):
@@ -44,118 +33,98 @@ class Batch(NamedTuple):
 
     images: Tensor
     labels: Tensor
-    broken: tuple[str, ...] = ()
+    broken: list[str]
 
 
-class Samples(Dataset[Sample]):
-    """Augmented samples by ``Key``, the same for the same key in whatever process.
+class Samples(Dataset[Batch | Exception]):
+    """Augmented samples by (epoch, index), the same for the same key in any process.
 
     Args:
-        dataset: read only.
+        dataset: is only read.
         transform: takes all its random numbers from the generator it is given.
         seed: of the run, not negative.
-        broken: "raise", or "skip": a sample that cannot be read is replaced by another, drawn from (seed, epoch,
-            index), too, and the message goes with it. Labels outside the classes are fatal in any case.
-
-    Raises:
-        SampleError: when indexed; a sample cannot be read, or with "skip" ``ATTEMPTS`` in a row.
+        skip_broken: replace a sample that cannot be read by another, drawn from (seed, epoch, index) as well, and
+            report it. Labels outside the classes are fatal in any case.
     """
 
     def __init__(
-        self,
-        dataset: SegmentationDataset,
-        transform: Transform,
-        seed: int = 0,
-        broken: Literal["raise", "skip"] = "raise",
+        self, dataset: SegmentationDataset, transform: Transform, seed: int = 0, skip_broken: bool = False
     ) -> None:
-        if broken not in ("raise", "skip"):
-            raise ValueError(f"broken must be 'raise' or 'skip', got {broken!r}")
-        self.dataset, self.transform, self.seed, self.broken = dataset, transform, _checked_seed(seed), broken
+        self.dataset, self.transform, self.seed, self.skip_broken = dataset, transform, seed, skip_broken
 
-    def __len__(self) -> int:
-        return len(self.dataset)
+    def __getitem__(self, keys: list[Key]) -> Batch | Exception:
+        """Return the batch of these keys, or the error: raised in a worker it would arrive as its traceback."""
+        try:
+            images, labels, broken = zip(*map(self.sample, keys), strict=True)
+        except (SampleError, ValueError) as error:
+            return error
+        return Batch(torch.stack(images), torch.stack(labels), [message for messages in broken for message in messages])
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        index = key[1]
-        messages: list[str] = []
+    def sample(self, key: Key) -> tuple[Tensor, Tensor, list[str]]:
+        """Return image, labels, and a message for each sample that this one replaces.
+
+        Raises:
+            SampleError: the sample cannot be read, or ``ATTEMPTS`` in a row cannot.
+        """
+        index, messages = key[1], list[str]()
         for attempt in range(ATTEMPTS):
             try:
                 image, labels = self.dataset.read(index)
             except SampleError as error:
-                if self.broken == "raise":
+                if not self.skip_broken:
                     raise
                 messages.append(str(error))
-                index = _another(index, len(self), _generator(self.seed, *key, attempt))
+                length, draw = len(self.dataset), _generator(self.seed, *key, attempt)
+                index = (index + int(torch.randint(1, max(length, 2), (), generator=draw))) % length  # another one
             else:
-                return Sample(*self.transform(image, labels, _generator(self.seed, *key)), tuple(messages))
+                return *self.transform(image, labels, _generator(self.seed, *key)), messages
         raise SampleError(f"{ATTEMPTS} samples in a row cannot be read, the last: {messages[-1]}")
 
 
-@dataclass(frozen=True)
-class EpochSampler(Sampler[list[Key]]):
-    """The keys of one rank's batches, a list for each step.
+def keys_by_step(
+    length: int, batch_size: int, seed: int = 0, start: int = 0, stop: int | None = None, world: World | None = None
+) -> Iterator[list[Key]]:
+    """Yield the keys of one rank's batches, a list for each step.
 
-    The epochs' permutations stand one after another, and step n takes the next ``world_size * batch_size`` of them, of
+    The epochs' permutations stand one after another, and step n takes the next ``world.size * batch_size`` of them, of
     which each rank takes its share in order. So W ranks with batches of B visit the global batches of one process with
-    batches of W * B. Nothing is dropped and nothing comes twice in an epoch: where an epoch's rest does not fill a
-    batch, the next epoch fills it.
+    batches of W * B. Every sample occurs once in an epoch: where an epoch's rest does not fill a batch, the next epoch
+    fills it.
+
+    Args:
+        length: samples in the data set.
+        batch_size: of one rank.
+        start, stop: the first step, and the step to stop before; None never stops.
     """
-
-    length: int
-    """Samples in the data set."""
-    batch_size: int
-    """Of one rank."""
-    seed: int = 0
-    rank: int = 0
-    world_size: int = 1
-    start: int = 0
-    """The first step, 0 for a new run."""
-    stop: int | None = None
-    """The step to stop before; None goes on for ever."""
-
-    def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"a data set must have at least one sample, got {self.length}")
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if not 0 <= self.rank < self.world_size:
-            raise ValueError(f"rank must be within 0 to {self.world_size - 1}, got {self.rank}")
-        if self.start < 0:
-            raise ValueError(f"start must be a step of the run, 0 or later, got {self.start}")
-        _checked_seed(self.seed)
-
-    def epoch(self, step: int) -> float:
-        """Epochs visited when ``step`` steps are done."""
-        return step * self.batch_size * self.world_size / self.length
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        epoch, order = -1, torch.empty(0)
-        step = self.start
-        while self.stop is None or step < self.stop:
-            first = (step * self.world_size + self.rank) * self.batch_size
-            keys = []
-            for position in range(first, first + self.batch_size):
-                if position // self.length != epoch:
-                    epoch = position // self.length
-                    order = torch.randperm(self.length, generator=_generator(self.seed, epoch))
-                keys.append(Key(epoch, int(order[position % self.length])))
-            yield keys
-            step += 1
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    epoch, order, step = -1, torch.empty(0), start
+    while stop is None or step < stop:
+        first = (step * size + rank) * batch_size
+        keys = []
+        for position in range(first, first + batch_size):
+            if position // length != epoch:
+                epoch = position // length
+                order = torch.randperm(length, generator=_generator(seed, epoch))
+            keys.append((epoch, int(order[position % length])))
+        yield keys
+        step += 1
 
 
-def batches(samples: Samples, sampler: EpochSampler, workers: int = 0, pin_memory: bool = False) -> Iterator[Batch]:
-    """The batches of one rank, in the sampler's order, made by ``workers`` processes ahead of time, or here where 0.
+def read_batches(
+    samples: Samples, keys: Iterator[list[Key]], workers: int = 0, pin_memory: bool = False
+) -> Iterator[Batch]:
+    """Yield a batch for each list of keys, made ahead of time by ``workers`` processes, or here where 0.
 
     Touches no global random state. Closing the iterator ends the workers.
 
     Raises:
-        SampleError, ValueError: as ``Samples``; one line, from whatever process.
+        SampleError, ValueError: from ``Samples``, in one line from any process.
     """
     loader: DataLoader[Batch | Exception] = DataLoader(
-        _Batches(samples),
-        batch_sampler=sampler,
+        samples,
+        batch_size=None,
+        sampler=keys,  # type: ignore[arg-type]
         num_workers=workers,
-        collate_fn=_unchanged,
         pin_memory=pin_memory,
         worker_init_fn=StopRequest.ignore,
         generator=torch.Generator(),  # else the loader draws from the global one
@@ -166,38 +135,49 @@ def batches(samples: Samples, sampler: EpochSampler, workers: int = 0, pin_memor
         yield batch
 
 
-class _Batches(Dataset[Any]):
-    """Whole batches for the loader. Errors come back as values: raised in a worker they arrive as its traceback."""
+class Batches:
+    """The batches of a run: the recipe's augmentation, and this process's share of every step.
 
-    def __init__(self, samples: Samples) -> None:
-        self.samples = samples
+    Raises:
+        ValueError: the recipe's batch cannot be divided among the processes, or a share into its parts.
+    """
 
-    def __getitems__(self, keys: list[Key]) -> Batch | Exception:
-        try:
-            made = [self.samples[key] for key in keys]
-        except (SampleError, ValueError) as error:
-            return error
-        images, labels, broken = zip(*made, strict=True)
-        return Batch(torch.stack(images), torch.stack(labels), sum(broken, ()))
+    def __init__(self, dataset: SegmentationDataset, recipe: Recipe, config: SegmenterConfig, world: World) -> None:
+        self.dataset, self.recipe, self.world = dataset, recipe, world
+        if recipe.batch_size % world.size:
+            raise ValueError(f"batch_size must be a multiple of the {world.size} processes, got {recipe.batch_size}")
+        self.share = recipe.batch_size // world.size
+        if recipe.accumulate > self.share:
+            raise ValueError(
+                f"accumulate must be at most {self.share}, the images of a process's step, got {recipe.accumulate}"
+            )
+        transform = TrainTransform(
+            resize=recipe.resize,
+            crop=recipe.crop,
+            ratios=(recipe.min_ratio, recipe.max_ratio),
+            max_share=recipe.max_share,
+            flip=recipe.flip,
+            photometric=recipe.photometric,
+            mean=config.mean,
+            std=config.std,
+            ignore_index=dataset.ignore_index,
+        )
+        self.samples = Samples(dataset, transform, recipe.seed, recipe.broken == "skip")
 
+    def between(self, start: int, stop: int) -> Iterator[Batch]:
+        """Batches from one step to before another, read ahead by the recipe's workers, of which each gets a core."""
+        keys = keys_by_step(len(self.dataset), self.share, self.recipe.seed, start, stop, self.world)
+        workers = min(self.recipe.workers, usable_cores())
+        return read_batches(self.samples, keys, workers, self.world.device.type == "cuda")
 
-def _unchanged(batch: Any) -> Any:
-    return batch
+    def names(self, step: int) -> list[str]:
+        """Return the names of a step's images, in all processes; the first few, where there are many."""
+        keys = next(keys_by_step(len(self.dataset), self.recipe.batch_size, self.recipe.seed, step))
+        names = [self.dataset.name(index) for _, index in keys[:_NAMED]]
+        return [*names, f"and {len(keys) - _NAMED} more"] if len(keys) > _NAMED else names
 
 
 def _generator(seed: int, *key: int) -> torch.Generator:
-    """Independent streams for every seed and key, of whatever length."""
+    """Return a generator whose stream is independent for every seed and key, of any length."""
     state = np.random.SeedSequence(seed, spawn_key=key).generate_state(1, np.uint64)
     return torch.Generator().manual_seed(int(state[0]) >> 1)
-
-
-def _another(index: int, length: int, generator: torch.Generator) -> int:
-    """Some other index, where there is one."""
-    step = int(torch.randint(1, max(length, 2), (), generator=generator))
-    return (index + step) % length
-
-
-def _checked_seed(seed: int) -> int:
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
-    return seed

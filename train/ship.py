@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from segmenter_fast import load
+from segmenter_fast.inference.settings import Settings
 from segmenter_fast.io.atomic import atomic_files
 from segmenter_fast.weights.hub import CONFIG, WEIGHTS
 from segmenter_fast.weights.reading import read_json
@@ -43,7 +44,7 @@ def ship(run: Path, out: Path = MODEL) -> dict[str, object]:
     model = load(run / BEST).float().eval()
     dataset = held_out(model)
     side = dataset.size
-    scores = evaluate(model, dataset, side, side, side)
+    scores = evaluate(model, dataset, side, Settings(side, side))
     log = read_log(run)
     times = [line["time"] for line in log]
     record = {

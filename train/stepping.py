@@ -1,26 +1,39 @@
-"""One optimizer step: the parts of a batch, the exchange between processes, a loss that is not finite."""
+"""A model under training: made ready by the recipe, one optimizer step, the state that a checkpoint holds."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..processes import World
+from ..devices import choose_dtype
+from ..processes import StopRequest, World
 from ..segmenter import Segmenter
-from .batches import Part
-from .checkpoints import Training
-from .distributed import exchanging
-from .optimization import gradient_norm
+from ..weights.reading import CheckpointError
+from .optimization import freeze, make_optimizer, make_schedule
 from .presets import Recipe
+
+FORMAT_VERSION = 1
 
 
 class SummedLoss(nn.Module):
-    """A model's fused loss, summed over labelled pixels, as a forward pass, which is what can be sharded."""
+    """A model's fused loss, summed over labelled pixels, as the forward pass that DDP, FSDP and compile wrap."""
 
     def __init__(self, model: Segmenter, ignore_index: int, label_smoothing: float) -> None:
         super().__init__()
@@ -31,82 +44,188 @@ class SummedLoss(nn.Module):
         return self.model.loss(images, target, reduction="sum", **options)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a step came to, the same in every process."""
+class StepResult(NamedTuple):
+    """Figures of an optimizer step, the same in every process."""
 
     loss: float
     """Mean over the labelled pixels of all processes' images."""
     norm: float
-    """Of the gradient, before it is clipped."""
+    """Norm of the gradient before it is clipped."""
     lr: float
     updated: bool
-    """Whether the weights changed; not where loss or gradient are not finite."""
+    """Whether the weights changed; they do not where loss or gradient are not finite."""
     overflow: bool
-    """Whether the gradient merely passed float16's range, after which the scaler tries a smaller factor."""
+    """Whether the gradient only exceeded float16's range; the scaler tries a smaller factor next."""
     stop: bool
     """Whether any process was asked to stop."""
 
 
 class Stepper:
-    """Takes optimizer steps. The gradient is that of the mean loss over the labelled pixels of the whole batch.
+    """A model with its optimizer, schedule, loss scaler and average; the model is trained in place.
 
-    Pixels count alike however the images are spread over processes and parts: every part's loss is a sum, divided by
-    the number of labelled pixels of the whole batch, which the processes add up first.
+    The gradient is that of the mean loss over the labelled pixels of the whole batch. Pixels count alike however the
+    images are spread over processes and parts: every part's loss is a sum, divided by the number of labelled pixels of
+    the whole batch, which the processes add up first.
+
+    Raises:
+        ValueError: the recipe freezes everything, or more layers than there are.
     """
 
-    def __init__(self, module: nn.Module, training: Training, recipe: Recipe, world: World, dtype: torch.dtype) -> None:
-        self.module, self.training, self.recipe, self.world, self.dtype = module, training, recipe, world, dtype
+    def __init__(self, model: Segmenter, ignore_index: int, recipe: Recipe, total_steps: int, world: World) -> None:
+        self.model, self.ignore_index, self.recipe, self.world = model, ignore_index, recipe, world
+        self.steps = 0
+        """Optimizer steps done."""
+        self.dtype = choose_dtype(recipe.precision, world.device)
+        self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        freeze(model, recipe)
+        model.to(world.device)
+        if recipe.channels_last:
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if world.size > 1:  # every process begins with the first one's weights
+            for tensor in (*model.parameters(), *model.buffers()):
+                dist.broadcast(tensor.detach(), src=0)
+        self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
+        self.module: nn.Module = SummedLoss(model, ignore_index, recipe.label_smoothing)
+        if recipe.compile:
+            self.module.compile()
+        self.sharded = world.size > 1 and recipe.parallel == "fsdp"
+        if self.sharded:
+            shard(self.module, world)
+            if self.ema is not None:
+                shard(self.ema.module, world)
+        elif world.size > 1:
+            devices = [world.device] if world.device.type == "cuda" else None
+            self.module = DistributedDataParallel(self.module, device_ids=devices, gradient_as_bucket_view=True)
+        self.optimizer = make_optimizer(model, recipe)
+        self.schedule = make_schedule(self.optimizer, recipe, total_steps)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
 
-    def step(self, parts: Sequence[Part], ignore_index: int, stop: Callable[[], bool]) -> Outcome:
-        """One step on this process's images; parts may differ in size, but all processes must have as many."""
-        training, world = self.training, self.world
-        seed_step(self.recipe.seed, training.step, world.rank)
-        parts = [self._placed(images, target) for images, target in parts]
-        labelled = world.sum(torch.stack([(target != ignore_index).sum() for _, target in parts]).sum().double())
+    def step(self, images: Tensor, labels: Tensor, request: StopRequest) -> StepResult:
+        """Take one step on this process's ``(B, 3, h, w)`` images and ``(B, h, w)`` labels.
+
+        They are cut into the recipe's parts; every process must have as many. PyTorch's generators are seeded by
+        (seed, step, rank), so that a resumed run draws what an uninterrupted one draws.
+        """
+        recipe, world = self.recipe, self.world
+        state = np.random.SeedSequence([recipe.seed, self.steps, world.rank]).generate_state(2)
+        torch.manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+        images = images.to(world.device, non_blocking=True, memory_format=self.layout)
+        labels = labels.to(world.device, non_blocking=True)
+        labelled = world.sum((labels != self.ignore_index).sum().double())
         share = (world.size / labelled.clamp(min=1)).float()  # times size, as the processes' gradients are averaged
         total = torch.zeros((), device=world.device)
-        for number, (images, target) in enumerate(parts):
-            with exchanging(self.module, number == len(parts) - 1):
+        parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
+        for number, (part, target) in enumerate(parts, 1):
+            last = number == len(parts)
+            wait: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+            if isinstance(self.module, FSDPModule):  # gradients are exchanged with the last part only
+                self.module.set_requires_gradient_sync(last)
+            elif isinstance(self.module, DistributedDataParallel) and not last:
+                wait = self.module.no_sync()
+            with wait:
                 with torch.autocast(world.device.type, self.dtype, enabled=self.dtype != torch.float32):
-                    loss = self.module(images, target) * share
-                training.scaler.scale(loss).backward()
+                    loss = self.module(part, target) * share
+                self.scaler.scale(loss).backward()
             total += loss.detach()
-        return self._update(total / world.size, stop)
+        return self._update(total / world.size, request)
 
-    def _update(self, loss: Tensor, stop: Callable[[], bool]) -> Outcome:
-        training, recipe = self.training, self.recipe
-        lr = float(training.schedule.get_last_lr()[0])
-        scale = training.scaler.get_scale()
-        training.scaler.unscale_(training.optimizer)
-        norm = gradient_norm(training.model)
-        summed = self.world.sum(torch.stack([loss, loss.new_tensor(float(stop()))]))
+    def _update(self, loss: Tensor, request: StopRequest) -> StepResult:
+        """Clip and apply the gradient, if all is finite, and advance schedule, scaler and average."""
+        lr = float(self.schedule.get_last_lr()[0])
+        scale = self.scaler.get_scale()
+        self.scaler.unscale_(self.optimizer)
+        trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])  # type: ignore[misc]
+        norm = norm.full_tensor() if self.sharded else norm  # type: ignore[attr-defined]
+        summed = self.world.sum(torch.stack([loss, loss.new_tensor(float(request.signal is not None))]))
         loss_value, stops, norm_value = torch.cat([summed, norm.float().view(1)]).tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
-            if recipe.clip:
-                trained = [p for p in training.model.parameters() if p.grad is not None]
-                torch.nn.utils.clip_grads_with_norm_(trained, recipe.clip, norm)
-            training.scaler.step(training.optimizer)
-            if training.ema is not None:
-                training.ema.update_parameters(training.model)
-        training.scaler.update()
-        training.optimizer.zero_grad(set_to_none=True)
+            if self.recipe.clip:
+                torch.nn.utils.clip_grads_with_norm_(trained, self.recipe.clip, norm)
+            self.scaler.step(self.optimizer)
+            if self.ema is not None:
+                self.ema.update_parameters(self.model)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
         # PyTorch warns of a schedule that runs before its optimizer, which a skipped first step looks like.
-        training.optimizer._opt_called = True  # type: ignore[attr-defined]
-        training.schedule.step()
-        training.step += 1
-        overflow = math.isfinite(loss_value) and not finite and training.scaler.is_enabled() and scale > 1
-        return Outcome(loss_value, norm_value, lr, finite, overflow, stops > 0)
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        self.schedule.step()
+        self.steps += 1
+        overflow = math.isfinite(loss_value) and not finite and self.scaler.is_enabled() and scale > 1
+        return StepResult(loss_value, norm_value, lr, finite, overflow, stops > 0)
 
-    def _placed(self, images: Tensor, target: Tensor) -> Part:
-        layout = torch.channels_last if self.recipe.channels_last else torch.contiguous_format
-        device = self.world.device
-        images = images.to(device, non_blocking=True, memory_format=layout)
-        return images, target.to(device, non_blocking=True)
+    @property
+    def averaged(self) -> Segmenter:
+        """The model to evaluate and to export: the average where there is one."""
+        return self.model if self.ema is None else self.ema.module  # type: ignore[return-value]
+
+    def whole_model(self) -> Segmenter:
+        """Return the model to evaluate, a whole copy where it is sharded. Every process must call it."""
+        if not self.sharded:
+            return self.averaged
+        state = get_model_state_dict(self.averaged, options=StateDictOptions(full_state_dict=True))
+        whole = Segmenter(self.model.config).to(self.world.device)
+        whole.load_state_dict(state)
+        return whole
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the content of a checkpoint, see ``run_folder``, in the first process; every process must call it.
+
+        Tensors may be the live ones: write them before the next step.
+        """
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        ema = self.ema and {
+            "model": get_model_state_dict(self.averaged, options=whole),
+            "updates": int(self.ema.n_averaged),
+        }
+        return {
+            "format_version": FORMAT_VERSION,
+            "step": self.steps,
+            "model": get_model_state_dict(self.model, options=whole),
+            "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=whole),
+            "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "ema": ema,
+        }
+
+    def load_state_dict(self, content: dict[str, Any] | None) -> None:
+        """Restore the content of a checkpoint in every process; only the first one needs to have it. It is used up.
+
+        Raises:
+            CheckpointError: it holds another model, or an average where the recipe wants none, or the other way round.
+        """
+        plain = self.world.broadcast(
+            content
+            and {
+                "has_ema": content["ema"] is not None,
+                "updates": (content["ema"] or {}).get("updates"),
+                **{key: content[key] for key in ("step", "schedule", "scaler")},
+            }
+        )
+        assert plain is not None
+        name = f"the checkpoint of step {plain['step']}"
+        if plain["has_ema"] != (self.ema is not None):
+            raise CheckpointError(f"{name} has {'an' if plain['has_ema'] else 'no'} average of weights")
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=self.world.size > 1)
+        held = content or {"model": {}, "optimizer": {}, "ema": {"model": {}}}
+        try:
+            set_model_state_dict(self.model, held["model"], options=options)
+            set_optimizer_state_dict(self.model, self.optimizer, held["optimizer"], options=options)
+            if self.ema is not None:
+                set_model_state_dict(self.averaged, held["ema"]["model"], options=options)
+                self.ema.n_averaged.fill_(plain["updates"])
+        except (RuntimeError, KeyError) as error:
+            raise CheckpointError(f"{name} does not fit the model: {error}") from error
+        self.schedule.load_state_dict(plain["schedule"])
+        self.scaler.load_state_dict(plain["scaler"])
+        self.steps = plain["step"]
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Starts PyTorch's generators anew from these three, so that a resumed run draws what it would have drawn."""
-    state = np.random.SeedSequence([seed, step, rank]).generate_state(2)
-    torch.manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+def shard(model: nn.Module, world: World) -> None:
+    """Shard every layer, and what is outside of layers, over all processes (FSDP2), in place."""
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for blocks in (module for module in model.modules() if isinstance(module, nn.ModuleList)):
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)

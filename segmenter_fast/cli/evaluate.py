@@ -1,10 +1,11 @@
-"""``segmenter-fast evaluate`` and ``plot``."""
+"""``segmenter-fast evaluate``."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -12,12 +13,10 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import SegmenterConfig
+from ..inference.settings import Settings
 from ..io.atomic import atomic_path
 from ..processes import process_group
 from .app import Device, DeviceOption, Dtype, DtypeOption, app, factors, model_of
-
-if TYPE_CHECKING:
-    from ..train.metrics import Scores
 
 
 @app.command()
@@ -51,57 +50,40 @@ def evaluate(
         dataset = open_dataset(data, kind, split)
         segmenter = model_of(model, device, dtype)
         check_classes(segmenter, dataset)
-        config = segmenter.config
-        window = config.window_size if window is None else window
-        settings: dict[str, Any] = {
-            "resize": _resize(data, kind, config) if resize is None else resize,
-            "window": window,
-            "stride": min(config.window_stride, window) if stride is None else stride,
-            "scales": factors(scales) if scales else MULTISCALE if multiscale else (1.0,),
-            "flip": flip or multiscale,
-            "batch_size": batch_size,
-        }
+        resize = _resize(data, kind, segmenter.config) if resize is None else resize
+        factor_list = factors(scales) if scales else MULTISCALE if multiscale else (1.0,)
+        settings = Settings.of(segmenter.config, window, stride, factor_list, flip or multiscale, batch_size)
         with Progress(console=Console(stderr=True), disable=not world.leads) as progress:
             task = progress.add_task("evaluating", total=None)
-            scores = scores_of(
-                segmenter,
-                dataset,
-                rank=world.rank,
-                world_size=world.size,
-                progress=lambda done, share: progress.update(task, completed=done, total=share),
-                **settings,
-            )
+
+            def show(done: int, share: int) -> None:
+                progress.update(task, completed=done, total=share)
+
+            scores = scores_of(segmenter, dataset, resize, settings, world, show)
         if not world.leads:
             return
-    names = tuple(dataset.class_names)
-    Console().print(_table(scores, names))
-    typer.echo(_totals(scores, len(dataset)))
+    table = Table("class", header_style="bold")
+    for title in ("IoU", "accuracy"):
+        table.add_column(title, justify="right")
+    for name, *values in zip(dataset.class_names, scores.iou, scores.accuracy, strict=True):
+        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
+    Console().print(table)
+    totals = f"mIoU {scores.miou:.4f}, mAcc {scores.macc:.4f}, aAcc {scores.aacc:.4f}"
+    typer.echo(f"{totals}; {len(dataset):,} images, {scores.pixels:,} labelled pixels")
     if out is not None:
-        described = {"model": model, "data": data, "split": split, "images": len(dataset), **settings}
-        _write_json({**described, "dtype": str(next(segmenter.parameters()).dtype), "classes": names}, scores, out)
+        content = {
+            **{"model": model, "data": data, "split": split, "images": len(dataset), "resize": resize},
+            **asdict(settings),
+            **{"dtype": str(next(segmenter.parameters()).dtype), "classes": list(dataset.class_names)},
+            **scores.to_dict(),
+        }
+        with atomic_path(out) as temporary:
+            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
         typer.echo(f"written: {out}")
 
 
-@app.command()
-def plot(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of training runs.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG file to write.")] = Path("curves.png"),
-) -> None:
-    """Draw the loss and mIoU curves of training runs."""
-    from ..train.curves import draw_curves, read_runs
-
-    curves = read_runs(runs)
-    path = draw_curves(curves, out)
-    for run in curves:
-        loss = f"{len(run.loss)} losses, last {list(run.loss.values())[-1]:.4g}; " if run.loss else ""
-        best = max(run.miou, key=lambda step: run.miou[step], default=None)
-        reached = f", best mIoU {run.miou[best]:.4f} at step {best}" if best is not None else ""
-        typer.echo(f"{run.name}: {loss}{len(run.miou)} evaluations{reached}")
-    typer.echo(f"written: {path}")
-
-
 def _resize(data: str, kind: str, config: SegmenterConfig) -> int:
-    """The recipe's where its windows are the model's; else the window, so that it covers the smaller side."""
+    """Return the recipe's size where its windows are the model's, else the window, which then covers the side."""
     from ..train.datasets.layouts import kind_of
     from ..train.presets import PRESETS
 
@@ -109,22 +91,3 @@ def _resize(data: str, kind: str, config: SegmenterConfig) -> int:
         kind = kind_of(Path(data))
     recipe = PRESETS.get(kind)
     return recipe.resize if recipe is not None and recipe.window == config.window_size else config.window_size
-
-
-def _table(scores: Scores, names: tuple[str, ...]) -> Table:
-    table = Table("class", header_style="bold")
-    for title in ("IoU", "accuracy"):
-        table.add_column(title, justify="right")
-    for name, *values in zip(names, scores.iou, scores.accuracy, strict=True):
-        table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
-    return table
-
-
-def _totals(scores: Scores, images: int) -> str:
-    totals = f"mIoU {scores.miou:.4f}, mAcc {scores.macc:.4f}, aAcc {scores.aacc:.4f}"
-    return f"{totals}; {images:,} images, {scores.pixels:,} labelled pixels"
-
-
-def _write_json(described: dict[str, Any], scores: Scores, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps({**described, **scores.to_dict()}, indent=1, allow_nan=False) + "\n")

@@ -1,10 +1,9 @@
-"""``segmenter-fast train``, also under ``torchrun -m segmenter_fast.train``."""
+"""``segmenter-fast train``, also under ``torchrun -m segmenter_fast.train``, and ``plot``."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 import warnings
 from collections.abc import Callable
 from enum import Enum
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from .. import Segmenter, create_model
+from ..processes import World
 from ..train.presets import PRESETS, field_help
 from ..weights.load import read_checkpoint
 from ..weights.reading import CheckpointError
@@ -31,13 +31,14 @@ class Resume(str, Enum):
 
 
 def _with_recipe(command: Callable[..., None]) -> Callable[..., None]:
-    """Adds one option for each field of ``Recipe`` to a command that takes them as ``**fields``."""
-    parameters = [*inspect.signature(command, eval_str=True).parameters.values()][:-1]
+    """Replace the command's ``**fields`` by one option for each field of ``Recipe``, where typer looks for options."""
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
     for name, (kind, sentence) in field_help().items():
         option = typer.Option(help=sentence, rich_help_panel="Recipe: the preset's, where not given")
         annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
-    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return command
 
@@ -49,14 +50,15 @@ def train(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
     preset: Annotated[_PRESET, typer.Option("--preset", "-p", help="Recipe, and kind of data.")],
     kind: Annotated[
-        str | None, typer.Option(help="Of the data, where it is not the preset's; auto: by its content.")
+        str | None, typer.Option(help="Kind of data, where it is not the preset's; auto: by the folder's content.")
     ] = None,
     variant: Annotated[str, typer.Option(help="See segmenter-fast variants.")] = "seg_t_mask_16",
     pretrained: Annotated[
         str | None, typer.Option(help="timm, a name of timm's, or a checkpoint. Default: random weights.")
     ] = None,
     new_classes: Annotated[
-        bool, typer.Option("--new-classes", help="Begin the classes anew where the checkpoint has others.")
+        bool,
+        typer.Option("--new-classes", help="Start from random class weights where the checkpoint has other classes."),
     ] = False,
     resume: Annotated[Resume, typer.Option(help="auto: go on from the last checkpoint in OUT, if any.")] = Resume.never,
     device: DeviceOption = Device.auto,
@@ -80,8 +82,8 @@ def train(
         variant, pretrained, new_classes, num_classes=len(dataset.class_names), **classes, **recipe.model_fields()
     )
     result = run(model, dataset, val_dataset, recipe, out, resume=resume.value, device=device.value, timeout=timeout)
-    if int(os.environ.get("RANK", 0)) == 0:
-        best = result.standing
+    if World.from_environment().rank == 0:
+        best = result.summary
         if best.best_step >= 0:
             typer.echo(f"best mIoU {best.best_miou:.4f} after {best.best_step} steps: {out / 'best'}")
         typer.echo(f"{result.steps} steps done, {result.skipped} skipped in this call; the last model: {out / 'last'}")
@@ -91,7 +93,7 @@ def train(
 
 
 def _model(variant: str, pretrained: str | None, new_classes: bool, **fields: Any) -> Segmenter:
-    """A model to train; with a checkpoint of other classes only where that is wanted.
+    """Create a model to train, from a checkpoint of other classes only with ``new_classes``.
 
     Raises:
         ValueError: the checkpoint has another number of classes.
@@ -100,10 +102,31 @@ def _model(variant: str, pretrained: str | None, new_classes: bool, **fields: An
         with contextlib.suppress(CheckpointError):  # weights of an encoder have no classes
             have, wanted = read_checkpoint(Path(pretrained), {}).config.num_classes, fields["num_classes"]
             if have != wanted:
-                raise ValueError(f"{pretrained} has {have} classes, the data {wanted}: --new-classes begins them anew")
+                raise ValueError(
+                    f"{pretrained} has {have} classes, the data {wanted}: "
+                    "--new-classes starts from random class weights"
+                )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model = create_model(variant, pretrained, **fields)
     for warning in caught:
         say(f"warning: {warning.message}", "yellow")
     return model
+
+
+@app.command()
+def plot(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of training runs.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The PNG file to write.")] = Path("curves.png"),
+) -> None:
+    """Draw the loss and mIoU curves of training runs."""
+    from ..train.curves import draw_curves, read_runs
+
+    curves = read_runs(runs)
+    draw_curves(curves, out)
+    for run in curves:
+        loss = f"{len(run.loss)} losses, last {list(run.loss.values())[-1]:.4g}; " if run.loss else ""
+        best = max(run.miou, key=lambda step: run.miou[step], default=None)
+        reached = f", best mIoU {run.miou[best]:.4f} at step {best}" if best is not None else ""
+        typer.echo(f"{run.name}: {loss}{len(run.miou)} evaluations{reached}")
+    typer.echo(f"written: {out}")

@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 import segmenter_fast as sf
 from segmenter_fast.cli import app
 from segmenter_fast.cli.evaluate import _resize
+from segmenter_fast.inference.settings import Settings
 from segmenter_fast.train.datasets import open_dataset
 from segmenter_fast.train.evaluation import MULTISCALE
 from segmenter_fast.train.evaluation import evaluate as scores_of
@@ -54,7 +55,7 @@ def test_the_table_and_the_file_hold_the_scores(folder: Path, tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     model = sf.load(MODEL)
     assert (model.config.window_size, model.config.window_stride) == WINDOWS
-    expected = scores_of(model, open_dataset(folder, "auto", "val"), 64, *WINDOWS)
+    expected = scores_of(model, open_dataset(folder, "auto", "val"), 64, Settings(*WINDOWS))
     content = json.loads(out.read_text())
     assert content["miou"] == expected.miou
     assert content["iou"] == list(expected.iou)
@@ -71,12 +72,14 @@ def test_scales_flip_and_windows_reach_the_evaluation(folder: Path, tmp_path: Pa
     data, model = open_dataset(folder, "auto", "val"), sf.load(MODEL)
     given = ("--scales", "0.5,1", "--flip", "--resize", 48, "--window", 32, "--stride", 24)
     assert evaluate("--data", folder, *given, "--json", out).exit_code == 0
-    assert json.loads(out.read_text())["iou"] == list(scores_of(model, data, 48, 32, 24, (0.5, 1.0), True).iou)
+    assert json.loads(out.read_text())["iou"] == list(
+        scores_of(model, data, 48, Settings(32, 24, (0.5, 1.0), True)).iou
+    )
     small = ("--resize", 32, "--window", 32, "--stride", 32)
     assert evaluate("--data", folder, "--multiscale", *small, "--json", out).exit_code == 0
     content = json.loads(out.read_text())
     assert (tuple(content["scales"]), content["flip"]) == (MULTISCALE, True)
-    assert content["iou"] == list(scores_of(model, data, 32, 32, 32, MULTISCALE, True).iou)
+    assert content["iou"] == list(scores_of(model, data, 32, Settings(32, 32, MULTISCALE, True)).iou)
 
 
 def test_images_are_resized_as_the_data_s_recipe_does(tmp_path: Path) -> None:

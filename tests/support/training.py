@@ -20,10 +20,9 @@ import numpy as np
 import torch
 
 import segmenter_fast as sf
-from segmenter_fast.processes import World, process_group
-from segmenter_fast.train import checkpoints
+from segmenter_fast.processes import StopRequest, World, process_group
+from segmenter_fast.train import run_folder
 from segmenter_fast.train.engine import train
-from segmenter_fast.train.preparing import prepare
 from segmenter_fast.train.presets import Recipe
 from segmenter_fast.train.stepping import Stepper
 
@@ -96,15 +95,15 @@ def small_model(recipe: Recipe = RECIPE, **fields: Any) -> sf.Segmenter:
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
     """The model in a checkpoint, or in a run's last one."""
-    return checkpoints.read(path if path.is_file() else checkpoints.path_of(path, checkpoints.steps_kept(path)[-1]))[
-        "model"
-    ]
+    if path.is_dir():
+        path = run_folder.checkpoint_path(path, run_folder.checkpoint_steps(path)[-1])
+    return run_folder.read_checkpoint(path)["model"]
 
 
 def step_gradients(world: World, recipe: Recipe) -> dict[str, torch.Tensor]:
     """Gradients of one step on the first batch, whole, by name."""
     model, data = small_model(recipe), Squares()
-    module, training = prepare(model, 255, recipe, 10, torch.float32, world)
+    stepper = Stepper(model, 255, recipe, 10, world)
     found: dict[str, torch.Tensor] = {}
 
     def keep(*_: Any) -> None:
@@ -113,13 +112,12 @@ def step_gradients(world: World, recipe: Recipe) -> dict[str, torch.Tensor]:
                 grad = parameter.grad
                 found[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
 
-    training.optimizer.register_step_pre_hook(keep)
+    stepper.optimizer.register_step_pre_hook(keep)
     images, labels = zip(*(data.read(index) for index in range(recipe.batch_size)), strict=True)
     pixels = torch.tensor(np.stack(images)).permute(0, 3, 1, 2).float() / 255
     target = torch.tensor(np.stack(labels)).long()
     mine = slice(world.rank * recipe.batch_size // world.size, (world.rank + 1) * recipe.batch_size // world.size)
-    parts = zip(pixels[mine].chunk(recipe.accumulate), target[mine].chunk(recipe.accumulate), strict=True)
-    Stepper(module, training, recipe, world, torch.float32).step(list(parts), 255, lambda: False)
+    stepper.step(pixels[mine], target[mine], StopRequest())
     return found
 
 

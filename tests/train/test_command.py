@@ -59,7 +59,7 @@ def test_epochs_overrule_a_preset_that_counts_steps(tmp_path: Path, squares: dic
     assert "2 steps done" in done.output
 
 
-def test_a_checkpoint_with_other_classes_is_refused_unless_they_may_begin_anew(
+def test_a_checkpoint_with_other_classes_is_refused_without_new_classes(
     tmp_path: Path, squares: dict[str, Any]
 ) -> None:
     fields = {"patch_size": 16, "embed_dim": 192, "depth": 12, "num_heads": 3, "num_classes": 5}
@@ -67,7 +67,7 @@ def test_a_checkpoint_with_other_classes_is_refused_unless_they_may_begin_anew(
     start = ["--pretrained", str(tmp_path / "start")]
     refused = run(tmp_path / "run", *start)
     assert refused.exit_code == 2
-    assert "has 5 classes, the data 2: --new-classes begins them anew" in refused.output
+    assert "has 5 classes, the data 2: --new-classes starts from random class weights" in refused.output
     taken = run(tmp_path / "run", *start, "--new-classes", "--freeze", "encoder")
     assert taken.exit_code == 0, taken.output
     assert "need training" in taken.output

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +16,14 @@ import pytest
 import torch
 
 import segmenter_fast as sf
-from segmenter_fast.train import checkpoints
+from segmenter_fast.processes import World
+from segmenter_fast.train import run_folder
 from segmenter_fast.train.engine import DivergedError, train
 from segmenter_fast.train.logs import read_log
 from segmenter_fast.train.presets import Recipe
-from support.training import RECIPE, Signalled, Squares, small_model, weights
+from segmenter_fast.train.run_folder import checkpoint_path, checkpoint_steps, read_checkpoint
+from support import training as support
+from support.training import RECIPE, Signalled, Squares, small_model, step_gradients, weights
 
 VALIDATION = Squares(4, 1)
 
@@ -32,7 +39,7 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
 def test_a_run_leaves_checkpoints_models_scores_and_a_log(tmp_path: Path) -> None:
     result = run(tmp_path)
     assert (result.steps, result.finished, result.skipped) == (6, True, 0)
-    assert checkpoints.steps_kept(tmp_path) == [4, 6]
+    assert checkpoint_steps(tmp_path) == [4, 6]
     assert same(sf.load(tmp_path / "last").state_dict(), weights(tmp_path))
     assert sf.load(tmp_path / "best").config.num_classes == 2
     assert json.loads((tmp_path / "scores.json").read_text())["last_step"] == 6
@@ -69,7 +76,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, fields: dict[str
     else:
         first = run(tmp_path / "parts", recipe, interrupted)
         assert first.steps == 3  # the step in which the signal came is finished
-        assert checkpoints.steps_kept(tmp_path / "parts") == [2, 3]
+        assert checkpoint_steps(tmp_path / "parts") == [2, 3]
     assert not first.finished
     second = run(tmp_path / "parts", recipe, resume="auto")
     assert (second.steps, second.finished) == (6, True)
@@ -85,7 +92,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, fields: dict[str
 
 def _stopped_after_save(out: Path, recipe: Recipe, number: signal.Signals) -> Any:
     """Workers read ahead of the steps, so the signal comes with a save instead."""
-    write = checkpoints.save
+    write = run_folder.save_checkpoint
 
     def saved(folder: Path, content: dict[str, Any]) -> Path:
         path = write(folder, content)
@@ -94,7 +101,7 @@ def _stopped_after_save(out: Path, recipe: Recipe, number: signal.Signals) -> An
         return path
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "save", saved)
+        patch.setattr(run_folder, "save_checkpoint", saved)
         return run(out, recipe)
 
 
@@ -114,7 +121,7 @@ def test_float16_goes_on_with_its_scale(tmp_path: Path) -> None:
     run(tmp_path / "parts", recipe, Signalled(reads=9, number=signal.SIGTERM))
     run(tmp_path / "parts", recipe, resume="auto")
     assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
-    content = checkpoints.read(checkpoints.path_of(tmp_path / "parts", 6))
+    content = read_checkpoint(checkpoint_path(tmp_path / "parts", 6))
     assert content["scaler"]["scale"] > 0
 
 
@@ -196,3 +203,52 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="accumulate must be at most 4"):
         run(tmp_path, RECIPE.replace(accumulate=5))
     assert not list(tmp_path.iterdir())
+
+
+FIELDS = {"drop_path": 0.0, "ema": 0.9, "optimizer": "muon", "lr": 1e-3, "clip": 0.5}
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """What two processes under torchrun left, see the support program, of which one was killed in the end."""
+    if not torch.distributed.is_available():
+        pytest.skip("needs a PyTorch with torch.distributed")
+    out = tmp_path_factory.mktemp("two")
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", support.__file__]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(support.__file__).parents[1])}
+    fields = json.dumps({**FIELDS, "parallel": "fsdp"})
+    arguments = [*program, "ranks", str(out), fields]
+    return out, subprocess.run(arguments, env=variables, capture_output=True, text=True, timeout=240)
+
+
+def test_gradients_of_two_processes_are_those_of_one_with_the_double_batch(two: Any) -> None:
+    out, done = two
+    wanted = step_gradients(World(), RECIPE.replace(drop_path=0.0))
+    # As many ignored pixels in one half of the batch as in the other would hide a mean of means.
+    shares = [sum(int((Squares().read(index)[1] != 255).sum()) for index in half) for half in ((0, 1), (2, 3))]
+    assert shares[0] > 1.2 * shares[1]
+    for name in ("ddp-1", "ddp-2", "fsdp-1", "fsdp-2"):
+        assert (out / f"{name}.pt").exists(), done.stderr
+        found = torch.load(out / f"{name}.pt")
+        assert found.keys() == wanted.keys()
+        assert max((found[key] - wanted[key]).abs().max() for key in wanted) < 1e-6, name
+
+
+def test_a_signal_to_one_process_stops_all_and_a_killed_one_ends_the_run(two: Any) -> None:
+    out, done = two
+    assert (out / "stopped").exists(), done.stderr
+    assert done.returncode != 0
+    assert "SIGKILL" in done.stderr or "lost the others" in done.stderr, done.stderr
+    assert [path.name for path in (out / "run" / "checkpoints").iterdir()].count("step-0000005.pt") == 0
+    assert checkpoint_steps(out / "run") == [3, 4]
+
+
+def test_one_process_goes_on_where_two_with_shards_were_lost(two: Any, tmp_path: Path) -> None:
+    run, recipe = tmp_path / "parts", RECIPE.replace(**FIELDS)
+    shutil.copytree(two[0] / "run", run)
+    for out in (tmp_path / "whole", run):
+        result = train(small_model(recipe), Squares(), Squares(4, 1), recipe, out, device="cpu", resume="auto")
+        assert result.finished
+    found, wanted = weights(run), weights(tmp_path / "whole")
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[key], wanted[key], atol=2e-5) for key in wanted)

@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import segmenter_fast as sf
+from segmenter_fast.inference.settings import Settings
+from segmenter_fast.processes import World
 from segmenter_fast.train.datasets.base import SampleError
-from segmenter_fast.train.evaluation import Inference, evaluate, sample_pictures
+from segmenter_fast.train.evaluation import evaluate, sample_pictures, segment, side_by_side
 from segmenter_fast.train.metrics import ConfusionMatrix
 
 CLASSES = 5
+PLAIN = Settings(32, 32)
 SIZES = ((40, 56), (64, 33), (32, 32))
 
 
@@ -96,11 +99,11 @@ def test_scores_are_those_of_the_official_composition(
     scenes, expected, told = Scenes(), ConfusionMatrix(CLASSES), []
     for image, target in zip(scenes.images, scenes.labels, strict=True):
         labels = labels_by_hand(model, image, scales, flip)
-        found = Inference(32, 32, 32, scales, flip).segment(model, image, target.shape)
+        found = segment(model, image, target.shape, 32, Settings(32, 32, scales, flip))
         assert found.shape == target.shape
         assert (found != labels).float().mean() < 2e-3  # ties of rounding
         expected.update(labels, torch.from_numpy(target))
-    scores = evaluate(model, scenes, 32, 32, 32, scales, flip, progress=lambda *state: told.append(state))
+    scores = evaluate(model, scenes, 32, Settings(32, 32, scales, flip), progress=lambda *state: told.append(state))
     assert scores.pixels == expected.scores().pixels
     assert scores.iou == pytest.approx(expected.scores().iou, abs=5e-3)
     assert told == [(1, 3), (2, 3), (3, 3)]
@@ -111,7 +114,7 @@ def test_a_single_window_needs_no_sliding(model: sf.Segmenter, monkeypatch: pyte
     monkeypatch.setattr("segmenter_fast.train.evaluation.slide", None)
     scenes = Scenes()
     with torch.no_grad():
-        found = Inference(32, 32, 32).segment(model, scenes.images[2], (32, 32))
+        found = segment(model, scenes.images[2], (32, 32), 32, PLAIN)
     assert found.shape == (32, 32)
 
 
@@ -119,9 +122,9 @@ def test_shares_of_ranks_make_the_whole(model: sf.Segmenter, monkeypatch: pytest
     counted: list[Tensor] = []
     monkeypatch.setattr(ConfusionMatrix, "all_reduce", lambda matrix: counted.append(matrix.counts))
     scenes = [Scenes() for _ in range(3)]
-    whole = evaluate(model, scenes[0], 32, 32, 16)
+    whole = evaluate(model, scenes[0], 32, Settings(32, 16))
     for rank in range(2):
-        evaluate(model, scenes[1 + rank], 32, 32, 16, rank=rank, world_size=2)
+        evaluate(model, scenes[1 + rank], 32, Settings(32, 16), World(rank, 2))
     assert [dataset.reads for dataset in scenes] == [[0, 1, 2], [0, 2], [1]]
     assert torch.equal(counted[0], counted[1] + counted[2])
     assert whole.pixels == counted[0].sum()
@@ -133,11 +136,11 @@ def test_the_model_is_evaluated_in_evaluation_mode_and_left_as_it_was() -> None:
     noisy = sf.create_model("seg_t_mask_16", num_classes=CLASSES, image_size=32, drop_path_rate=0.9, **fields)
     noisy.freeze_encoder().train()
     before = {name: module.training for name, module in noisy.named_modules()}
-    assert evaluate(noisy, Scenes(), 32, 32, 32) == evaluate(noisy, Scenes(), 32, 32, 32)
+    assert evaluate(noisy, Scenes(), 32, PLAIN) == evaluate(noisy, Scenes(), 32, PLAIN)
     assert {name: module.training for name, module in noisy.named_modules()} == before
     noisy.train()
     with pytest.raises(SampleError):
-        evaluate(noisy, Broken(), 32, 32, 32)
+        evaluate(noisy, Broken(), 32, PLAIN)
     assert noisy.training
 
 
@@ -148,11 +151,11 @@ class Broken(Scenes):
         return super().read(index)
 
 
-@pytest.mark.parametrize("read_ahead", [0, 1, 8])
+@pytest.mark.parametrize("read_ahead", [1, 2, 8])
 def test_a_broken_image_is_named_and_no_thread_stays(model: sf.Segmenter, read_ahead: int) -> None:
     threads = threading.active_count()
     with pytest.raises(SampleError, match=r"^image photo-1\.jpg cannot be read: broken$"):
-        evaluate(model, Broken(), 32, 32, 32, read_ahead=read_ahead)
+        evaluate(model, Broken(), 32, PLAIN, read_ahead=read_ahead)
     assert threading.active_count() == threads
 
 
@@ -160,41 +163,46 @@ def test_a_label_out_of_range_names_its_sample(model: sf.Segmenter) -> None:
     scenes = Scenes()
     scenes.labels[1][5, 5] = 9
     with pytest.raises(ValueError, match=r"^scene/1: target must lie within 0 to 4.*got 9 to 9"):
-        evaluate(model, scenes, 32, 32, 32)
+        evaluate(model, scenes, 32, PLAIN)
 
 
 def test_other_classes_and_no_images_are_refused(model: sf.Segmenter) -> None:
     scenes = Scenes()
     scenes.class_names = tuple("abc")
     with pytest.raises(ValueError, match="the model has 5 classes and the data set 3"):
-        evaluate(model, scenes, 32, 32, 32)
+        evaluate(model, scenes, 32, PLAIN)
     with pytest.raises(ValueError, match="the model has 5 classes and the data set 3"):
-        sample_pictures(model, scenes, [0], Inference(32, 32, 32))
+        sample_pictures(model, scenes, [0], 32, PLAIN)
     empty = Scenes()
     empty.images = []
     with pytest.raises(ValueError, match="no images"):
-        evaluate(model, empty, 32, 32, 32)
+        evaluate(model, empty, 32, PLAIN)
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"scales": ()}, "got none of 32 pixels"),
-        ({"scales": (1.0, -1.0)}, "got 1.0, -1.0 of 32"),
-        ({"scales": (0.01,)}, "got 0.01 of 32"),
-        ({"stride": 33}, "stride must be at most the window"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
-    ],
-)
-def test_settings_out_of_range(settings: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Inference(**{"resize": 32, "window": 32, "stride": 32, **settings})
+def test_a_scale_that_leaves_no_pixel_is_refused(model: sf.Segmenter) -> None:
+    with pytest.raises(ValueError, match=r"at least one pixel of the resized smaller side, got 1\.0, 0\.01 of 32"):
+        evaluate(model, Scenes(), 32, Settings(32, 32, (1.0, 0.01)))
 
 
 def test_pictures_of_samples(model: sf.Segmenter) -> None:
     scenes = Scenes()
-    pictures = sample_pictures(model, scenes, [2, 0], Inference(32, 32, 32))
+    pictures = sample_pictures(model, scenes, [2, 0], 32, PLAIN)
     assert list(pictures) == ["scene/2", "scene/0"]
     height, width = SIZES[0]
     assert pictures["scene/0"].size == (3 * width + 8, height)
     assert np.array_equal(np.asarray(pictures["scene/0"])[:, :width], scenes.images[0])
+
+
+def test_pictures_show_image_labels_and_prediction() -> None:
+    image = np.full((6, 8, 3), 100, np.uint8)
+    target = np.zeros((6, 8), np.uint8)
+    target[:, 4:] = 255
+    palette = ((255, 0, 0), (0, 255, 0))
+    picture = np.asarray(side_by_side(image, target, np.ones((6, 8), np.uint8), palette, alpha=1.0))
+    assert picture.shape == (6, 3 * 8 + 2 * 4, 3)
+    assert (picture[:, :8] == 100).all()
+    assert (picture[:, 12:16] == (255, 0, 0)).all()
+    assert (picture[:, 16:20] == 100).all()  # ignored
+    assert (picture[:, 24:] == (0, 255, 0)).all()
+    with pytest.raises(ValueError, match=r"got \(6, 8, 3\), \(6, 8\) and \(5, 8\)"):
+        side_by_side(image, target, np.ones((5, 8), np.uint8), palette)
