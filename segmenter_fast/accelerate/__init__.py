@@ -1,8 +1,8 @@
-"""Swap-in of the fused ops for models that other libraries built.
+"""Fused ops for models of other libraries.
 
-Modules are recognised by their structure, so no other library is imported, and a module is swapped only after a twin
-of it with random weights gave the same outputs and gradients both ways (``swap.probe``). What is swapped is the class
-of single instances (``swap.forwards``): parents, parameters, hooks and state-dict keys stay as they are.
+Modules are matched by their structure (``match``), so no other library is imported, and only after a copy with random
+weights gave the same outputs and gradients both ways (``verify``). Only the class of single instances changes
+(``forwards``): parents, parameters, hooks and state-dict keys stay.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from .forwards import Swapped, swap_class
-from .match import survey
+from .forwards import Fused, fused_class
+from .match import match_modules
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Where the report lies in the model's __dict__; it travels with deepcopy and pickle.
+# Key of the report in the model's __dict__, so that deepcopy and pickle keep it.
 _REPORT = "_acceleration_report"
 
 
@@ -34,7 +34,7 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Left:
-    """A module that kept its forward: its name in the model, its class, and why."""
+    """A module that kept its forward: its name in the model, its class, and the reason."""
 
     name: str
     cls: str
@@ -43,7 +43,7 @@ class Left:
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What ``accelerate`` replaced and what it left; ``str`` gives a line for each kind."""
+    """Modules that ``accelerate`` replaced and left; ``str`` gives a line for each class and reason."""
 
     replaced: tuple[Replaced, ...]
     left: tuple[Left, ...]
@@ -58,25 +58,25 @@ class AccelerationReport:
 
 
 def accelerate(model: Model) -> Model:
-    """Run the attention of another library's model, and the official mask decoder's tail, on the fused ops.
+    """Run the attention of another library's model, and the end of the official mask decoder, on the fused ops.
 
     Recognised, without importing the library: the official ``Segmenter``, mmsegmentation's ``EncoderDecoder`` with
-    Segmenter's backbone and head, timm's Vision Transformers, and every module whose attention has timm's shape
+    Segmenter's backbone and head, timm's Vision Transformers, and every module whose attention has timm's structure
     (``qkv``, ``proj``, ``num_heads`` or ``heads``). The model is changed in place: the forwards of single modules are
-    swapped, nothing global. State-dict keys, parameters, hooks, the forward contract and training stay; outputs and
+    replaced, nothing global. State-dict keys, parameters, hooks, the forward contract and training stay; outputs and
     gradients agree within rounding. Calls with a mask, attention dropout in training, hooks inside an attention and
-    wanted attention maps take the original path.
+    requested attention maps run the original forward.
 
-    Each module is tried on random weights first and left where it differs. A second call changes nothing. Undo it
-    with ``restore``, also before export to other runtimes, second derivatives (the ops have none), or before putting
-    other modules in the place of a swapped one's children.
+    Each module is verified on random weights and left if the results differ. A second call changes nothing. ``restore``
+    undoes it: needed before export to other runtimes, before second derivatives (the ops have none), and before a child
+    of a replaced module is exchanged.
 
     Args:
         model: on any device, in any dtype, in train or eval mode.
 
     Returns:
-        The model. ``acceleration_report(model)`` tells what was replaced and what was left and why; a warning says
-        it if that is nothing.
+        The model. ``acceleration_report(model)`` lists the modules that were replaced, and those left with the reason;
+        a warning is given if none was replaced.
 
     Raises:
         TypeError: not a ``torch.nn.Module``, or a TorchScript module, whose forward is compiled already.
@@ -84,24 +84,24 @@ def accelerate(model: Model) -> Model:
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must be a torch.nn.Module that is not TorchScript, got {type(model).__name__}")
     replaced, left = [], []
-    for name, module, verdict in list(survey(model)):
-        if isinstance(verdict, str):
-            left.append(Left(name, _class_name(type(module)), verdict))
-        elif isinstance(module, Swapped):
-            replaced.append(Replaced(name, _class_name(module.original), verdict.op))
+    for name, module, match in list(match_modules(model)):
+        cls = module.original if isinstance(module, Fused) else type(module)
+        if isinstance(match, str):
+            left.append(Left(name, f"{cls.__module__}.{cls.__qualname__}", match))
         else:
-            replaced.append(Replaced(name, _class_name(type(module)), verdict.op))
-            module.__class__ = swap_class(verdict, type(module))
+            replaced.append(Replaced(name, f"{cls.__module__}.{cls.__qualname__}", match.op))
+            if not isinstance(module, Fused):
+                module.__class__ = fused_class(match, cls)
     report = AccelerationReport(tuple(replaced), tuple(left))
     model.__dict__[_REPORT] = report
     if not replaced:
-        why = "; ".join(sorted({item.reason for item in left})) or "it has no attention of a known kind"
-        warnings.warn(f"accelerate replaced nothing in {type(model).__name__}: {why}", stacklevel=2)
+        reasons = "; ".join(sorted({item.reason for item in left})) or "it has no attention of a known kind"
+        warnings.warn(f"accelerate replaced nothing in {type(model).__name__}: {reasons}", stacklevel=2)
     return model
 
 
 def acceleration_report(model: nn.Module) -> AccelerationReport:
-    """What the last ``accelerate(model)`` replaced and left.
+    """The report of the last ``accelerate(model)``.
 
     Raises:
         ValueError: the model was not given to ``accelerate``, or it was restored.
@@ -113,25 +113,21 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
 
 
 def restore(model: Model) -> Model:
-    """Give every module of an accelerated model its own class back; parameters keep their present values.
+    """Give every module of an accelerated model its own class again; parameters keep their values.
 
     Returns:
-        The model. One that was never accelerated comes back as it is.
+        The model, unchanged if it was never accelerated.
 
     Raises:
-        RuntimeError: something derived a new class from a swapped one since (fully_shard, parametrizations). Undo
-            that first; nothing has been changed.
+        RuntimeError: something derived a new class from a fused one since (fully_shard, parametrizations). Undo that
+            first; nothing has been changed.
     """
-    swapped = {name: module for name, module in model.named_modules() if isinstance(module, Swapped)}
-    for name, module in swapped.items():
+    fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
+    for name, module in fused.items():
         if "original" not in vars(type(module)):
             raise RuntimeError(f"{name} is a {type(module).__name__}, made after accelerate: undo that before restore")
-    for module in swapped.values():
+    for module in fused.values():
         module.__class__ = module.original  # type: ignore[assignment]
     for part in model.modules():
         vars(part).pop(_REPORT, None)
     return model
-
-
-def _class_name(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"

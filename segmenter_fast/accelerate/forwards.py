@@ -1,9 +1,9 @@
-"""Forwards on the fused ops, put in front of the class of another library's module.
+"""Fused forwards for modules of other libraries.
 
-``swap_class(FusedAttention, theirs)`` is a subclass of both; giving it to an instance changes that instance's forward
-and nothing else: children, parameters, hooks, ``isinstance`` and state-dict keys stay. Each forward fuses the plain
-call only. Masks, dropout of the attention probabilities, hooks inside, devices and dtypes without a kernel
-go to ``super().forward``, the module's own.
+``fused_class(FusedAttention, cls)`` is a subclass of both. Assigning it to one instance's ``__class__`` changes the
+forward of that instance alone: children, parameters, hooks, ``isinstance`` and state-dict keys stay. The fused forwards
+serve plain calls. Calls with masks, dropout of the attention probabilities, hooks inside the module, or devices and
+dtypes without a kernel run ``super().forward``, the module's own.
 """
 
 from __future__ import annotations
@@ -19,67 +19,62 @@ from torch import Tensor, nn
 
 from .. import kernels
 
-# The children of an attention that the fused forward calls.
+# Children of an attention that the fused forward calls.
 CALLED = frozenset({"qkv", "proj", "proj_drop"})
 
 
-class Swapped(nn.Module):
-    """Base of the fused forwards. ``op`` names what they run on, ``original`` is the class that was swapped."""
+class Fused(nn.Module):
+    """Base of the fused forwards. ``op`` is the op's name, ``original`` the class that was replaced."""
 
     op: ClassVar[str]
-    fused: ClassVar[type[Swapped]]
+    fused: ClassVar[type[Fused]]
     original: ClassVar[type[nn.Module]]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled as the two classes and the state, because the class made of them cannot be imported."""
+        """Pickle the two classes and the state, because the class derived from them cannot be imported."""
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         return (_empty, (self.fused, self.original), *reduced[2:])
 
 
-def swap_class(fused: type[Swapped], original: type[nn.Module]) -> type[Swapped]:
-    """The subclass of both; one for each pair, so that compiled code is shared between the instances."""
-    return _class_of_both(fused, original)  # type: ignore[arg-type]  # typeshed holds that nn.Module has no hash
+def fused_class(fused: type[Fused], original: type[nn.Module]) -> type[Fused]:
+    """The subclass of both; one per pair, so that instances share compiled code."""
+    return _derived(fused, original)  # type: ignore[arg-type]  # typeshed takes nn.Module for unhashable
 
 
 @functools.cache
-def _class_of_both(fused: Any, original: Any) -> type[Swapped]:
+def _derived(fused: Any, original: Any) -> type[Fused]:
     attributes = {"fused": fused, "original": original, "__module__": __name__}
     return types.new_class("Fused" + original.__name__, (fused, original), {}, lambda space: space.update(attributes))
 
 
-def _empty(fused: type[Swapped], original: type[nn.Module]) -> Swapped:
+def _empty(fused: type[Fused], original: type[nn.Module]) -> Fused:
     """An instance to unpickle the state into."""
-    cls = swap_class(fused, original)
+    cls = fused_class(fused, original)
     return cls.__new__(cls)
 
 
-def watched(module: nn.Module) -> bool:
-    """Whether hooks look at the inputs or outputs of this module, or a forward of its own was set on it."""
+def is_hooked(module: nn.Module) -> bool:
+    """True if the module has hooks on its inputs or outputs, or a forward set on the instance."""
     hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(hooks) or "forward" in module.__dict__
 
 
-def _idle(attention: nn.Module) -> bool:
-    """Whether the children that the fused forward does not call would do nothing, with nobody watching them."""
+def _others_do_nothing(attention: nn.Module) -> bool:
+    """True if every child that the fused forward does not call is an identity now, without hooks."""
     for name, child in attention.named_children():
-        if name not in CALLED and (
-            watched(child) or not isinstance(child, (nn.Identity, nn.Dropout)) or (child.training and _drops(child))
-        ):
+        drops = isinstance(child, nn.Dropout) and child.training and child.p > 0
+        if name not in CALLED and (is_hooked(child) or not isinstance(child, (nn.Identity, nn.Dropout)) or drops):
             return False
     return True
 
 
-def _drops(child: nn.Module) -> bool:
-    return isinstance(child, nn.Dropout) and child.p > 0
-
-
-def _absent(values: Iterable[Any]) -> bool:
-    """Whether every optional argument is None or False: no mask, not causal, no attention map wanted."""
+def _all_absent(values: Iterable[Any]) -> bool:
+    """True if every optional argument is None or False: no mask, not causal, no attention map returned."""
     return all(value is None or value is False for value in values)
 
 
 def _has_kernel(x: Any) -> bool:
-    """Whether ``x`` is a batch of token sequences ``(B, N, D)`` on a device and in a dtype that the ops serve."""
+    """True if ``x`` is a ``(B, N, D)`` batch of tokens on a device and in a dtype that the ops serve."""
     return (
         isinstance(x, Tensor)
         and x.ndim == 3
@@ -90,32 +85,32 @@ def _has_kernel(x: Any) -> bool:
 
 
 def head_count(attention: nn.Module) -> Any:
-    """``num_heads``, or ``heads`` as the official program calls it; None if there is neither."""
+    """``num_heads``, or ``heads`` as in the official program; None without either."""
     return getattr(attention, "num_heads", None) or getattr(attention, "heads", None)
 
 
 def attend(attention: Any, x: Tensor) -> Tensor:
-    """``(B, N, D)`` -> ``(B, N, D)`` through the attention's own projections and dropout of the result."""
+    """``(B, N, D)`` -> ``(B, N, D)`` through the attention's own projections and output dropout."""
     qkv = attention.qkv(x).unflatten(-1, (3, head_count(attention), -1))
     out = attention.proj(kernels.attention(qkv, getattr(attention, "scale", None)).flatten(2))
     return attention.proj_drop(out) if hasattr(attention, "proj_drop") else out
 
 
-class FusedAttention(Swapped):
+class FusedAttention(Fused):
     """Attention with ``qkv`` and ``proj`` that returns a tensor (timm)."""
 
     op = "attention"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if args and _absent((*args[1:], *kwargs.values())) and _has_kernel(args[0]) and _idle(self):
+        if args and _all_absent((*args[1:], *kwargs.values())) and _has_kernel(args[0]) and _others_do_nothing(self):
             return attend(self, args[0])
         return super().forward(*args, **kwargs)
 
 
-class FusedBlock(Swapped):
+class FusedBlock(Fused):
     """Transformer layer whose attention returns ``(x, attention map)`` (official Segmenter, DINO).
 
-    The attention itself keeps its forward, map and all; only the layer knows that nobody reads the map.
+    The attention keeps its own forward and map: only the layer drops the map, so only the layer can skip it.
     """
 
     op = "attention"
@@ -126,15 +121,15 @@ class FusedBlock(Swapped):
     drop_path: nn.Module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        fusable = args and _absent((*args[1:], *kwargs.values())) and _has_kernel(args[0])
-        if fusable and _idle(self.attn) and not watched(self.attn):
+        plain = args and _all_absent((*args[1:], *kwargs.values())) and _has_kernel(args[0])
+        if plain and _others_do_nothing(self.attn) and not is_hooked(self.attn):
             x = args[0]
             x = x + self.drop_path(attend(self.attn, self.norm1(x)))
             return x + self.drop_path(self.mlp(self.norm2(x)))
         return super().forward(*args, **kwargs)
 
 
-class FusedResidualAttention(Swapped):
+class FusedResidualAttention(Fused):
     """mmcv's ``MultiheadAttention``: ``torch.nn.MultiheadAttention`` with dropout and the residual added."""
 
     op = "attention"
@@ -148,10 +143,10 @@ class FusedResidualAttention(Swapped):
         others = {**dict(zip(self.positional, args, strict=False)), **kwargs}
         query, key, value, identity = (others.pop(name, None) for name in self.positional)
         attn = self.attn
-        itself = (key is None or key is query) and (value is None or value is query)
-        plain = itself and len(args) <= 4 and all(other is None for other in others.values())
-        seen = watched(attn) or watched(attn.out_proj)
-        if not plain or not _has_kernel(query) or seen or (attn.training and attn.dropout):
+        self_attention = (key is None or key is query) and (value is None or value is query)
+        plain = self_attention and len(args) <= 4 and all(other is None for other in others.values())
+        hooked = is_hooked(attn) or is_hooked(attn.out_proj)
+        if not plain or not _has_kernel(query) or hooked or (attn.training and attn.dropout):
             return super().forward(*args, **kwargs)
         x = query if self.batch_first else query.transpose(0, 1)
         qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).unflatten(-1, (3, attn.num_heads, -1))
@@ -161,8 +156,8 @@ class FusedResidualAttention(Swapped):
         return (query if identity is None else identity) + self.dropout_layer(self.proj_drop(x))
 
 
-class FusedMaskTransformer(Swapped):
-    """The official mask decoder; its tail, from the projected patches to the masks' LayerNorm, is one op."""
+class FusedMaskTransformer(Fused):
+    """The official mask decoder; one op computes everything from the projected patches to the masks' LayerNorm."""
 
     op = "mask_scores"
     n_cls: int
@@ -176,9 +171,9 @@ class FusedMaskTransformer(Swapped):
     proj_classes: Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        fusable = len(args) == 2 and not kwargs and _has_kernel(args[0]) and not watched(self.mask_norm)
-        # Under autocast PyTorch's LayerNorm gives float32 on a GPU, as the op does, but 16 bits on the CPU.
-        if not fusable or (args[0].device.type == "cpu" and torch.is_autocast_enabled("cpu")):
+        plain = len(args) == 2 and not kwargs and _has_kernel(args[0]) and not is_hooked(self.mask_norm)
+        # Under autocast PyTorch's LayerNorm returns float32 on a GPU, as the op does, but 16 bits on the CPU.
+        if not plain or (args[0].device.type == "cpu" and torch.is_autocast_enabled("cpu")):
             return super().forward(*args, **kwargs)
         x, image_size = args
         x = torch.cat([self.proj_dec(x), self.cls_emb.expand(x.shape[0], -1, -1)], 1)

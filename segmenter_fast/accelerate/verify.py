@@ -1,8 +1,8 @@
-"""Trying a fused forward against a module's own on a twin with random weights.
+"""Verification of a fused forward: a trial against the module's own forward, on a copy with random weights.
 
-The twin lives on the CPU in float64 whatever the module's device and dtype, so that modules on the meta device can be
-tried, and its weights are large: at an initialisation of 0.02 all attention probabilities are nearly equal, and a
-wrong scale or an ignored bias would pass.
+The copy is on the CPU in float64 whatever the module's device and dtype, so modules on the meta device can be verified.
+Its weights are large: at an initialisation of 0.02 all attention probabilities are nearly equal, and a wrong scale or
+an ignored bias would pass.
 """
 
 from __future__ import annotations
@@ -15,30 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .forwards import Swapped, swap_class
+from .forwards import Fused, fused_class
 
-# Of the largest value of a tensor. The same formula in another order agrees to about 1e-14; 1e-6 leaves room for
-# modules that take their softmax in float32.
+# Allowed difference, relative to the largest value of a tensor. The same formula in another order agrees to about
+# 1e-14; modules that take their softmax in float32 need 1e-6.
 TOLERANCE = 1e-6
 
-RETURNS_MORE = "it returns more than a tensor, and no layer of a known kind around it leaves the rest out"
-
-# What every module has: weights, children, hooks, mode.
+# Attributes of every module: weights, children, hooks, mode.
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 _PLAIN = (int, float, str, type(None), torch.dtype)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def random_twin(module: nn.Module, stand_ins: Mapping[str, nn.Module]) -> nn.Module:
+def random_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module]) -> nn.Module:
     """A copy of a module with random float64 weights on the CPU and without hooks.
 
-    Children named in ``stand_ins`` are not copied but replaced.
+    ``stand_ins`` replace the children of the same names.
     """
     memo: dict[int, Any] = {id(getattr(module, name)): stand_in for name, stand_in in stand_ins.items()}
     generator = torch.Generator().manual_seed(2)
     for parameter in module.parameters():
-        # Uniform, of variance 1 for vectors and 2 / fan-in for matrices: scores of attention spread over a few units.
+        # Uniform, of variance 1 for vectors and 2 / fan-in for matrices: attention scores spread over a few units.
         bound = (6 / parameter.shape[-1]) ** 0.5 if parameter.ndim > 1 else 3**0.5
         values = torch.empty(parameter.shape, dtype=torch.float64, device="cpu")
         values.uniform_(-bound, bound, generator=generator)
@@ -49,8 +47,8 @@ def random_twin(module: nn.Module, stand_ins: Mapping[str, nn.Module]) -> nn.Mod
     return copy.deepcopy(module, memo)
 
 
-def blueprint(module: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Hashable | None:
-    """Equal for modules that can only differ in the values of their weights, so that one trial serves them all.
+def structure_key(module: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Hashable | None:
+    """A key that is equal for modules which can differ in the values of their weights only: one trial serves them all.
 
     None for a module with attributes other than numbers, strings, dtypes and tuples of them.
     """
@@ -69,46 +67,46 @@ def blueprint(module: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Hashable
     return tuple(parts)
 
 
-def disagreement(
-    module: nn.Module, fused: type[Swapped], calls: Sequence[Call], stand_ins: Mapping[str, nn.Module]
+def find_difference(
+    module: nn.Module, fused: type[Fused], calls: Sequence[Call], stand_ins: Mapping[str, nn.Module]
 ) -> str | None:
-    """Why ``fused`` may not take the place of the module's forward; None where it may.
+    """The reason why ``fused`` may not replace the module's forward, or None.
 
-    Outputs and gradients, those of the input and of all vectors among the parameters, are compared for every call, in
+    Compares outputs and gradients, those of the input and of all vectors among the parameters, for every call, in
     evaluation and in training with the same random numbers.
     """
     random_state = torch.get_rng_state()
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            return _compare(random_twin(module, stand_ins), fused, calls)
-    except Exception as error:  # code of any library runs here, and whatever it raises is the answer
+            return _compare(random_copy(module, stand_ins), fused, calls)
+    except Exception as error:  # code of any library runs here and may raise anything
         return f"it could not be tried: {type(error).__name__}: {error}"
     finally:
         torch.set_rng_state(random_state)
 
 
-def _compare(twin: nn.Module, fused: type[Swapped], calls: Sequence[Call]) -> str | None:
-    original = type(twin)
+def _compare(module: nn.Module, fused: type[Fused], calls: Sequence[Call]) -> str | None:
+    original = type(module)
     for args, kwargs in calls:
         for training in (False, True):
-            twin.train(training)
-            before, start = _state(twin), torch.get_rng_state()
-            own, reason = _results(twin, args, kwargs)
+            module.train(training)
+            before, start = _attributes(module), torch.get_rng_state()
+            own, reason = _results(module, args, kwargs)
             if reason:
                 return reason
-            if changed := sorted(_state(twin).items() ^ before.items()):
+            if changed := sorted(_attributes(module).items() ^ before.items()):
                 return f"its forward keeps what it computes in {changed[0][0]}"
             torch.set_rng_state(start)
-            twin.__class__ = swap_class(fused, original)
-            ours, reason = _results(twin, args, kwargs)
-            twin.__class__ = original
+            module.__class__ = fused_class(fused, original)
+            ours, reason = _results(module, args, kwargs)
+            module.__class__ = original
             if reason or not all(map(_close, ours, own)):
                 return f"its outputs or gradients are not those of plain {fused.op}"
     return None
 
 
-def _state(module: nn.Module) -> dict[str, int]:
-    """Every attribute of a module and its children, by identity."""
+def _attributes(module: nn.Module) -> dict[str, int]:
+    """Identities of all attributes of a module and its children."""
     return {
         f"{prefix}.{name}".lstrip("."): id(value)
         for prefix, part in module.named_modules()
@@ -118,13 +116,14 @@ def _state(module: nn.Module) -> dict[str, int]:
 
 
 def _results(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], str | None]:
-    """The output and its gradients by the first argument and the vectors (not the matrices, which cost most of the
-    time and get theirs from the same values), or what else came back.
+    """The output with its gradients by the first argument and the vectors, or the reason why it cannot be compared.
+
+    Gradients of the matrices are left out: they cost most of the time and follow from the same values.
     """
     x = args[0].clone().requires_grad_()
     out = module(x, *args[1:], **kwargs)
     if isinstance(out, tuple):
-        return [], RETURNS_MORE
+        return [], "it returns more than a tensor, and no layer of a known kind around it drops the rest"
     if not isinstance(out, Tensor):
         return [], f"it returns {type(out).__name__}, not a tensor"
     inputs = [x, *(parameter for parameter in module.parameters() if parameter.ndim == 1)]

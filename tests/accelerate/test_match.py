@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import segmenter_fast as sf
 from segmenter_fast.accelerate.forwards import FusedAttention, FusedBlock
-from segmenter_fast.accelerate.match import survey
+from segmenter_fast.accelerate.match import match_modules
 from support.mmseg_lookalike import MmMultiheadAttention, MmSegmenterHead
 from support.official_lookalike import OfficialBlock, OfficialMaskTransformer
 
@@ -202,13 +202,13 @@ LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
 @pytest.mark.parametrize("case", LEFT)
 def test_left(case: str) -> None:
     module, reason = LEFT[case][0](), LEFT[case][1]
-    ((name, found, verdict),) = survey(module)
+    ((name, found, match),) = match_modules(module)
     assert (name, found) == ("", module)
-    assert isinstance(verdict, str)
-    assert verdict.startswith(reason)
+    assert isinstance(match, str)
+    assert match.startswith(reason)
     with pytest.warns(UserWarning, match="replaced nothing"):
         sf.accelerate(module)
-    assert sf.acceleration_report(module).left[0].reason == verdict
+    assert sf.acceleration_report(module).left[0].reason == match
 
 
 @pytest.mark.parametrize(
@@ -225,17 +225,17 @@ def test_left(case: str) -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
 def test_taken(module: nn.Module, dtype: torch.dtype) -> None:
-    ((_, _, verdict),) = survey(module.to(dtype))
-    assert verdict is FusedAttention
+    ((_, _, match),) = match_modules(module.to(dtype))
+    assert match is FusedAttention
 
 
 def test_a_block_that_is_more_than_a_block_is_left_with_its_attention() -> None:
-    verdicts = {name: verdict for name, _, verdict in survey(odd_block())}
-    assert verdicts.keys() == {"", "attn"}
-    assert verdicts[""] == "it has gamma, which the fused forward does not use"
-    assert str(verdicts["attn"]).startswith("it returns more than a tensor")
-    ((_, _, verdict),) = survey(OfficialBlock(64, 1, 64, 0.0, 0.0))
-    assert verdict is FusedBlock
+    matches = {name: match for name, _, match in match_modules(odd_block())}
+    assert matches.keys() == {"", "attn"}
+    assert matches[""] == "it has gamma, which the fused forward does not use"
+    assert str(matches["attn"]).startswith("it returns more than a tensor")
+    ((_, _, match),) = match_modules(OfficialBlock(64, 1, 64, 0.0, 0.0))
+    assert match is FusedBlock
 
 
 def test_layers_that_differ_in_an_attribute_are_judged_apart() -> None:
@@ -243,15 +243,17 @@ def test_layers_that_differ_in_an_attribute_are_judged_apart() -> None:
     layers = nn.ModuleList(
         [Sharpened(1.0), Sharpened(2.0), Sharpened(1.0), Modulated(same), Modulated(double), Modulated(same)]
     )
-    verdicts = [verdict for _, _, verdict in survey(layers)]
-    assert [verdict is FusedAttention for verdict in verdicts] == [True, False, True, True, False, True]
+    matches = [match for _, _, match in match_modules(layers)]
+    assert [match is FusedAttention for match in matches] == [True, False, True, True, False, True]
 
 
 def test_equal_layers_are_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from segmenter_fast.accelerate import match as module
 
     trials: list[nn.Module] = []
-    disagreement = module.disagreement
-    monkeypatch.setattr(module, "disagreement", lambda part, *rest: trials.append(part) or disagreement(part, *rest))
-    assert len(list(survey(nn.ModuleList(Plain() for _ in range(5))))) == 5
+    find_difference = module.find_difference
+    monkeypatch.setattr(
+        module, "find_difference", lambda part, *rest: trials.append(part) or find_difference(part, *rest)
+    )
+    assert len(list(match_modules(nn.ModuleList(Plain() for _ in range(5))))) == 5
     assert len(trials) == 1
