@@ -113,25 +113,6 @@ def test_compiles_without_a_graph_break(family: str) -> None:
             torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
-def test_stochastic_depth_rises_and_acts_in_training_only() -> None:
-    model = small(drop_path_rate=0.4, depth=5)
-    rates = [getattr(block.drop_path, "rate", 0) for block in model.encoder.blocks]
-    assert rates == pytest.approx([0, 0.1, 0.2, 0.3, 0.4])
-    images = torch.randn(4, 3, 32, 32)
-    with torch.no_grad():
-        assert torch.equal(model(images), model(images))
-        model.train()
-        assert not torch.equal(model(images), model(images))
-
-
-def test_stochastic_depth_keeps_the_expectation() -> None:
-    from segmenter_fast.vit import DropPath
-
-    dropped = DropPath(0.25)(torch.ones(20000, 1, 1))
-    assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.75])
-    assert dropped.mean().item() == pytest.approx(1, abs=0.02)
-
-
 def test_dropout_acts_in_training_only() -> None:
     model = small(dropout=0.2, decoder_dropout=0.2, drop_path_rate=0.0)
     images = torch.randn(2, 3, 32, 32)
@@ -200,26 +181,6 @@ def test_a_thawed_encoder_leaves_the_unused_heads_out_of_training() -> None:
     }
 
 
-def test_rotations_depend_on_the_place_within_the_image_only() -> None:
-    model, _ = pair("dinov3")
-    encoder = model.encoder
-    table, larger = encoder.grid_embeddings(2, 2)[2], encoder.grid_embeddings(6, 6)[2]
-    assert table is not None
-    assert larger is not None
-    prefix = model.config.num_prefix_tokens
-    assert torch.equal(table[0, :prefix], torch.ones(prefix, 64, dtype=torch.float64))
-    # the centre of patch (0, 1) of 2 x 2 is that of patch (1, 4) of 6 x 6
-    torch.testing.assert_close(table[:, prefix + 1], larger[:, prefix + 10], rtol=0, atol=1e-14)
-
-
-def test_classification_heads_load_and_stay_out_of_the_way() -> None:
-    model = small(head_classes=7)
-    assert {"encoder.head.weight", "encoder.head.bias"} <= set(model.state_dict())
-    assert not model.encoder.head.weight.requires_grad
-    without = sf.create_model(model.config, head_classes=0)
-    assert set(model.state_dict()) - set(without.state_dict()) == {"encoder.head.weight", "encoder.head.bias"}
-
-
 @pytest.mark.parametrize("name", sf.VARIANTS)
 def test_every_variant_builds_with_the_official_keys(name: str) -> None:
     with torch.device("meta"):
@@ -242,3 +203,7 @@ def test_a_summed_loss_is_the_mean_times_the_labelled_pixels() -> None:
     ignored.backward()
     assert ignored == 0
     assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_methods_of_the_model_do_not_show_as_modules_of_the_package() -> None:
+    assert not {"optimize", "attention_maps"} & set(dir(sf))
