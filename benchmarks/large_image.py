@@ -28,7 +28,7 @@ from segmenter_fast import Segmenter, create_model, load
 from segmenter_fast.devices import choose_device, choose_dtype
 from segmenter_fast.inference.windows import Windows
 from segmenter_fast.io.images import normalise
-from segmenter_fast.io.tiff import TiffRaster
+from segmenter_fast.io.large_images import TiffRaster
 
 from .device import describe
 from .results import write_json

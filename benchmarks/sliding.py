@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segmenter_fast import Segmenter, create_model
-from segmenter_fast.inference.slide import scaled_and_flipped, slide
+from segmenter_fast.inference import slide
+from segmenter_fast.inference.rows import Rows, image_views
 
 from .cases import OURS, Case, Variant
 from .device import resolve
@@ -44,10 +45,16 @@ def canvas(model: Segmenter, image: Tensor, window: int, stride: int) -> Tensor:
     return total.div_(count)
 
 
+def views(image: Tensor, scales: tuple[float, ...], flip: bool) -> tuple[list[Tensor], list[bool]]:
+    """Return the ``images`` and ``flips`` of ``slide``."""
+    rows, flips = image_views(Rows.of_tensor(image), scales, flip)
+    return [view.read(0, view.height) for view in rows], flips
+
+
 @torch.inference_mode()
 def canvas_votes(model: Segmenter, image: Tensor, scales: tuple[float, ...], flip: bool) -> Tensor:
     """``(K, H, W)``: the mean logits; of several scales and flips the sum of their softmaxes."""
-    images, flips = scaled_and_flipped(image, scales, flip)
+    images, flips = views(image, scales, flip)
     size = image.shape[2:]
     total: Tensor | None = None
     for one, mirrored in zip(images, flips, strict=True):
@@ -79,7 +86,7 @@ def make_case(
         return (torch.randn(1, 3, side, side, device=device, generator=generator),)
 
     def ours(image: Tensor) -> Tensor:
-        images, flips = scaled_and_flipped(image, scales, flip)
+        images, flips = views(image, scales, flip)
         return slide(model, images, flips, (side, side), WINDOW, STRIDE, BATCH)
 
     def judge(inputs: tuple[Any, ...]) -> Any:

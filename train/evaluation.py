@@ -18,8 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import Pair
+from ..inference import slide
 from ..inference.settings import Settings, fits_one_window
-from ..inference.slide import slide
 from ..io.images import normalise
 from ..processes import World
 from ..segmenter import Segmenter

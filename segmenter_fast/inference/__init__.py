@@ -1,5 +1,5 @@
 """Sliding windows, single images and folders of images. The public name is ``slide``."""
 
-from .slide import slide
+from .sliding import slide
 
 __all__ = ["slide"]

@@ -1,4 +1,4 @@
-"""Many images to files: which input is written where, and one image's outputs, whole or not at all."""
+"""Labels and overlays of many images as files: the outputs of each input, written complete or not at all."""
 
 from __future__ import annotations
 
@@ -10,49 +10,56 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .. import io as rasters
+import numpy as np
+from PIL import Image
+
+from .. import visualize
+from ..io import images
 from ..io.atomic import write_png
-from ..io.label_tiff import check_label_tiff
+from ..io.label_tiff import check_label_tiff, write_label_tiff
 from ..segmenter import Segmenter
-from .bands import Progress
-from .by_rows import run_by_rows
-from .predict import predict_raster
+from ..visualize import Color
+from .predict import class_table, label_bands, predict_raster
+from .resume import FinishedRows, describe_run
 from .settings import Settings
+from .sliding import Progress
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jp2", ".avif")
 LABELS, OVERLAYS = "labels", "overlays"
+OVERLAY_SIDE = 2048
+"""Longest side in pixels of the overlay of a large image."""
 LabelFormat = Literal["auto", "png", "tiff"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """One input and the files it becomes."""
+    """One input and its output files."""
 
     source: Path
     labels: Path
-    """PNG, or TIFF where that is the format; with "auto" a large image has ``tiled`` instead."""
+    """PNG, or TIFF for the format "tiff"; with "auto" a large image has ``tiled`` instead."""
     overlay: Path | None
     format: LabelFormat = "auto"
 
     @property
     def tiled(self) -> Path:
-        """The labels as TIFF."""
+        """Path of the labels as TIFF."""
         return self.labels.with_suffix(".tif")
 
     @property
     def finished(self) -> bool:
-        """Whether every output is there; outputs appear under their names only when complete."""
+        """True if every output exists; outputs appear under their names only when complete."""
         labels = self.labels.exists() or (self.format == "auto" and self.tiled.exists())
         return labels and (self.overlay is None or self.overlay.exists())
 
 
 def plan(inputs: Sequence[Path], out: Path, overlay: bool = True, format: LabelFormat = "auto") -> list[Job]:
-    """The images of files and folders, and their outputs ``out/labels/*.png`` (or ``.tif``) and ``out/overlays/*.png``.
+    """List the images in files and folders, and their outputs ``out/labels/*.png`` or ``*.tif`` and ``out/overlays``.
 
-    Folders are walked; files in them count by ``IMAGE_SUFFIXES``, hidden ones and what is in the two output folders
-    do not. Outputs keep the tree below the deepest folder that all inputs share, so that inputs of one name from
-    several folders do not meet. In a folder where two names differ only in their suffix, outputs keep the suffix:
-    ``x.jpg.png`` and ``x.tif.png``.
+    Folders are walked for files of ``IMAGE_SUFFIXES``, except hidden ones and those in the two output folders. Outputs
+    keep the tree below the deepest folder that all inputs share, so that inputs of one name from several folders do
+    not collide. In a folder where two names differ only in their suffix, outputs keep the suffix: ``x.jpg.png`` and
+    ``x.tif.png``.
 
     Raises:
         FileNotFoundError: an input that does not exist.
@@ -86,10 +93,10 @@ def plan(inputs: Sequence[Path], out: Path, overlay: bool = True, format: LabelF
 
 
 def make_writable(out: Path, overlay: bool = True) -> None:
-    """Makes the output folders, and tries to write into them.
+    """Make the output folders and try to write into them.
 
     Raises:
-        OSError: that cannot be done, naming the folder.
+        OSError: a folder cannot be made or written, naming it.
     """
     for name in (LABELS, OVERLAYS) if overlay else (LABELS,):
         folder = out / name
@@ -110,32 +117,67 @@ def run(
     resume: bool = False,
     progress: Progress | None = None,
 ) -> str | None:
-    """Segments one image and writes its outputs, the labels last.
+    """Segment one image and write its outputs, the labels last.
 
-    Images above ``rasters.LARGE_PIXELS``, and all where the format is "tiff", go through ``run_by_rows``: finished rows
-    are kept on disk, and with ``resume`` a run that was interrupted goes on below them.
+    Images above ``LARGE_PIXELS``, and all where the format is "tiff", need not fit into memory: their labels go to
+    disk a band of rows at a time, and with ``resume`` an interrupted run continues below the finished rows. At the end
+    they become tiled TIFF, or PNG, which needs all of them in memory, a byte or two a pixel. Overlays of these images
+    are reduced to ``OVERLAY_SIDE``.
 
     Args:
-        name: of the model, for the note on an interrupted run.
-        progress: called with the windows done and the windows of the image; not where a single window is all.
+        name: of the model, for the description of an interrupted run.
+        progress: as in ``slide_rows``; not called where a single window covers the image.
 
     Returns:
-        Why an interrupted run could not go on, or None.
+        The reason why an interrupted run could not be continued, or None.
 
     Raises:
         OSError, ValueError: the image cannot be used or an output cannot be written; nothing half-written stays but
             the rows of an interrupted run.
     """
-    raster = rasters.open_raster(job.source)
-    large = raster.height * raster.width > rasters.LARGE_PIXELS
-    if large or job.format == "tiff":
-        labels = job.tiled if job.format == "auto" else job.labels
-        return run_by_rows(model, raster, job.source, labels, job.overlay, settings, name, resume, progress)
-    prediction = predict_raster(model, raster, settings, progress)
+    raster = images.open_raster(job.source)
+    large = raster.height * raster.width > images.LARGE_PIXELS
+    if not large and job.format != "tiff":
+        prediction = predict_raster(model, raster, settings, progress)
+        if job.overlay is not None:
+            write_png(prediction.overlay(), job.overlay)
+        write_png(prediction.label_image(), job.labels)
+        return None
+
+    labels = job.tiled if job.format == "auto" else job.labels
+    size, num_classes = (raster.height, raster.width), model.config.num_classes
+    if labels.suffix == ".tif":
+        check_label_tiff(num_classes)
+    names, palette = class_table(model.config)
+    dtype = np.dtype(np.uint8 if num_classes <= 256 else np.uint16 if num_classes <= 65536 else np.int32)
+    rows = FinishedRows(labels, describe_run(model, name, settings, job.source, size), size, dtype, resume)
+    if rows.count < size[0]:
+        for _, band in label_bands(model, raster, settings, rows.count, progress):
+            rows.append(band)
     if job.overlay is not None:
-        write_png(prediction.overlay(), job.overlay)
-    write_png(prediction.label_image(), job.labels)
-    return None
+        write_png(reduced_overlay(raster, rows, palette), job.overlay)
+    if labels.suffix == ".tif":
+        write_label_tiff(labels, rows.bands(), size, palette, names)
+    else:
+        write_png(visualize.label_image(rows.read(0, size[0]), palette), labels)
+    rows.remove()
+    return rows.restarted
+
+
+def reduced_overlay(raster: images.Raster, rows: FinishedRows, palette: tuple[Color, ...]) -> Image.Image:
+    """Return the overlay reduced by a whole factor: mean of the pixels, and label in the middle, of each block."""
+    height, width = rows.size
+    factor = -(-max(rows.size) // OVERLAY_SIDE)
+    step = factor * max(512 // factor, 1)
+    columns = np.minimum(np.arange(-(-width // factor)) * factor + factor // 2, width - 1)
+    parts = []
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        pixels = np.asarray(Image.fromarray(raster.read(top, bottom)).reduce(factor))
+        middles = np.minimum(np.arange(len(pixels)) * factor + factor // 2, bottom - top - 1)
+        labels = rows.read(top, bottom)[middles[:, None], columns]
+        parts.append(np.asarray(visualize.overlay(pixels, labels, palette)))
+    return Image.fromarray(np.concatenate(parts))
 
 
 def _images(path: Path, out: Path) -> Iterator[Path]:

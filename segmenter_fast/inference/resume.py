@@ -1,7 +1,7 @@
-"""Labels of an image on their way to a file, on disk row by row, so that an interrupted run can go on.
+"""Finished rows of a label map on disk, so that an interrupted run can be resumed.
 
-Two files beside the output: ``.NAME.rows`` with the finished rows as they are, and ``.NAME.json`` which says whose
-they are. Rows are appended and synced a band at a time; how many are whole is a matter of the file's length.
+Two files beside the output: ``.NAME.rows`` holds the finished rows as raw bytes, ``.NAME.json`` describes their run.
+Rows are appended and synced a band at a time. The length of the file tells how many of them are complete.
 """
 
 from __future__ import annotations
@@ -22,93 +22,85 @@ from ..config import Pair
 from ..io.atomic import atomic_path
 from .settings import Settings
 
-Identity = dict[str, Any]
 
-
-def identity(model: nn.Module, name: str, settings: Settings, source: Path, size: Pair) -> Identity:
-    """What labels depend on: weights, options and the image file, in values that JSON holds.
+def describe_run(model: nn.Module, name: str, settings: Settings, source: Path, size: Pair) -> dict[str, Any]:
+    """Return all that labels depend on: weights, options and the image file, in values that JSON holds.
 
     Raises:
-        OSError: the image file is not there.
+        OSError: the image file does not exist.
     """
+    digest = hashlib.sha256()  # over names, dtypes, shapes and bytes of all tensors
+    for key, tensor in model.state_dict().items():
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     status = os.stat(source)
     return {
-        "model": {"name": name, "weights": _digest(model)},
+        "model": {"name": name, "weights": digest.hexdigest()},
         "options": asdict(settings) | {"scales": list(settings.scales)},
         "image": {"name": source.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "size": list(size)},
     }
 
 
-class Spool:
-    """The finished rows ``(h, W)`` of one label map."""
+class FinishedRows:
+    """The finished rows ``(h, W)`` of one label map, on disk."""
 
-    def __init__(self, output: Path, identity: Identity, size: Pair, dtype: np.dtype, resume: bool) -> None:
-        """Opens the rows of ``output``, or begins anew where ``resume`` is not set or they are another run's.
+    def __init__(self, output: Path, run: dict[str, Any], size: Pair, dtype: np.dtype, resume: bool) -> None:
+        """Open the rows of ``output``; start with none unless ``resume`` is set and they are of the same run.
 
-        ``restarted`` says why rows that were there are not used, None where they are or where there were none.
+        ``restarted`` is the reason why rows that are there are not used, None where they are or where there are none.
 
         Raises:
             OSError: the files cannot be written.
         """
-        self._rows, self._about = files(output)
-        self._identity, self.size, self.dtype = identity, size, np.dtype(dtype)
+        self.size, self.dtype = size, np.dtype(dtype)
+        self._rows, self._description = resume_files(output)
         self._row_bytes = size[1] * self.dtype.itemsize
-        self.restarted = self._why_not() if resume else None
-        output.parent.mkdir(parents=True, exist_ok=True)
-        if not resume or self.restarted or not (self._rows.exists() and self._about.exists()):
+        self.restarted = _difference(self._description, run) if resume and self._description.exists() else None
+        if not resume or self.restarted or not (self._rows.exists() and self._description.exists()):
             self.remove()
-            with atomic_path(self._about) as temporary:
-                temporary.write_text(json.dumps(identity, indent=1) + "\n")
+            with atomic_path(self._description) as temporary:
+                temporary.write_text(json.dumps(run, indent=1) + "\n")
             self._rows.touch()
-        self.finished = min(self._rows.stat().st_size // self._row_bytes, size[0])
-        os.truncate(self._rows, self.finished * self._row_bytes)
+        self.count = min(self._rows.stat().st_size // self._row_bytes, size[0])
+        os.truncate(self._rows, self.count * self._row_bytes)
 
     def append(self, band: np.ndarray) -> None:
-        """Adds ``(h, W)`` labels below the finished rows; they are on disk when this returns."""
+        """Add ``(h, W)`` labels below the finished rows; they are on disk when this returns."""
         with open(self._rows, "r+b") as file:
-            file.seek(self.finished * self._row_bytes)
+            file.seek(self.count * self._row_bytes)
             file.write(np.ascontiguousarray(band, self.dtype).data)
             file.flush()
             os.fsync(file.fileno())
-        self.finished += len(band)
+        self.count += len(band)
 
     def read(self, top: int, bottom: int) -> np.ndarray:
-        """``(bottom - top, W)`` finished rows."""
+        """Return ``(bottom - top, W)`` finished rows."""
         with open(self._rows, "rb") as file:
             file.seek(top * self._row_bytes)
             data = file.read((bottom - top) * self._row_bytes)
         return np.frombuffer(data, self.dtype).reshape(bottom - top, self.size[1])
 
     def bands(self, height: int = 512) -> Iterator[np.ndarray]:
-        """All finished rows, ``height`` of them at a time."""
-        return (self.read(top, min(top + height, self.finished)) for top in range(0, self.finished, height))
+        """Return all finished rows, ``height`` of them at a time."""
+        return (self.read(top, min(top + height, self.count)) for top in range(0, self.count, height))
 
     def remove(self) -> None:
-        """Deletes the files."""
+        """Delete the files."""
         self._rows.unlink(missing_ok=True)
-        self._about.unlink(missing_ok=True)
-
-    def _why_not(self) -> str | None:
-        if not self._about.exists():
-            return None
-        try:
-            found = json.loads(self._about.read_text())
-        except ValueError:
-            return "the note on the interrupted run cannot be read"
-        known = found if isinstance(found, dict) else {}
-        other = [part for part, value in self._identity.items() if known.get(part) != value]
-        return f"not those of the interrupted run: {', '.join(other)}" if other else None
+        self._description.unlink(missing_ok=True)
 
 
-def files(output: Path) -> tuple[Path, Path]:
-    """Where the finished rows of ``output`` lie, and the note on them."""
+def resume_files(output: Path) -> tuple[Path, Path]:
+    """Return the paths of the finished rows of ``output`` and of the description of their run."""
     return output.with_name(f".{output.name}.rows"), output.with_name(f".{output.name}.json")
 
 
-def _digest(model: nn.Module) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of all tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _difference(description: Path, run: dict[str, Any]) -> str | None:
+    """Return what differs between the run of the rows on disk and this one, None for nothing."""
+    try:
+        found = json.loads(description.read_text())
+    except ValueError:
+        return "the description of the interrupted run cannot be read"
+    known = found if isinstance(found, dict) else {}
+    other = [part for part, value in run.items() if known.get(part) != value]
+    return f"the interrupted run had another {', '.join(other)}" if other else None

@@ -1,119 +1,118 @@
-"""A raster as the model takes it: bands of normalised pixels, scaled and mirrored without the whole image.
-
-Scales are those of ``F.interpolate(scale_factor=..., mode="bilinear", align_corners=False)``, enlargements those of
-``F.interpolate(size=...)``, on the whole image: both are separable, so a band needs the source rows under it only.
-"""
+"""Images as the model takes them, read a band of rows at a time: normalised, scaled, mirrored, enlarged."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import Pair
-from ..io.images import normalise
-from ..io.opening import Raster
-from .bands import Rows
-from .slide import check_scales, enlarged_size
+from ..io.images import Raster, normalise
 
 
 @dataclass(frozen=True)
-class NormalisedRows:
-    """A raster as float32 rows on a device: scaled to [0, 1], minus mean, divided by std."""
+class Rows:
+    """One image, floating point and normalised, whose rows are read on demand."""
 
-    raster: Raster
-    mean: Sequence[float]
-    std: Sequence[float]
+    height: int
+    width: int
     device: torch.device
+    read: Callable[[int, int], Tensor]
+    """(top, bottom) -> ``(1, 3, bottom - top, width)`` on the device."""
+    whole: Tensor | None = None
+    """``(1, 3, height, width)`` of an image in memory."""
 
-    @property
-    def height(self) -> int:
-        return self.raster.height
+    @classmethod
+    def of_tensor(cls, image: Tensor) -> Rows:
+        """Rows of ``(1, 3, h, w)``."""
+        height, width = image.shape[2:]
+        return cls(height, width, image.device, lambda top, bottom: image[:, :, top:bottom], image)
 
-    @property
-    def width(self) -> int:
-        return self.raster.width
+    @classmethod
+    def of_raster(cls, raster: Raster, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Rows:
+        """Rows in float32 that are normalised as they are read; see ``normalise``."""
 
-    def read(self, top: int, bottom: int) -> Tensor:
-        return normalise(self.raster.read(top, bottom), self.mean, self.std, self.device)
+        def read(top: int, bottom: int) -> Tensor:
+            return normalise(raster.read(top, bottom), mean, std, device)
 
+        return cls(raster.height, raster.width, device, read)
 
-@dataclass(frozen=True)
-class MirroredRows:
-    """Rows from right to left."""
+    def mirrored(self) -> Rows:
+        """Rows from right to left."""
+        if self.whole is not None:
+            return Rows.of_tensor(self.whole.flip(3))
+        return replace(self, read=lambda top, bottom: self.read(top, bottom).flip(3))
 
-    rows: Rows
+    def resized(self, to: float | Pair) -> Rows:
+        """Rows resized bilinearly, as ``F.interpolate`` resizes a whole image, by a factor or to (height, width).
 
-    @property
-    def height(self) -> int:
-        return self.rows.height
-
-    @property
-    def width(self) -> int:
-        return self.rows.width
-
-    def read(self, top: int, bottom: int) -> Tensor:
-        return self.rows.read(top, bottom).flip(3)
-
-
-class ResizedRows:
-    """Rows resized bilinearly by a factor, or to a size (height, width)."""
-
-    def __init__(self, rows: Rows, to: float | Pair, device: torch.device) -> None:
-        self._rows, self._to = rows, to
-        # Where PyTorch puts its sampling points depends on its rounding in float32, so it is asked: columns that tell
-        # the source rows apart by their remainder of 3 come out as the weights of those rows.
-        marks = F.one_hot(torch.arange(rows.height, device=device) % 3, 3).T.float()[None, :, :, None]
-        weights = self._resized(marks, vertically=True)[0, :, :, 0].cpu()
-        self.height = weights.shape[1]
-        ratio = 1 / to if isinstance(to, float) else rows.height / to[0]
-        centre = ((torch.arange(self.height, dtype=torch.float64) + 0.5) * ratio - 0.5).clamp(0, rows.height - 1)
+        Resizing is separable, so a band needs only the source rows under it.
+        """
+        if self.whole is not None:
+            return Rows.of_tensor(_interpolate(self.whole, to))
+        # Recover PyTorch's weights, whose sampling points it rounds in float32, by resizing one-hot rows.
+        marks = F.one_hot(torch.arange(self.height, device=self.device) % 3, 3).T.float()[None, :, :, None]
+        weights = _interpolate(marks, to, horizontally=False)[0, :, :, 0].cpu()
+        height = weights.shape[1]
+        width = _interpolate(torch.empty(1, 1, 1, self.width), to, vertically=False).shape[3]
+        ratio = 1 / to if isinstance(to, float) else self.height / to[0]
+        centre = ((torch.arange(height, dtype=torch.float64) + 0.5) * ratio - 0.5).clamp(0, self.height - 1)
         near = centre.floor().long() + torch.tensor([-1, 0, 1])[:, None]  # (3, height)
-        self._weights = weights.gather(0, near % 3)
-        self._sources = near.clamp(0, rows.height - 1)
-        self.width = self._resized(torch.empty(1, 1, 1, rows.width), vertically=False).shape[3]
+        weights = weights.gather(0, near % 3)
+        near = near.clamp(0, self.height - 1)
 
-    def read(self, top: int, bottom: int) -> Tensor:
-        sources, weights = self._sources[:, top:bottom], self._weights[:, top:bottom]
-        used = sources[weights != 0]
-        first, last = int(used.min()), int(used.max())
-        wide = self._resized(self._rows.read(first, last + 1), vertically=False)
-        sources = (sources - first).clamp(0, last - first).to(wide.device)
-        weights = weights[:, :, None].to(wide)
-        band = wide.index_select(2, sources[0]).mul_(weights[0])
-        for source, weight in zip(sources[1:], weights[1:], strict=True):
-            band.addcmul_(wide.index_select(2, source), weight)
-        return band
+        def read(top: int, bottom: int) -> Tensor:
+            sources, shares = near[:, top:bottom], weights[:, top:bottom]
+            used = sources[shares != 0]
+            first, last = int(used.min()), int(used.max())
+            wide = _interpolate(self.read(first, last + 1), to, vertically=False)
+            sources = (sources - first).clamp(0, last - first).to(wide.device)
+            shares = shares[:, :, None].to(wide)
+            band = wide.index_select(2, sources[0]).mul_(shares[0])
+            for source, share in zip(sources[1:], shares[1:], strict=True):
+                band.addcmul_(wide.index_select(2, source), share)
+            return band
 
-    def _resized(self, images: Tensor, vertically: bool) -> Tensor:
-        """Along one axis."""
-        if isinstance(self._to, float):
-            factor = (self._to, 1.0) if vertically else (1.0, self._to)
-            return F.interpolate(images, scale_factor=factor, mode="bilinear", align_corners=False)
-        size = (self._to[0], images.shape[3]) if vertically else (images.shape[2], self._to[1])
-        return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+        return Rows(height, width, self.device, read)
+
+    def enlarged(self, window: int) -> Rows:
+        """Rows whose smaller side is at least the window; the other side is truncated to whole pixels."""
+        if min(self.height, self.width) >= window:
+            return self
+        if self.height < self.width:
+            return self.resized((window, int(self.width / self.height * window)))
+        return self.resized((int(self.height / self.width * window), window))
 
 
-def scaled_rows(
-    rows: Rows, scales: Sequence[float], flip: bool, enlarge_to: int | None, device: torch.device
+def image_views(
+    image: Rows, scales: Sequence[float], flip: bool = False, enlarge_to: int | None = None
 ) -> tuple[list[Rows], list[bool]]:
-    """``inference.scaled_and_flipped`` a band at a time: every scale plain and, with ``flip``, mirrored.
+    """Return the ``images`` and ``flips`` of ``slide_rows``: every scale plain and, with ``flip``, mirrored.
 
     Args:
-        enlarge_to: the window that the smaller side of each scale is enlarged to where it is below, None for never.
+        enlarge_to: a window up to which smaller scales are enlarged; None for no enlarging.
 
     Raises:
-        ValueError: no scale, or one that is not positive or leaves nothing of the image.
+        ValueError: a scale that leaves no pixel of the image.
     """
-    check_scales(scales, (rows.height, rows.width))
-    images: list[Rows] = []
+    views: list[Rows] = []
     for scale in scales:
-        scaled = rows if scale == 1 else ResizedRows(rows, float(scale), device)
-        size = scaled.height, scaled.width
-        larger = size if enlarge_to is None else enlarged_size(size, enlarge_to)
-        for image in (scaled, MirroredRows(scaled)) if flip else (scaled,):
-            images.append(image if larger == size else ResizedRows(image, larger, device))
-    return images, [False, True] * len(scales) if flip else [False] * len(scales)
+        if min(image.height, image.width) * scale < 1:
+            given = f"{scale} for an image of {image.height} x {image.width} pixels"
+            raise ValueError(f"scales must be positive, finite and leave at least one pixel, got {given}")
+        scaled = image if scale == 1 else image.resized(float(scale))
+        views += [scaled, scaled.mirrored()] if flip else [scaled]
+    if enlarge_to is not None:
+        views = [view.enlarged(enlarge_to) for view in views]
+    return views, [False, True] * len(scales) if flip else [False] * len(scales)
+
+
+def _interpolate(images: Tensor, to: float | Pair, vertically: bool = True, horizontally: bool = True) -> Tensor:
+    if isinstance(to, float):
+        factors = to if vertically else 1.0, to if horizontally else 1.0
+        return F.interpolate(images, scale_factor=factors, mode="bilinear", align_corners=False)
+    size = to[0] if vertically else images.shape[2], to[1] if horizontally else images.shape[3]
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)

@@ -1,9 +1,9 @@
-"""How an output pixel is composed of patch-level masks, along one axis; the composition is separable.
+"""Sliding windows along one axis, and the lattice of points that output pixels mix; both axes are separable.
 
 Canvas pixel y is the mean of the windows that cover it, each a bilinear tap of that window's patches; the canvas is
 resized bilinearly to the output. So output y is a weighted sum of a few patch rows, a sparse row A[y], and between two
-bends A is linear in y: it needs to be evaluated at the first and the last output of each run only, the points of a
-lattice. Everything in between is a bilinear mix of four lattice points, whatever windows and scales were.
+bends A is linear in y. Evaluating it at the first and the last output of each run is enough: these are the points of a
+lattice. Every output between them is a bilinear mix of four lattice points, whatever the windows and scales are.
 
 Source: the official program's inference; weights in exact integer arithmetic and float64.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..kernels.bilinear import Axis
 
-# Second differences of weights, which are at most 1, that count as a bend; rounding leaves 1e-15.
+# Smallest second difference of weights that counts as a bend. Weights are at most 1; rounding leaves 1e-15.
 _BEND = 1e-9
 
 
@@ -37,7 +37,7 @@ class Windows:
 
     @classmethod
     def make(cls, side: int, window: int, stride: int, patch: int, padded: bool) -> Windows:
-        """Anchors are every stride below the last one, which ends at the border; ``padded``: to whole patches."""
+        """Put windows at every stride, and a last one at the border. ``padded``: masks cover whole patches."""
         window = min(window, side)
         grid = -(-window // patch)
         last = side - window
@@ -70,13 +70,14 @@ class Windows:
 
 @dataclass(frozen=True)
 class Lattice:
-    """Points along one axis, and for each of ``size`` outputs the two that it mixes.
+    """Points along one axis, and for each of ``size`` outputs the two points that it mixes.
 
     Point p is the sum of ``weights[start[p]:start[p + 1]]`` times the patches of the same places.
     """
 
+    windows: Windows
     lower: Tensor  # (size,) int64, a point
-    upper: Tensor  # (size,) int64
+    upper: Tensor  # (size,) int64, a point
     weight: Tensor  # (size,) float64, of the upper point
     start: Tensor  # (points + 1,) int64
     patches: Tensor  # int64
@@ -107,6 +108,7 @@ class Lattice:
         start = F.pad(taken.cumsum(0), (1, 0))
         entries = torch.arange(int(start[-1])) + (begins[points] - start[:-1]).repeat_interleave(taken)
         return cls(
+            windows,
             begin.repeat_interleave(length),
             (begin + count - 1).repeat_interleave(length),
             weight,
@@ -115,29 +117,27 @@ class Lattice:
             rows.values()[entries],
         )
 
-    def used(self, first: int, last: int) -> tuple[int, int]:
-        """The points of outputs ``[first, last)``, from one to one past the last."""
-        return int(self.lower[first]), int(self.upper[last - 1]) + 1
+    def needed(self, first: int, last: int) -> tuple[range, range]:
+        """Return the points that outputs ``[first, last)`` mix, and the windows whose patches these points take."""
+        points = range(int(self.lower[first]), int(self.upper[last - 1]) + 1)
+        patches = self.patches[int(self.start[points.start]) : int(self.start[points.stop])]
+        grid = self.windows.grid
+        return points, range(int(patches.min()) // grid, int(patches.max()) // grid + 1)
 
-    def patches_of(self, first: int, last: int) -> tuple[int, int]:
-        """The smallest and the largest patch that points ``[first, last)`` take."""
-        patches = self.patches[int(self.start[first]) : int(self.start[last])]
-        return int(patches.min()), int(patches.max())
-
-    def evaluate(self, table: Tensor, first: int, last: int, offset: int = 0) -> Tensor:
-        """``(patches, n)`` values, the first one that of patch ``offset`` -> ``(last - first, n)`` of the points."""
-        begin, end = int(self.start[first]), int(self.start[last])
+    def evaluate(self, table: Tensor, points: range, offset: int = 0) -> Tensor:
+        """``(patches, n)`` values, the first one that of patch ``offset`` -> ``(len(points), n)``."""
+        begin, end = int(self.start[points.start]), int(self.start[points.stop])
         return F.embedding_bag(
             (self.patches[begin:end] - offset).to(table.device),
             table,
-            (self.start[first:last] - begin).to(table.device),
+            (self.start[points.start : points.stop] - begin).to(table.device),
             mode="sum",
             per_sample_weights=self.weights[begin:end].to(table),
         )
 
 
 def _runs(places: Tensor, weights: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """First and last outputs of the runs of a table ``(2, n)``, ``(n,)``: linear in each, none of two outputs."""
+    """Return first and last outputs of the linear runs of a table ``(2, n)``, ``(n,)``; no run has two outputs."""
     shifts, factors = torch.tensor([-1, 0, 1]), torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64)
     outputs = (places[0] + shifts[:, None]).flatten()
     values = (weights * factors[:, None]).flatten()
@@ -151,7 +151,7 @@ def _runs(places: Tensor, weights: Tensor, size: int) -> tuple[Tensor, Tensor]:
     bends = differences.indices()[0, differences.values().abs() > _BEND].unique()
     ends, begin = [], 0
     for bend in [*bends.tolist(), size - 1]:
-        if bend == begin + 1:  # two outputs: a run each, so that no point of weight 0 is mixed in
+        if bend == begin + 1:  # two outputs become a run each, so that no point of weight 0 is mixed in
             ends.append(begin)
         if bend >= begin + 1 or bend == size - 1:
             ends.append(bend)

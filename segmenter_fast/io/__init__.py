@@ -1,6 +1,5 @@
-"""Images as rows of pixels, read a band at a time from files that need not fit into memory, and their label maps."""
+"""Images as rows of pixels from memory or from files larger than it, label maps as files, atomic writing."""
 
-from .opening import LARGE_PIXELS, Raster, open_raster
-from .pixels import Pixels
+from .images import Pixels, Raster, open_raster
 
-__all__ = ["LARGE_PIXELS", "Pixels", "Raster", "open_raster"]
+__all__ = ["Pixels", "Raster", "open_raster"]

@@ -1,24 +1,94 @@
-"""From whatever holds an image to RGB pixels, and from pixels to what the model takes."""
+"""Images as RGB pixels, in memory or read by rows, and their normalisation."""
 
 from __future__ import annotations
 
 import os
 import struct
+import warnings
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .large_images import NotByRowsError, TiffRaster, VipsRaster, to_eight_bits
+
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
-# What Pillow raises for files that are cut short or hold something else.
+LARGE_PIXELS = 1 << 26
+"""Images with more pixels, 8192 x 8192, are read by rows, and their labels are written as tiled TIFF."""
+
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+# Errors of Pillow on files that are cut short or no images.
 _UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
 
 
+class Raster(Protocol):
+    """RGB pixels that are read a band of rows at a time."""
+
+    height: int
+    width: int
+
+    def read(self, top: int, bottom: int) -> np.ndarray:
+        """``(bottom - top, width, 3)`` uint8.
+
+        Raises:
+            OSError: the file cannot be decoded, naming it.
+            ValueError: pixels without a defined meaning in 8 bits.
+        """
+
+
+class Pixels:
+    """``(H, W, 3)`` uint8 in memory as a ``Raster``."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels, self.height, self.width = pixels, pixels.shape[0], pixels.shape[1]
+
+    def read(self, top: int, bottom: int) -> np.ndarray:
+        return self.pixels[top:bottom]
+
+
+def open_raster(image: ImageSource) -> Raster:
+    """Open an image with the pixels of ``read_image``, by rows where its file is large and its format allows it.
+
+    Above ``LARGE_PIXELS`` a TIFF is read by tifffile, tile by tile or strip by strip, and any other file, or a TIFF
+    that tifffile cannot decode by rows, by libvips; formats without random access (JPEG, PNG) libvips decodes once to
+    a temporary file. Where neither is installed Pillow holds the whole image, up to its own limit.
+
+    Raises:
+        TypeError, ValueError, OSError: as ``read_image``, and a file larger than what is installed can read.
+    """
+    if not isinstance(image, (str, os.PathLike)):
+        return Pixels(read_image(image))
+    path, reasons = os.fspath(image), []
+    with open(path, "rb") as file:
+        is_tiff = file.read(4) in _TIFF_STARTS
+    if is_tiff:
+        try:
+            raster = TiffRaster(path)
+            if raster.height * raster.width > LARGE_PIXELS:
+                return raster
+        except NotByRowsError as reason:
+            reasons.append(str(reason))
+    with warnings.catch_warnings():  # a warning below Pillow's limit is about attacks, but the file is the user's
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        if not _is_large(path):
+            return Pixels(read_image(path))
+        try:
+            return VipsRaster(path)
+        except NotByRowsError as reason:
+            reasons.append(str(reason))
+        try:
+            return Pixels(read_image(path))
+        except (OSError, MemoryError) as error:
+            install = "pip install 'segmenter-fast[large]' has what large images need"
+            raise OSError(f"{error}; by rows: {'; '.join(reasons)}; {install}") from error
+
+
 def read_image(image: ImageSource) -> np.ndarray:
-    """The RGB pixels of an image: ``(H, W, 3)`` uint8.
+    """Read the RGB pixels of an image: ``(H, W, 3)`` uint8.
 
     Files and PIL images are turned upright as their EXIF orientation says. Transparency is dropped, not blended, as
     the official program does. 16-bit grey values (modes I;16 and I) are divided by 257 and rounded. Of a file with
@@ -38,7 +108,15 @@ def read_image(image: ImageSource) -> np.ndarray:
     if isinstance(image, Image.Image):
         return _to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, (str, os.PathLike)):
-        return _to_rgb(_open(image))
+        try:
+            with Image.open(image) as opened:
+                opened.load()
+                upright = ImageOps.exif_transpose(opened)
+        except (FileNotFoundError, IsADirectoryError, PermissionError):
+            raise  # these name the file themselves
+        except _UNREADABLE as error:
+            raise OSError(f"image {os.fspath(image)} cannot be read: {error}") from error
+        return _to_rgb(upright)
     hint = "; the model's own methods take tensors" if isinstance(image, Tensor) else ""
     raise TypeError(f"image must be a path, a PIL image or a uint8 array, got {type(image).__name__}{hint}")
 
@@ -51,15 +129,14 @@ def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float], d
     return images.div_(255).sub_(shift).div_(scale)
 
 
-def _open(path: str | os.PathLike[str]) -> Image.Image:
+def _is_large(path: str) -> bool:
     try:
         with Image.open(path) as opened:
-            opened.load()
-            return ImageOps.exif_transpose(opened)
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise  # these name the file themselves
-    except _UNREADABLE as error:
-        raise OSError(f"image {os.fspath(path)} cannot be read: {error}") from error
+            return opened.width * opened.height > LARGE_PIXELS
+    except Image.DecompressionBombError:
+        return True
+    except (OSError, SyntaxError, ValueError):
+        return False  # read_image raises a better error
 
 
 def _from_array(array: np.ndarray) -> np.ndarray:
@@ -91,11 +168,3 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         return np.array(image.convert("RGB"))
     except ValueError as error:
         raise ValueError(f"image has mode {image.mode}, which cannot be converted to RGB: {error}") from error
-
-
-def to_eight_bits(values: np.ndarray) -> np.ndarray:
-    """Grey values of 16 bits -> uint8, rounded to nearest."""
-    low, high = values.min(), values.max()
-    if low < 0 or high > 65535:
-        raise ValueError(f"image of integers must lie within 0 to 65535 (16 bits), got {low} to {high}")
-    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)

@@ -17,7 +17,7 @@ _PLAIN_TIFF_BYTES = (1 << 32) - (1 << 25)
 
 
 def check_label_tiff(num_classes: int = 1) -> None:
-    """Whether ``write_label_tiff`` can write.
+    """Check that ``write_label_tiff`` can write labels of this many classes.
 
     Raises:
         ValueError: more classes than 16 bits hold, or tifffile is not installed.
@@ -39,9 +39,9 @@ def write_label_tiff(
 ) -> None:
     """Write ``(h, W)`` bands, top to bottom, as one TIFF of class indices.
 
-    Tiles of at most 512 x 512, Deflate. Up to 256 classes pixels are uint8 with the palette as colour map, above they
-    are 16-bit grey. The description holds a class name a line, in the order of the indices. BigTIFF only where the
-    pixels could pass 4 GB.
+    Tiles are at most 512 x 512, compressed by Deflate. Pixels are uint8 with the palette as colour map up to 256
+    classes, 16-bit grey above. The description lists the class names, one a line. BigTIFF only where pixels could pass
+    4 GB.
 
     Raises:
         ValueError: as ``check_label_tiff``, or bands that do not add up to ``size``.
@@ -76,7 +76,7 @@ def write_label_tiff(
 
 
 def _tiles(bands: Iterable[np.ndarray], size: Pair, tile: Pair, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """Row after row of tiles, padded with 0 to whole ones."""
+    """Yield the tiles row by row, the last of each row and column padded with 0."""
     height, width = tile
     rows = np.zeros((height, -(-size[1] // width) * width), dtype)
     filled = done = 0

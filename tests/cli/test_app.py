@@ -15,9 +15,9 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 import segmenter_fast as sf
-from segmenter_fast import io as rasters
 from segmenter_fast.cli import app
 from segmenter_fast.config import PUBLISHED_MIOU
+from segmenter_fast.io import images
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MODEL = str(GOLDEN / "official_mask")  # 7 classes, windows of 64
@@ -147,14 +147,14 @@ def test_random_weights_are_called_random() -> None:
 def test_an_interrupt_between_files_leaves_whole_files_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a.png", "b.png", "c.png"):
         photo(tmp_path / "in" / name)
-    real = rasters.open_raster
+    real = images.open_raster
 
-    def interrupted(image: Path) -> rasters.Raster:
+    def interrupted(image: Path) -> images.Raster:
         if image.name == "b.png":
             raise KeyboardInterrupt
         return real(image)
 
-    monkeypatch.setattr(rasters, "open_raster", interrupted)
+    monkeypatch.setattr(images, "open_raster", interrupted)
     result = predict(tmp_path / "in", "--out", tmp_path / "out")
     assert result.exit_code == 130
     assert "interrupted: 1 of 3 images done; --resume goes on from here" in result.stderr

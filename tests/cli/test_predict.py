@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 
 import segmenter_fast as sf
 from segmenter_fast.cli import app
-from segmenter_fast.inference.resume import files
+from segmenter_fast.inference.resume import resume_files
 
 MODEL = str(Path(__file__).parents[1] / "golden" / "official_mask")  # 7 classes, windows of 64
 OPTIONS = ("--model", MODEL, "--device", "cpu", "--dtype", "float32")
@@ -26,9 +26,11 @@ OPTIONS = ("--model", MODEL, "--device", "cpu", "--dtype", "float32")
 SLOWLY = """
 import time
 from segmenter_fast import cli
-from segmenter_fast.inference import bands, resume
-append, bands._BAND = resume.Spool.append, 1
-resume.Spool.append = lambda self, band: (append(self, band), time.sleep(0.05))
+from segmenter_fast.inference import sliding
+from segmenter_fast.inference.resume import FinishedRows
+sliding._BAND_ELEMENTS = 1
+append = FinishedRows.append
+FinishedRows.append = lambda self, band: (append(self, band), time.sleep(0.05))
 cli.main()
 """
 
@@ -137,11 +139,11 @@ def test_tiff_without_tifffile_names_the_package(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9)])
-def test_a_process_that_is_ended_inside_an_image_goes_on(number: int, code: int, tmp_path: Path) -> None:
+def test_a_process_that_is_ended_inside_an_image_is_resumed(number: int, code: int, tmp_path: Path) -> None:
     source, out = photo(tmp_path / "x.tif", 500, 70), tmp_path / "out"
     arguments = ["predict", str(source), "--out", str(out), *OPTIONS, "--format", "tiff", "--overlap", "40"]
     process = subprocess.Popen([sys.executable, "-c", SLOWLY, *arguments], stderr=subprocess.PIPE, text=True)
-    rows, note = files(out / "labels/x.tif")
+    rows, description = resume_files(out / "labels/x.tif")
     wait_for(process, lambda: rows.exists() and rows.stat().st_size > 70 * 50)
     process.send_signal(number)
     _, messages = ended(process)
@@ -149,7 +151,7 @@ def test_a_process_that_is_ended_inside_an_image_goes_on(number: int, code: int,
     assert number == signal.SIGKILL or "interrupted: 0 of 1 images done; --resume goes on from here" in messages
     assert "Traceback" not in messages
     assert 50 < rows.stat().st_size // 70 < 500
-    assert note.exists()
+    assert description.exists()
     assert not (out / "labels/x.tif").exists()
     result = predict(source, "--out", out, "--format", "tiff", "--overlap", 40, "--resume")
     assert result.exit_code == 0, result.output
@@ -159,14 +161,14 @@ def test_a_process_that_is_ended_inside_an_image_goes_on(number: int, code: int,
     assert os.listdir(out / "labels") == ["x.tif"]
 
 
-def test_other_options_begin_an_interrupted_image_anew_and_say_so(tmp_path: Path) -> None:
-    source, rows = photo(tmp_path / "x.tif", 90, 70), files(tmp_path / "out/labels/x.tif")
+def test_other_options_restart_an_interrupted_image_and_say_so(tmp_path: Path) -> None:
+    source, rows = photo(tmp_path / "x.tif", 90, 70), resume_files(tmp_path / "out/labels/x.tif")
     rows[0].parent.mkdir(parents=True)
     rows[0].write_bytes(bytes(70 * 20))
     rows[1].write_text('{"model": {}}')
     result = predict(source, "--out", tmp_path / "out", "--format", "tiff", "--resume")
     assert result.exit_code == 0
-    expected = f"restarted: {source}: not those of the interrupted run: model, options, image\n"
+    expected = f"restarted: {source}: the interrupted run had another model, options, image\n"
     assert result.stderr.endswith(expected)
     assert np.array_equal(labels(tmp_path / "out")["x.tif"], sf.predict(sf.load(MODEL), source).labels)
 

@@ -10,12 +10,13 @@ import torch
 from PIL import Image
 
 import segmenter_fast as sf
+from segmenter_fast.inference import slide
 from segmenter_fast.inference.predict import Prediction
-from segmenter_fast.inference.slide import scaled_and_flipped, slide
 from segmenter_fast.io import Pixels
 from segmenter_fast.io.images import normalise
 from segmenter_fast.reference import ReferenceSegmenter
 from segmenter_fast.visualize import default_palette
+from support.canvas import scaled_and_flipped
 from support.models import pixels, windowed
 
 

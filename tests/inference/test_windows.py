@@ -1,4 +1,4 @@
-"""The composition along one axis: dense float64 matrices of the canvas method, for any windows and sizes."""
+"""Windows and lattice along one axis against dense float64 matrices of the canvas method."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def canvas(windows: Windows, size: int) -> Tensor:
 
 def evaluated(lattice: Lattice, patches: int) -> Tensor:
     """``(size, patches)``: the mixes of the lattice points, each one the weights of its patches."""
-    points = lattice.evaluate(torch.eye(patches, dtype=torch.float64), 0, len(lattice.start) - 1)
+    points = lattice.evaluate(torch.eye(patches, dtype=torch.float64), range(len(lattice.start) - 1))
     weight = lattice.weight[:, None]
     return points[lattice.lower] * (1 - weight) + points[lattice.upper] * weight
 
@@ -67,11 +67,13 @@ def test_few_points_stand_for_many_outputs() -> None:
 
 @pytest.mark.parametrize("flip", [False, True])
 def test_a_part_is_that_of_the_whole(flip: bool) -> None:
-    lattice = Lattice.make(Windows.make(200, 64, 48, 16, True), 150, flip)
-    table = torch.randn(len(Windows.make(200, 64, 48, 16, True).anchors) * 4, 3, dtype=torch.float64)
-    whole = lattice.evaluate(table, 0, len(lattice.start) - 1)
-    first, last = lattice.used(40, 61)
-    lowest, highest = lattice.patches_of(first, last)
-    part = lattice.evaluate(table[lowest : highest + 1], first, last, lowest)
-    assert torch.equal(part, whole[first:last])
-    assert first <= min(lattice.lower[40:61]) <= max(lattice.upper[40:61]) < last
+    windows = Windows.make(200, 64, 48, 16, True)
+    lattice = Lattice.make(windows, 150, flip)
+    table = torch.randn(len(windows.anchors) * windows.grid, 3, dtype=torch.float64)
+    whole = lattice.evaluate(table, range(len(lattice.start) - 1))
+    points, needed = lattice.needed(40, 61)
+    assert len(needed) < len(windows.anchors)
+    lowest, highest = needed.start * windows.grid, needed.stop * windows.grid
+    part = lattice.evaluate(table[lowest:highest], points, lowest)
+    assert torch.equal(part, whole[points.start : points.stop])
+    assert min(points) <= min(lattice.lower[40:61]) <= max(lattice.upper[40:61]) <= max(points)

@@ -1,4 +1,4 @@
-"""Tiled and striped TIFF, BigTIFF among them, a band of rows at a time through tifffile."""
+"""Images larger than memory, a band of rows at a time: TIFF and BigTIFF by tifffile, other formats by libvips."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .images import to_eight_bits
-
-# A compressed strip or tile is decoded as a whole; larger ones would not bound the memory.
+# A compressed strip or tile is decoded as a whole; a limit to its size bounds the memory.
 _MOST_BYTES_AT_ONCE = 1 << 28
 _MINISWHITE, _MINISBLACK, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _SAMPLES = {_MINISWHITE: 1, _MINISBLACK: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}
 _JPEG = (6, 7, 33007, 34892)
 _ORIENTATION, _ASSOCIATED_ALPHA = 274, 1
-# What codecs and tifffile raise for broken data, beside an error of tifffile's own.
+# Errors of codecs and tifffile on broken data, besides tifffile's own.
 _BROKEN = (
     ValueError,
     RuntimeError,
@@ -33,45 +31,54 @@ _BROKEN = (
 
 
 class NotByRowsError(Exception):
-    """Why a file cannot be read by rows; another reader may hold it as a whole."""
+    """A file cannot be read by rows, and the reason; another reader may read it as a whole."""
 
 
-def is_tiff(path: str) -> bool:
-    """Whether the first bytes are those of a TIFF or BigTIFF.
-
-    Raises:
-        OSError: the file cannot be opened.
-    """
-    with open(path, "rb") as file:
-        return file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+def to_eight_bits(values: np.ndarray) -> np.ndarray:
+    """Grey values of 16 bits -> uint8, rounded to nearest."""
+    low, high = values.min(), values.max()
+    if low < 0 or high > 65535:
+        raise ValueError(f"image of integers must lie within 0 to 65535 (16 bits), got {low} to {high}")
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
 
 
 class TiffRaster:
-    """The first page of a TIFF, upright and as RGB, by Pillow's rules."""
+    """First page of a TIFF, upright and converted to RGB by Pillow's rules."""
 
     def __init__(self, path: str) -> None:
-        """Opens ``path``.
+        """Open ``path``.
 
         Raises:
             NotByRowsError: tifffile is not installed or lacks the codec, a strip or tile is too large, or pixels are
                 of a kind that has no rule.
         """
-        self.path = path
-        self._file, page = self._opened()
+        try:
+            import tifffile
+        except ImportError as error:
+            raise NotByRowsError("tifffile is not installed") from error
+        self.path, self._errors = path, (tifffile.TiffFileError, *_BROKEN)
+        try:
+            self._file = tifffile.TiffFile(path)
+            page: Any = self._file.pages[0]
+        except self._errors as error:
+            raise NotByRowsError(f"tifffile cannot open it: {error}") from error
         self._page = page
         self._rows, self._columns = int(page.imagelength), int(page.imagewidth)
         self._chunk = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
         self._planes = page.samplesperpixel if page.planarconfig == 2 else 1
         tag = page.tags.get(_ORIENTATION)
         self._orientation = int(tag.value) if tag is not None and 1 <= tag.value <= 8 else 1
-        upright = (self._rows, self._columns) if self._orientation < 5 else (self._columns, self._rows)
-        self.height, self.width = upright
+        self.height, self.width = self._rows, self._columns
+        if self._orientation >= 5:
+            self.height, self.width = self._columns, self._rows
+        plain = page.compression == 1 and page.fillorder == 1 and page.bitspersample in (8, 16)
+        self._uncompressed_rows = plain and not page.is_tiled and self._planes == 1
         self._check()
 
     def read(self, top: int, bottom: int) -> np.ndarray:
         sideways, o = self._orientation >= 5, self._orientation
         along = self._columns if sideways else self._rows
-        if o in (3, 4, 7, 8):  # counted from the far end
+        if o in (3, 4, 7, 8):  # rows are stored from the far end
             top, bottom = along - bottom, along - top
         window = (0, self._rows, top, bottom) if sideways else (top, bottom, 0, self._columns)
         try:
@@ -81,21 +88,7 @@ class TiffRaster:
         pixels = self._rgb(stored)
         if sideways:
             pixels = pixels.transpose(1, 0, 2)
-        # rows were counted from the far end for these, and columns are for those
         return np.ascontiguousarray(pixels[:: -1 if o in (3, 4, 7, 8) else 1, :: -1 if o in (2, 3, 6, 7) else 1])
-
-    def _opened(self) -> tuple[Any, Any]:
-        """The file and its first page."""
-        try:
-            import tifffile
-        except ImportError as error:
-            raise NotByRowsError("tifffile is not installed") from error
-        self._errors: tuple[type[Exception], ...] = (tifffile.TiffFileError, *_BROKEN)
-        try:
-            file = tifffile.TiffFile(self.path)
-            return file, file.pages[0]
-        except self._errors as error:
-            raise NotByRowsError(f"tifffile cannot open it: {error}") from error
 
     def _check(self) -> None:
         page = self._page
@@ -112,7 +105,7 @@ class TiffRaster:
             raise NotByRowsError("no rule for YCbCr that is not compressed as JPEG")
         if page.tiledepth > 1 or page.imagedepth > 1:
             raise NotByRowsError("the page is a volume")
-        if self._by_offset():
+        if self._uncompressed_rows:
             return
         size = self._chunk[0] * self._chunk[1] * page.samplesperpixel // self._planes * page.dtype.itemsize
         if size > _MOST_BYTES_AT_ONCE:
@@ -123,16 +116,10 @@ class TiffRaster:
         except self._errors as error:
             raise NotByRowsError(f"tifffile cannot decode it: {error}") from error
 
-    def _by_offset(self) -> bool:
-        """Whether rows lie in the file as they are."""
-        page = self._page
-        plain = page.compression == 1 and page.fillorder == 1 and page.bitspersample in (8, 16)
-        return plain and not page.is_tiled and self._planes == 1
-
     def _stored(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
-        """``(bottom - top, right - left, samples)`` as they lie in the file."""
-        if self._by_offset():
-            return self._plain_rows(top, bottom)[:, left:right]
+        """``(bottom - top, right - left, samples)`` in the file's orientation and samples."""
+        if self._uncompressed_rows:
+            return self._read_uncompressed(top, bottom)[:, left:right]
         samples = self._page.samplesperpixel
         stored = np.empty((bottom - top, right - left, samples), self._page.dtype)
         for row, column, plane, values in self._chunks(top, bottom, left, right):
@@ -144,7 +131,7 @@ class TiffRaster:
         return stored
 
     def _chunks(self, top: int, bottom: int, left: int, right: int) -> Iterator[tuple[int, int, int, np.ndarray]]:
-        """(row, column, plane, values) of the tiles or strips that touch a region; ``values`` lie in the image."""
+        """Yield (row, column, plane, values) of the tiles or strips that touch a region, cut to the image."""
         page, (height, width) = self._page, self._chunk
         down, across = -(-self._rows // height), -(-self._columns // width)
         indices = [
@@ -165,7 +152,7 @@ class TiffRaster:
                 values = np.full(shape, page.nodata, page.dtype)
             yield row, column, plane, values[0, : self._rows - row, : self._columns - column]
 
-    def _plain_rows(self, top: int, bottom: int) -> np.ndarray:
+    def _read_uncompressed(self, top: int, bottom: int) -> np.ndarray:
         page, file, height = self._page, self._file.filehandle, self._chunk[0]
         dtype = page.dtype.newbyteorder(self._file.byteorder)
         row = self._columns * page.samplesperpixel * dtype.itemsize
@@ -198,3 +185,45 @@ class TiffRaster:
         if stored.shape[2] == 4 and _ASSOCIATED_ALPHA in self._page.extrasamples:
             return np.asarray(Image.frombytes("RGBA", size, stored.tobytes(), "raw", "RGBa").convert("RGB"))
         return stored[..., :3]
+
+
+class VipsRaster:
+    """A file that libvips reads through pyvips, upright and as RGB."""
+
+    def __init__(self, path: str) -> None:
+        """Open ``path``.
+
+        Raises:
+            NotByRowsError: pyvips is not installed, or libvips knows no such pixels or format.
+        """
+        try:
+            import pyvips
+        except (ImportError, OSError) as error:  # OSError: the package without its library
+            raise NotByRowsError("pyvips is not installed") from error
+        self.path, self._error = path, pyvips.Error
+        try:
+            self._image = pyvips.Image.new_from_file(path, access="random", fail_on="error").autorot()
+        except pyvips.Error as error:
+            raise NotByRowsError(f"libvips cannot open it: {_last_line(error)}") from error
+        self.height, self.width = int(self._image.height), int(self._image.width)
+        samples, space = self._image.format, self._image.interpretation
+        if samples not in ("uchar", "ushort") or space in ("lab", "labs", "labq", "xyz", "multiband"):
+            raise NotByRowsError(f"libvips gives pixels of {samples} {space}, which have no defined RGB of 8 bits")
+
+    def read(self, top: int, bottom: int) -> np.ndarray:
+        try:
+            pixels = self._image.crop(0, top, self.width, bottom - top).numpy()
+        except self._error as error:
+            raise OSError(f"image {self.path} cannot be read: {_last_line(error)}") from error
+        pixels = pixels.reshape(bottom - top, self.width, -1)
+        if self._image.interpretation == "cmyk":
+            inks = np.ascontiguousarray(pixels[..., :4])
+            return np.asarray(Image.frombytes("CMYK", (self.width, bottom - top), inks.tobytes()).convert("RGB"))
+        grey = pixels.shape[2] < 3
+        if pixels.dtype == np.uint16:
+            pixels = to_eight_bits(pixels[..., :1]) if grey else (pixels >> 8).astype(np.uint8)
+        return np.repeat(pixels[..., :1], 3, 2) if grey else np.ascontiguousarray(pixels[..., :3])
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or ["no reason given"])[-1].strip()

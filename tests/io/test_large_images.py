@@ -12,17 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from segmenter_fast.io import Pixels, open_raster, opening
+from segmenter_fast.io import Pixels, Raster, images, open_raster
 from segmenter_fast.io.images import read_image
-from segmenter_fast.io.tiff import NotByRowsError, TiffRaster
-from segmenter_fast.io.vips import VipsRaster
+from segmenter_fast.io.large_images import NotByRowsError, TiffRaster, VipsRaster
 
 RGB = np.random.default_rng(0).integers(0, 256, (70, 53, 3), dtype=np.uint8)
 GREY16 = np.random.default_rng(1).integers(0, 65536, (70, 53), dtype=np.uint16)
 TILED, STRIPED = {"tile": (16, 32)}, {"rowsperstrip": 7}
 
 
-def bands(raster: opening.Raster, *sizes: int) -> np.ndarray:
+def bands(raster: Raster, *sizes: int) -> np.ndarray:
     """The whole image, put together from bands of these heights in turn."""
     top, parts = 0, []
     while top < raster.height:
@@ -142,7 +141,7 @@ def test_the_reader_goes_by_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert isinstance(open_raster(RGB), Pixels)
     for path in (tiff, png):
         assert isinstance(open_raster(path), Pixels)
-    monkeypatch.setattr(opening, "LARGE_PIXELS", 3000)
+    monkeypatch.setattr(images, "LARGE_PIXELS", 3000)
     assert isinstance(open_raster(str(tiff)), TiffRaster)
     for path in (tiff, png):
         assert np.array_equal(bands(open_raster(path), 31), RGB)
@@ -161,13 +160,13 @@ def test_beyond_what_pillow_reads_the_packages_are_named(
     for package in ("tifffile", "pyvips"):
         monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    monkeypatch.setattr(opening, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(images, "LARGE_PIXELS", 1000)
     with pytest.raises(OSError, match=r"exceeds limit of 2000 pixels.*not installed.*segmenter-fast\[large\]"):
         open_raster(path)
 
 
 def test_broken_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "LARGE_PIXELS", 3000)
+    monkeypatch.setattr(images, "LARGE_PIXELS", 3000)
     with pytest.raises(FileNotFoundError, match=r"absent\.tif"):
         open_raster(tmp_path / "absent.tif")
     with pytest.raises(IsADirectoryError):
@@ -191,7 +190,7 @@ def test_broken_files_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         bands(open_raster(path), 8)
 
 
-def test_what_has_no_rule_is_not_read_by_rows(tmp_path: Path) -> None:
+def test_samples_without_a_rule_are_not_read_by_rows(tmp_path: Path) -> None:
     path = tmp_path / "x.tif"
     for values, message in {
         "float": (RGB[..., 0].astype(np.float32), "no rule for samples of 32 bits"),

@@ -1,10 +1,9 @@
-"""Bands of windows without a canvas: the naive canvas in float64, resuming, progress, what is read, and memory."""
+"""``slide_rows`` against the canvas in float64, and its start, progress, reads and memory."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -15,12 +14,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import segmenter_fast as sf
-from segmenter_fast.inference.bands import WholeImage, slide_rows
-from segmenter_fast.inference.slide import scaled_and_flipped, slide
+from segmenter_fast.inference.rows import Rows
+from segmenter_fast.inference.settings import Settings
+from segmenter_fast.inference.sliding import slide, slide_rows
+from support.canvas import canvas_logits, scaled_and_flipped
 
 
 class Toy:
-    """A model with patch-level masks that depend on the place in the window, in any dtype, in no time."""
+    """A fast model of any dtype with patch-level masks that depend on the place in the window."""
 
     def __init__(self, patch: int = 4, upsample_to: str = "padded", classes: int = 5) -> None:
         self.config = SimpleNamespace(patch_size=patch, upsample_to=upsample_to, upscale_small_images=False)
@@ -41,29 +42,6 @@ class Toy:
         if self.config.upsample_to == "padded":
             size = masks.shape[2] * self.config.patch_size, masks.shape[3] * self.config.patch_size
         return F.interpolate(masks, size=size, mode="bilinear")[..., :height, :width]
-
-
-def naive(
-    model: Callable[[Tensor], Tensor], images: list[Tensor], flips: list[bool], size: tuple[int, int], *steps: int
-) -> Tensor:
-    """``(S, K, H, W)`` logits of the canvas method."""
-    window, stride = steps
-    outputs = []
-    for image, flip in zip(images, flips, strict=True):
-        height, width = image.shape[2:]
-        tops, lefts = ([*range(0, max(side - window, 0), stride), max(side - window, 0)] for side in (height, width))
-        total: Tensor | None = None
-        count = torch.zeros(height, width, dtype=image.dtype)
-        for top in tops:
-            for left in lefts:
-                place = (..., slice(top, top + window), slice(left, left + window))
-                logits = model(image[place])[0]
-                total = logits.new_zeros(len(logits), height, width) if total is None else total
-                total[place] += logits
-                count[place] += 1
-        mean = F.interpolate((total / count)[None], size, mode="bilinear")[0]
-        outputs.append(mean.flip(2) if flip else mean)
-    return torch.stack(outputs)
 
 
 @settings(max_examples=30, deadline=None)
@@ -95,48 +73,47 @@ def test_any_size_equals_the_canvas(
     window, stride = window + 4, min(stride, window + 4)
     model = Toy(patch, upsample_to)
     images, flips = scaled_and_flipped(torch.randn(1, 3, height, width, dtype=torch.float64), scales, flip)
-    logits = naive(model, images, flips, (height, width), window, stride)
+    logits = canvas_logits(model, images, flips, (height, width), window, stride)
     votes = logits[0] if len(images) == 1 else logits.softmax(1).mean(0)
-    rows = [WholeImage(image) for image in images]
+    rows = [Rows.of_tensor(image) for image in images]
+    chosen = Settings(window, stride, batch_size=batch_size)
     for output in ("labels", "probabilities"):
-        bands = list(
-            slide_rows(model, rows, flips, (height, width), window, stride, batch_size, output=output, band=band)
-        )
+        bands = list(slide_rows(model, rows, flips, (height, width), chosen, output, band=band))
         assert [top for top, _ in bands] == list(range(0, height, band))
         whole = torch.cat([part for _, part in bands], -2)
         if output == "probabilities":
             torch.testing.assert_close(whole, logits.softmax(1).mean(0), rtol=0, atol=1e-9)
         else:
-            chosen = votes.gather(0, whole[None].long())[0]
-            assert (votes.amax(0) - chosen).max() <= 1e-9 * max(1.0, votes.abs().max().item())
+            taken = votes.gather(0, whole[None].long())[0]
+            assert (votes.amax(0) - taken).max() <= 1e-9 * max(1.0, votes.abs().max().item())
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (5, 700), (700, 5)])
 def test_extreme_shapes(size: tuple[int, int]) -> None:
     image = torch.randn(1, 3, *size)
-    expected = naive(Toy(), [image.double()], [False], size, 32, 24)[0].softmax(0)
+    expected = canvas_logits(Toy(), [image.double()], [False], size, 32, 24)[0].softmax(0)
     ours = slide(Toy(), [image], [False], size, 32, 24, output="probabilities")
     torch.testing.assert_close(ours.double(), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("scales", [(1.0,), (0.75, 1.5)])
 @pytest.mark.parametrize("start", [1, 47, 100, 149])
-def test_a_run_goes_on_to_the_bit(start: int, scales: tuple[float, ...]) -> None:
+def test_a_resumed_run_equals_a_whole_one_to_the_bit(start: int, scales: tuple[float, ...]) -> None:
     model = sf.create_model("seg_t_mask_16", image_size=32, depth=1, num_classes=7).eval()
     images, flips = scaled_and_flipped(torch.randn(1, 3, 150, 90), scales, flip=len(scales) > 1)
-    rows = [WholeImage(image) for image in images]
-    arguments = (model, rows, flips, (150, 90), 64, 48, 4)
+    rows = [Rows.of_tensor(image) for image in images]
+    arguments = (model, rows, flips, (150, 90), Settings(64, 48, batch_size=4))
     whole = torch.cat([part for _, part in slide_rows(*arguments)])
     tops, parts = zip(*slide_rows(*arguments, start=start, band=20), strict=True)
     assert tops == tuple(range(start, 150, 20))
     assert torch.equal(torch.cat(parts), whole[start:])
 
 
-def test_only_the_windows_that_are_needed_are_scored_and_held() -> None:
+def test_only_needed_windows_are_scored_and_held() -> None:
     calls: list[tuple[int, int]] = []
     model = Toy()
-    rows = [WholeImage(torch.randn(1, 3, 400, 100))]
-    arguments = (model, rows, [False], (400, 100), 40, 40, 2)
+    rows = [Rows.of_tensor(torch.randn(1, 3, 400, 100))]
+    arguments = (model, rows, [False], (400, 100), Settings(40, 40))
     list(slide_rows(*arguments, progress=lambda completed, total: calls.append((completed, total))))
     assert sum(model.batches) == 30
     assert calls == [(done, 30) for done in range(2, 31, 2)]
@@ -148,7 +125,7 @@ def test_only_the_windows_that_are_needed_are_scored_and_held() -> None:
 
 
 class Recorder:
-    """Rows that tell what was read of them and hold nothing of it."""
+    """Rows that record what was read of them."""
 
     def __init__(self, height: int, width: int) -> None:
         self.height, self.width = height, width
@@ -162,7 +139,7 @@ class Recorder:
 
 def test_each_row_of_windows_is_read_once() -> None:
     image = Recorder(200, 300)
-    for _ in slide_rows(Toy(), [image], [False], (200, 300), 64, 48, 3, band=7):
+    for _ in slide_rows(Toy(), [image], [False], (200, 300), Settings(64, 48, batch_size=3), band=7):
         pass
     assert image.reads == [(0, 64), (48, 112), (96, 160), (136, 200)]
 
@@ -184,7 +161,7 @@ def test_the_inference_form_gives_the_canvas_of_its_logits(upsample_to: str) -> 
     model = sf.create_model("seg_t_mask_16", image_size=64, depth=1, num_classes=9, upsample_to=upsample_to).eval()
     fast = model.optimize(torch.float32, compile=False)
     image = torch.randn(1, 3, 100, 150)
-    expected = naive(fast, [image], [False], (100, 150), 60, 44)[0].softmax(0)
+    expected = canvas_logits(fast, [image], [False], (100, 150), 60, 44)[0].softmax(0)
     ours = slide(fast, [image], [False], (100, 150), 60, 44, output="probabilities")
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
 
@@ -197,14 +174,13 @@ def test_the_inference_form_gives_the_canvas_of_its_logits(upsample_to: str) -> 
         ({"band": 0}, "band must be at least 1 row, got 0"),
         ({"flips": []}, "flips must have one entry for each image, got 0 for 1"),
         ({"images": [], "flips": []}, "got 0 for 0"),
-        ({"stride": 9}, "stride must be at most the window"),
         ({"output": "logits"}, "output must be one of labels, probabilities, got 'logits'"),
         ({"model": SimpleNamespace(config=Toy().config, masks=lambda x: x)}, r"model must give masks \(1, K, 2, 2\)"),
     ],
 )
 def test_bad_arguments_are_named(change: dict[str, object], message: str) -> None:
-    images = [WholeImage(torch.zeros(1, 3, 8, 8))]
-    arguments = {"model": Toy(), "images": images, "flips": [False], "size": (8, 8), "window": 8, "stride": 8}
+    images = [Rows.of_tensor(torch.zeros(1, 3, 8, 8))]
+    arguments = {"model": Toy(), "images": images, "flips": [False], "size": (8, 8), "settings": Settings(8, 8)}
     with pytest.raises(ValueError, match=message):
         list(slide_rows(**{**arguments, **change}))
 
@@ -215,8 +191,8 @@ import torch
 from segmenter_fast.benchmarks.timing import peak_memory
 from segmenter_fast.inference import slide
 
-sys.path.insert(0, "tests/inference")
-from test_bands import Toy
+sys.path[:0] = ["tests", "tests/inference"]
+from test_sliding_rows import Toy
 
 torch.set_num_threads(1)
 model, image = Toy(16, classes=150), torch.randn(1, 3, 2048, 2048)

@@ -1,4 +1,4 @@
-"""Images by rows: the labels of the whole image, on disk band by band, and runs that go on where they ended."""
+"""Large images by rows: the labels of the image in memory, and runs that continue below their finished rows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ import tifffile
 from PIL import Image
 
 import segmenter_fast as sf
-from segmenter_fast import io as rasters
-from segmenter_fast.inference import bands as sliding
-from segmenter_fast.inference import by_rows as predict_rows
+from segmenter_fast.inference import folders, sliding
 from segmenter_fast.inference.folders import Job, run
-from segmenter_fast.inference.resume import files
+from segmenter_fast.inference.resume import resume_files
 from segmenter_fast.inference.settings import Settings
-from segmenter_fast.io import opening
-from segmenter_fast.io.tiff import TiffRaster
+from segmenter_fast.io import images
+from segmenter_fast.io.large_images import TiffRaster
 from support.models import pixels, windowed
 
 SETTINGS = Settings(window=32, stride=24)
@@ -33,14 +31,13 @@ def job(tmp_path: Path) -> Job:
 
 @pytest.fixture
 def _large_from_100_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opening, "LARGE_PIXELS", 100)
-    monkeypatch.setattr(rasters, "LARGE_PIXELS", 100)
+    monkeypatch.setattr(images, "LARGE_PIXELS", 100)
 
 
 @pytest.fixture
 def _small_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several bands an image, as large images have."""
-    monkeypatch.setattr(sliding, "_BAND", 1)
+    monkeypatch.setattr(sliding, "_BAND_ELEMENTS", 1)
 
 
 @pytest.mark.usefixtures("_large_from_100_pixels", "_small_bands")
@@ -59,7 +56,7 @@ def test_the_labels_are_those_of_the_image_in_memory(size: tuple[int, int], sett
     expected = sf.predict(model, image, **vars(settings)).labels
     assert size[0] == 1 or len(np.unique(expected)) > 1
     tifffile.imwrite(tmp_path / "x.tif", image, photometric="rgb", tile=(32, 32))
-    assert isinstance(rasters.open_raster(tmp_path / "x.tif"), TiffRaster)
+    assert isinstance(images.open_raster(tmp_path / "x.tif"), TiffRaster)
     result = sf.predict(model, tmp_path / "x.tif", **vars(settings))
     assert np.array_equal(result.image, image)
     assert np.array_equal(result.labels, expected)
@@ -95,7 +92,7 @@ def test_many_classes(job: Job) -> None:
 
 
 @pytest.mark.usefixtures("_small_bands")
-def test_an_interrupted_run_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_is_resumed(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     model = windowed()
 
     def interrupt(completed: int, total: int) -> None:
@@ -104,8 +101,8 @@ def test_an_interrupted_run_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -
 
     with pytest.raises(KeyboardInterrupt):
         run(model, job, SETTINGS, progress=interrupt)
-    rows, note = files(job.labels)
-    assert sorted(os.listdir(job.labels.parent)) == sorted([rows.name, note.name])
+    rows, description = resume_files(job.labels)
+    assert sorted(os.listdir(job.labels.parent)) == sorted([rows.name, description.name])
     assert not job.finished
     before = rows.stat().st_size // 100
     assert 100 < before < 300
@@ -124,7 +121,7 @@ def test_an_interrupted_run_goes_on(job: Job, monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.usefixtures("_small_bands")
-def test_another_model_or_image_begins_anew(job: Job) -> None:
+def test_rows_of_another_model_or_image_are_not_used(job: Job) -> None:
     def interrupt(completed: int, total: int) -> None:
         if completed > total // 2:
             raise KeyboardInterrupt
@@ -136,7 +133,7 @@ def test_another_model_or_image_begins_anew(job: Job) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(other, job, SETTINGS, resume=True, progress=interrupt)
     tifffile.imwrite(job.source, pixels(300, 100)[::-1], photometric="rgb")
-    assert run(other, job, SETTINGS, resume=True) == "not those of the interrupted run: image"
+    assert run(other, job, SETTINGS, resume=True) == "the interrupted run had another image"
     assert np.array_equal(tifffile.imread(job.labels), sf.predict(other, pixels(300, 100)[::-1]).labels)
 
 
@@ -147,10 +144,10 @@ def test_an_interrupt_while_outputs_are_written_loses_no_row(job: Job, monkeypat
         def interrupt(*arguments: object) -> None:
             raise KeyboardInterrupt
 
-        patch.setattr(predict_rows, "write_label_tiff", interrupt)
+        patch.setattr(folders, "write_label_tiff", interrupt)
         with pytest.raises(KeyboardInterrupt):
             run(model, job, SETTINGS)
-    monkeypatch.setattr(predict_rows, "label_bands", lambda *arguments: pytest.fail("segmented again"))
+    monkeypatch.setattr(folders, "label_bands", lambda *arguments: pytest.fail("segmented again"))
     run(model, job, SETTINGS, resume=True)
     assert job.finished
 
@@ -161,7 +158,7 @@ def test_the_overlay_of_a_large_image_is_reduced(job: Job, monkeypatch: pytest.M
     result = sf.predict(model, pixels(300, 100), window=32, stride=24)
     with Image.open(job.overlay) as image:
         assert np.array_equal(np.asarray(image), np.asarray(result.overlay()))
-    monkeypatch.setattr(predict_rows, "PREVIEW_SIDE", 43)
+    monkeypatch.setattr(folders, "OVERLAY_SIDE", 43)
     run(model, job, SETTINGS)
     with Image.open(job.overlay) as image:
         assert image.size == (15, 43)

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import segmenter_fast as sf
-from segmenter_fast.inference.settings import fits_one_window
-from segmenter_fast.inference.slide import enlarged_size, scaled_and_flipped, slide
+from segmenter_fast.inference import slide
 from segmenter_fast.reference import ReferenceSegmenter
+from support.canvas import canvas_logits, scaled_and_flipped
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 GOLDENS = ("official_mask", "official_deit_linear")
@@ -24,7 +24,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 def toy(classes: int = 3) -> Logits:
-    """Logits that depend on the place in the window and on neighbours, as a real model's do, in no time."""
+    """A fast model whose logits depend on the place in the window and on neighbours, as a real model's do."""
     weight = torch.randn(classes, 3, 3, 3, generator=torch.Generator().manual_seed(1))
 
     def logits(images: Tensor) -> Tensor:
@@ -34,24 +34,10 @@ def toy(classes: int = 3) -> Logits:
     return logits
 
 
-def naive(model: Logits, images: list[Tensor], flips: list[bool], size: tuple[int, int], window: int, stride: int):
-    """formats.md's composition, a pixel canvas and a window at a time, in float64."""
-    total = torch.zeros(())
-    for image, flip in zip(images, flips, strict=True):
-        image = F.interpolate(image, enlarged_size(tuple(image.shape[2:]), window), mode="bilinear")
-        height, width = image.shape[2:]
-        tops = [top for top in range(0, height, stride) if top < height - window] + [height - window]
-        lefts = [left for left in range(0, width, stride) if left < width - window] + [width - window]
-        canvas = torch.zeros(1, model(image[..., :window, :window]).shape[1], height, width, dtype=image.dtype)
-        count = torch.zeros(height, width, dtype=image.dtype)
-        for top in tops:
-            for left in lefts:
-                place = (..., slice(top, top + window), slice(left, left + window))
-                canvas[place] += model(image[place])
-                count[place] += 1
-        logits = F.interpolate(canvas / count, size, mode="bilinear")
-        total = total + (logits.flip(3) if flip else logits).softmax(1)[0]
-    return total / len(images)
+def naive(model: Logits, image: Tensor, scales: list[float], flip: bool, window: int, stride: int) -> Tensor:
+    """The official composition in float64: ``(K, H, W)`` probabilities."""
+    images, flips = scaled_and_flipped(image, scales, flip, enlarge_to=window)
+    return canvas_logits(model, images, flips, tuple(image.shape[2:]), window, stride).softmax(1).mean(0)
 
 
 @pytest.mark.parametrize("kind", ["model", "reference"])
@@ -94,7 +80,7 @@ def test_any_size_equals_the_naive_composition(
     stride, window = min(stride, window + 2), window + 2  # tiny windows would be too many
     image = torch.randn(1, 3, height, width, dtype=torch.float64)
     images, flips = scaled_and_flipped(image, scales, flip)
-    expected = naive(toy(), images, flips, (height, width), window, stride)
+    expected = naive(toy(), image, scales, flip, window, stride)
     arguments = (toy(), images, flips, (height, width), window, stride, batch_size)
     torch.testing.assert_close(slide(*arguments, output="probabilities"), expected, rtol=0, atol=1e-10)
     labels = slide(*arguments)
@@ -129,8 +115,6 @@ def test_images_below_the_window_stay_as_they_are_where_the_configuration_says_s
     canvas[..., 36:] += parts[1]
     canvas[..., 36:64] /= 2
     assert torch.equal(labels, canvas.argmax(0).to(torch.uint8))
-    assert fits_one_window(model, (40, 64), 64)
-    assert not fits_one_window(model, (40, 65), 64)
 
 
 def test_a_window_larger_than_the_image_enlarges_it() -> None:
@@ -138,23 +122,6 @@ def test_a_window_larger_than_the_image_enlarges_it() -> None:
     enlarged = F.interpolate(image, (32, 48), mode="bilinear")
     direct = slide(toy(), [enlarged], [False], (10, 15), 32, 32, output="probabilities")
     assert torch.equal(slide(toy(), [image], [False], (10, 15), 32, 32, output="probabilities"), direct)
-    assert not fits_one_window(toy(), (10, 15), 32)
-    assert fits_one_window(toy(), (32, 32), 32)
-
-
-@pytest.mark.parametrize(
-    ("size", "window", "expected"),
-    [
-        ((100, 200), 64, (100, 200)),
-        ((64, 64), 64, (64, 64)),
-        ((30, 100), 64, (64, 213)),
-        ((100, 30), 64, (213, 64)),
-        ((1, 1), 512, (512, 512)),
-        ((54, 72), 64, (64, 85)),
-    ],
-)
-def test_enlarged_size(size: tuple[int, int], window: int, expected: tuple[int, int]) -> None:
-    assert enlarged_size(size, window) == expected
 
 
 def test_bfloat16_logits_are_averaged_in_float32() -> None:
@@ -211,12 +178,6 @@ def test_bad_arguments_are_named(change: dict[str, object], error: type[Exceptio
     arguments = {"model": toy(), "images": [IMAGE], "flips": [False], "size": (8, 8), "window": 8, "stride": 8}
     with pytest.raises(error, match=message):
         slide(**{**arguments, **change})
-
-
-@pytest.mark.parametrize("scales", [[], [0.0], [-1.0], [float("nan")], [float("inf")], [0.1]])
-def test_bad_scales_are_named(scales: list[float]) -> None:
-    with pytest.raises(ValueError, match="scales must"):
-        scaled_and_flipped(IMAGE, scales, flip=True)
 
 
 def test_an_image_smaller_than_a_patch() -> None:
