@@ -1,1 +1,1 @@
-"""Checkpoints: pure key maps per origin, safe reading, and one strict way into a model."""
+"""Checkpoints: safe reading, a key map and a configuration for each format, strict loading."""

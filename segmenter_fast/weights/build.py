@@ -1,4 +1,4 @@
-"""One strict way from a configuration and a state dict to a model."""
+"""Models from a configuration and a state dict, loaded strictly."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SavedModel:
 
 
 def build(model_class: type[ModelT], saved: SavedModel, fields: Mapping[str, Any]) -> ModelT:
-    """Return the model, float32, in evaluation mode, with ``fields`` of its configuration overridden.
+    """Return a saved model, float32, in evaluation mode, with ``fields`` of its configuration overridden.
 
     Another ``image_size`` resizes the position embedding in the mode that the configuration names. Another
     ``num_classes`` re-initialises the tensors of the classes, with a warning that names them. The model shares no
@@ -52,7 +52,8 @@ def build(model_class: type[ModelT], saved: SavedModel, fields: Mapping[str, Any
 
     Raises:
         TypeError: an unknown field.
-        CheckpointError: a field out of range, or keys that are missing, unexpected or misshapen: all are listed.
+        CheckpointError: a field out of range, a tensor that is not dense floating point, or keys that are missing,
+            unexpected or misshapen: all are listed.
     """
     before = saved.config
     try:

@@ -1,4 +1,4 @@
-"""A model's configuration, as far as the shapes of its tensors tell it."""
+"""Configuration fields from the shapes of a state dict."""
 
 from __future__ import annotations
 
@@ -30,25 +30,25 @@ ARCHITECTURE = (
 )
 
 
-def fields_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
+def fields_from_shapes(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """Return the configuration fields of a state dict with official names.
 
     Attention heads of 64, as in the paper, are assumed.
 
     Args:
-        given: fields that the caller overrides; head counts and ``image_size`` replace what is assumed.
+        overrides: fields that the caller sets; head counts and ``image_size`` among them are used here.
 
     Raises:
-        CheckpointError: a tensor that any Segmenter has is missing, or the grid of patches cannot be told.
+        CheckpointError: a tensor that every Segmenter has is missing or misshapen, or the grid of patches is ambiguous.
     """
     embed_dim, _, patch_size, _ = _shape(state, "encoder.patch_embed.proj.weight", 4)
     swiglu = "encoder.blocks.0.mlp.fc1_g.weight" in state
     hidden, _ = _shape(state, f"encoder.blocks.0.mlp.fc1{'_g' * swiglu}.weight", 2)
     qkv_bias = "encoder.blocks.0.attn.qkv.bias" in state
-    rotary = "encoder.pos_embed" not in state and not qkv_bias  # one missing alone is a damaged checkpoint
-    if embed_dim % HEAD_DIM and not given.get("num_heads"):
+    rotary = "encoder.pos_embed" not in state and not qkv_bias  # only one of them missing: a damaged checkpoint
+    if embed_dim % HEAD_DIM and not overrides.get("num_heads"):
         raise CheckpointError(f"embed_dim {embed_dim} is no multiple of {HEAD_DIM}; pass num_heads=")
-    num_heads = given.get("num_heads") or embed_dim // HEAD_DIM
+    num_heads = overrides.get("num_heads") or embed_dim // HEAD_DIM
     fields: dict[str, Any] = {
         "patch_size": patch_size,
         "embed_dim": embed_dim,
@@ -63,14 +63,14 @@ def fields_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) ->
         "num_register_tokens": _shape(state, "encoder.reg_token", 3)[1] if "encoder.reg_token" in state else 0,
         "layer_scale": "encoder.blocks.0.ls1.gamma" in state,
         "head_classes": head_classes(state),
-        "decoder_num_heads": given.get("decoder_num_heads") or num_heads,
+        "decoder_num_heads": overrides.get("decoder_num_heads") or num_heads,
     }
     if "decoder.cls_emb" in state:
         fields |= {"decoder": "mask", "num_classes": _shape(state, "decoder.cls_emb", 3)[1]}
         fields["decoder_depth"] = _layers(state, "decoder.blocks.")
     else:
         fields |= {"decoder": "linear", "num_classes": _shape(state, "decoder.head.weight", 2)[0]}
-    image_size = given.get("image_size")
+    image_size = overrides.get("image_size")
     image_size = (image_size, image_size) if isinstance(image_size, int) else image_size
     if rotary:
         fields |= {"image_size": image_size or SegmenterConfig.image_size, "pos_embed_prefix": False}
@@ -105,7 +105,7 @@ def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _grid(positions: int, fields: Mapping[str, Any], image_size: tuple[int, int]) -> dict[str, Any]:
-    """Return the image size of a position embedding: the given one where it fits, otherwise a square.
+    """Return the image size of a position embedding: the overriding one where it fits, otherwise a square.
 
     Only models with register tokens are known to leave the prefix tokens out of the position embedding.
     """

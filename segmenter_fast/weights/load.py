@@ -1,6 +1,6 @@
 """``load``, for a trained model from any source, and ``create_model``, for a new one.
 
-A source is recognised by its content; each format's own file has the key map and the configuration.
+A source is recognised by its content. Key map and configuration of each format are in a file of its name.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segme
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: (a ValueError) the source is damaged, unknown, names code, or does not fit; it says which.
+        CheckpointError: (a ValueError) the source is damaged, of an unknown format, names code, or does not fit.
         TypeError: an unknown field.
     """
     if num_classes is not None:
@@ -117,17 +117,17 @@ def _with_encoder(config: SegmenterConfig, state: Mapping[str, Tensor], name: st
     return model
 
 
-def read_checkpoint(source: Source, given: Mapping[str, Any]) -> SavedModel:
+def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
     """Read a file, a folder or a state dict.
 
     Args:
-        given: fields that the caller overrides, see ``fields_from_shapes``.
+        overrides: fields that the caller sets, see ``fields_from_shapes``.
 
     Raises:
         FileNotFoundError, CheckpointError: as ``load``.
     """
     if isinstance(source, Mapping):
-        return _from_state(*_unwrapped(source, "the state dict"), "the state dict", given)
+        return _from_state(*_unwrapped(source, "the state dict"), "the state dict", overrides)
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
@@ -146,7 +146,7 @@ def read_checkpoint(source: Source, given: Mapping[str, Any]) -> SavedModel:
     state, meta = _read_file(path)
     variant = path.parent / official.VARIANT
     if not is_folder and not (official.recognises(state) and variant.exists()):
-        return _from_state(state, meta, str(path), given)
+        return _from_state(state, meta, str(path), overrides)
     described = read_yaml(variant)
     try:
         return SavedModel(str(path), official.config_from_variant(described, state), state)
@@ -177,18 +177,18 @@ def _unwrapped(content: Any, name: str) -> tuple[Mapping[str, Tensor], Any]:
     raise CheckpointError(f"{name} holds no state dict: neither is it one, nor has it 'model' or 'state_dict'")
 
 
-def _from_state(state: Mapping[str, Tensor], meta: Any, name: str, given: Mapping[str, Any]) -> SavedModel:
+def _from_state(state: Mapping[str, Tensor], meta: Any, name: str, overrides: Mapping[str, Any]) -> SavedModel:
     """Configure a state dict by its shapes.
 
     Raises:
-        CheckpointError: keys of no known origin, or a tensor that any Segmenter has is missing.
+        CheckpointError: keys of no known origin, or a tensor that every Segmenter has is missing or misshapen.
     """
     try:
         if mmseg.recognises(state):
             renamed = mmseg.to_ours(state)
-            return SavedModel(name, mmseg.config_from(renamed, meta, given), renamed)
+            return SavedModel(name, mmseg.config_from_shapes(renamed, overrides, meta), renamed)
         if official.recognises(state):
-            config = official.config_from_shapes(state, given)
+            config = official.config_from_shapes(state, overrides)
             warnings.warn(
                 f"{name} comes without a configuration: heads of {config.embed_dim // config.num_heads}, mean "
                 f"{config.mean} and the official program's numerics are assumed; override what differs",

@@ -71,19 +71,19 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def config_from(state: Mapping[str, Tensor], meta: Any, given: Mapping[str, Any]) -> SegmenterConfig:
+def config_from_shapes(state: Mapping[str, Tensor], overrides: Mapping[str, Any], meta: Any) -> SegmenterConfig:
     """Return the configuration of a state dict in our names.
 
-    Attention heads of 64 and a square image are assumed unless ``given`` says otherwise. Windows are as large as the
+    Attention heads of 64 and a square image are assumed unless ``overrides`` has others. Windows are as large as the
     image and overlap by 32 pixels, as in mmsegmentation's configurations.
 
     Args:
         meta: the checkpoint's, whose class names and palette are taken where their form and number are right.
 
     Raises:
-        CheckpointError: a tensor that any Segmenter has is missing.
+        CheckpointError: a tensor that every Segmenter has is missing or misshapen.
     """
-    fields = _NUMERICS | fields_from_shapes(state, given)
+    fields = _NUMERICS | fields_from_shapes(state, overrides)
     fields["window_size"] = side = min(fields["image_size"])
     fields["window_stride"] = max(side - _OVERLAP, fields["patch_size"])
     meta = meta if isinstance(meta, Mapping) else {}

@@ -43,7 +43,7 @@ _NORMALIZATIONS: dict[str, dict[str, Any]] = {
     "deit": {"mean": IMAGENET_MEAN, "std": IMAGENET_STD},
 }
 _DECODERS = {"mask_transformer": "mask", "linear": "linear"}
-# Fixed in the program's code: what a model may be trained with otherwise, and what it must have.
+# Fixed in the program's code: numerics, which other weights run with all the same, and architecture.
 _NUMERICS: dict[str, Any] = {
     "encoder_norm_eps": 1e-5,
     "decoder_norm_eps": 1e-5,
@@ -73,7 +73,7 @@ def config_from_variant(variant: Mapping[str, Any], state: Mapping[str, Tensor])
     """Return the configuration that a parsed variant.yml describes.
 
     Raises:
-        CheckpointError: an entry that is missing or has an unknown value, naming it.
+        CheckpointError: an entry that is missing or has a wrong type or value, naming it.
         ValueError: a value out of range.
     """
     net = _section(variant, "net_kwargs")
@@ -107,13 +107,13 @@ def config_from_variant(variant: Mapping[str, Any], state: Mapping[str, Tensor])
     return SegmenterConfig(**fields, **named_variant(fields))
 
 
-def config_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) -> SegmenterConfig:
+def config_from_shapes(state: Mapping[str, Tensor], overrides: Mapping[str, Any]) -> SegmenterConfig:
     """Return the configuration of a state dict without variant.yml: its shapes, and the program's numerics.
 
     ImageNet's mean and std are assumed for distilled models, 0.5 for all others. Variants that the official program
     does not have, DINOv2 and DINOv3, keep numerics, mean and std of their own.
     """
-    fields = _NUMERICS | fields_from_shapes(state, given)
+    fields = _NUMERICS | fields_from_shapes(state, overrides)
     fields |= _NORMALIZATIONS["deit" if fields["distillation_token"] else "vit"]
     if fields["num_register_tokens"] and "variant" in fields:
         named = VARIANTS[fields["variant"]]
@@ -123,12 +123,12 @@ def config_from_shapes(state: Mapping[str, Tensor], given: Mapping[str, Any]) ->
 
 
 def write_folder(folder: Path, config: SegmenterConfig, state: Mapping[str, Tensor]) -> list[str]:
-    """Write both files, completely or not at all, with every tensor of ``state`` as it is, bit for bit.
+    """Write both files atomically, with every tensor of ``state`` bit for bit.
 
-    Classification heads, which the program's strict loading asks for, are added as zeros where there are none.
+    Missing classification heads, which the program's strict loading needs, are added as zeros.
 
     Returns:
-        One sentence for each thing that the program computes otherwise or has no place for.
+        One sentence for each setting that the program replaces or cannot store.
 
     Raises:
         ValueError: a model that the program cannot run, naming the fields.
@@ -175,7 +175,7 @@ def variant_from_config(config: SegmenterConfig) -> dict[str, Any]:
     normalization = next((name for name, fields in _NORMALIZATIONS.items() if fields == pixels), None)
     if normalization is None:
         raise ValueError(f"the official program has no normalization of mean {config.mean} and std {config.std}")
-    # timm's name without the tag of the weights; the program has one name that timm has not
+    # timm's name without the tag of the weights; the program's name for B/8 is not timm's
     backbone = (config.timm_backbone or f"vit_custom_patch{config.patch_size}_{min(config.image_size)}").split(".")[0]
     data = {"normalization": normalization, "image_size": max(config.image_size), "crop_size": config.window_size}
     for name, classes in DATASET_CLASSES.items():

@@ -2,8 +2,8 @@
 
 timm's names are the official ones without the ``encoder.`` prefix. timm runs its weights with a LayerNorm eps of 1e-6
 and resizes position embeddings by antialiased bicubic filters. The official program runs the same weights at 1e-5 and
-resizes bilinearly. ``encoder_norm_eps=1e-6, pos_embed_mode="bicubic_antialias"`` give timm's own features; the variants
-of DINOv2 and DINOv3 (1e-5 there, too) have them by default.
+resizes bilinearly. ``encoder_norm_eps=1e-6, pos_embed_mode="bicubic_antialias"`` give timm's own features. The variants
+of DINOv2 and DINOv3 have timm's numerics by default; DINOv3's eps is 1e-5 in timm, too.
 """
 
 from __future__ import annotations

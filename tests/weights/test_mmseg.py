@@ -68,7 +68,7 @@ def test_a_training_checkpoint_with_objects_of_mmengine_is_read(tmp_path: Path) 
 )
 def test_classes_of_another_form_are_left_out(meta: Any) -> None:
     state = mmseg.to_ours(read_torch(FILES["mmseg_linear"])["state_dict"])
-    config = mmseg.config_from(state, meta, {})
+    config = mmseg.config_from_shapes(state, {}, meta)
     assert (config.class_names, config.palette) == ((), ())
 
 
