@@ -1,1 +1,1 @@
-"""Plain-PyTorch formulations of the ops that are fast on a CPU."""
+"""Plain PyTorch formulations of the ops, for the CPU and for devices without Triton."""

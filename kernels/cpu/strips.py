@@ -1,6 +1,6 @@
-"""A bilinear resize and its transpose, a few output rows at a time: no full-size tensor, and the work stays in cache.
+"""A bilinear resize and its transpose, strip by strip: no tensor has the full size, and a strip fits the caches.
 
-A strip is a piece of a cell, whose rows mix the same two input rows, or several whole cells where they are small.
+A strip is a few output rows: a piece of a cell, whose rows mix the same two input rows, or several small cells.
 """
 
 from __future__ import annotations
@@ -14,29 +14,23 @@ from torch import Tensor
 
 from ..bilinear import Axis
 
-_STRIP_ELEMENTS = 1 << 20  # 4 MB of float32: two cores' second-level caches
+_STRIP_ELEMENTS = 1 << 20  # logits of a strip: 4 MB of float32, two cores' second-level caches
 
 
 @dataclass(frozen=True)
 class Strip:
-    """Output rows ``[start, stop)``, which mix input rows ``[first, last]``.
+    """Some output rows, each a mix of a lower and an upper input row."""
 
-    Row ``i`` mixes ``lower[i]`` and ``upper[i]``, counted from ``first``, by ``weights[:, i]``. All rows
-    of ``one_cell`` mix the first and the last of the input rows, which may be one.
-    """
-
-    start: int
-    stop: int
-    first: int
-    last: int
-    lower: Tensor
-    upper: Tensor
-    weights: Tensor
-    one_cell: bool
+    rows: slice
+    inputs: slice  # input rows that they mix
+    lower: Tensor  # (rows,) counted from the first of the inputs
+    upper: Tensor  # (rows,)
+    weights: Tensor  # (2, rows) of lower and upper
+    one_cell: bool  # all rows mix the first and the last input, which may be the same
 
 
 class Resize:
-    """Resize of ``(K, h, w)`` masks to ``size``, of which the top-left ``kept`` is computed, in ``dtype``."""
+    """Resize of ``(K, h, w)`` masks to ``size``, computed in ``dtype`` for the top-left ``kept``."""
 
     def __init__(
         self, masks: Tensor, size: Sequence[int], kept: Sequence[int], align_corners: bool, dtype: torch.dtype
@@ -49,22 +43,22 @@ class Resize:
         self.left_weight, self.right_weight = (1 - weight).to(dtype), weight.to(dtype)
         self.dtype = dtype
         self.strips = list(self._strips())
-        longest = max(strip.stop - strip.start for strip in self.strips)
+        longest = max(len(strip.lower) for strip in self.strips)
         self.buffer = weight.new_empty((longest, self.classes, kept[1]), dtype=dtype)
 
     def _strips(self) -> Iterator[Strip]:
         most = max(_STRIP_ELEMENTS // (self.classes * self.horizontal.kept), 1)
         starts = self.vertical.cell_starts
         taps = self.vertical.taps(self.left.device)
-        begin = 0  # of the cells that are gathered into one strip
+        begin = 0  # of the cells that form the next strip
         for cell_start, cell_stop in pairwise(starts):
-            if cell_stop - begin <= most // 2:  # leaves room for the input rows of each output row
+            if cell_stop - begin <= most // 2:  # the input rows of each output row take as much again
                 continue
             if begin < cell_start:
                 yield self._strip(begin, cell_start, *taps)
             begin = cell_start
             pieces = -(-(cell_stop - cell_start) // most)
-            if pieces > 1:  # of equal length, rather than full ones and a rest
+            if pieces > 1:  # of nearly equal length
                 ends = [cell_start + (cell_stop - cell_start) * i // pieces for i in range(pieces + 1)]
                 for start, stop in pairwise(ends):
                     yield self._strip(start, stop, *taps)
@@ -77,61 +71,60 @@ class Resize:
         first, last = int(lower[0]), int(upper[-1])
         lower, upper = lower - first, upper - first
         weights = torch.stack((1 - weight, weight)).to(self.dtype)
-        return Strip(start, stop, first, last, lower, upper, weights, int(lower[-1]) == 0)
+        return Strip(slice(start, stop), slice(first, last + 1), lower, upper, weights, int(lower[-1]) == 0)
 
     def rows(self, masks: Tensor) -> Iterator[tuple[Strip, Tensor]]:
-        """Every strip with its ``(rows, K, W')`` logits, in one buffer that the caller may overwrite."""
-        block = None
+        """Yield each strip and its ``(rows, K, W')`` logits, in one buffer that the caller may overwrite."""
+        inputs = None
         for strip in self.strips:
-            if block != (block := (strip.first, strip.last)):
-                wide = self._widen(masks[:, strip.first : strip.last + 1])
+            if inputs != (inputs := strip.inputs):
+                wide = self._widen(masks[:, inputs])
             if strip.one_cell:
                 lower, upper = wide[:1], wide[-1:]
             else:
                 lower, upper = wide.index_select(0, strip.lower), wide.index_select(0, strip.upper)
-            logits = self.buffer[: strip.stop - strip.start]
+            logits = self.buffer[: len(strip.lower)]
             lower_weight, upper_weight = strip.weights[:, :, None, None]
             torch.mul(lower, lower_weight, out=logits)
             yield strip, logits.addcmul_(upper, upper_weight)
 
     def _widen(self, rows: Tensor) -> Tensor:
-        """``(K, n, w)`` -> ``(n, K, W')``."""
+        """Resize rows along x: ``(K, n, w)`` -> ``(n, K, W')``."""
         rows = rows.transpose(0, 1).to(self.dtype)
         return (rows[..., self.left] * self.left_weight).addcmul_(rows[..., self.right], self.right_weight)
 
 
 class Transpose:
-    """The transpose of ``Resize.rows``: adds the gradients of all strips, in order, into ``(K, h, w)`` ``out``."""
+    """Transpose of ``Resize.rows``: adds the gradients of all strips, in order, to ``out`` ``(K, h, w)``."""
 
     def __init__(self, resize: Resize, out: Tensor) -> None:
         self.resize, self.out = resize, out
-        longest = max(strip.last + 1 - strip.first for strip in resize.strips)
+        longest = max(strip.inputs.stop - strip.inputs.start for strip in resize.strips)
         self.wide = resize.buffer.new_empty((longest, *resize.buffer.shape[1:]))
-        self.block: slice | None = None
+        self.inputs: slice | None = None  # input rows whose gradient is in ``wide``
 
     def add(self, strip: Strip, grad: Tensor) -> None:
         """Add a strip's ``(rows, K, W')`` gradient."""
-        block = slice(strip.first, strip.last + 1)
-        wide = self.wide[: block.stop - block.start]
-        if block != self.block:
+        wide = self.wide[: strip.inputs.stop - strip.inputs.start]
+        if strip.inputs != self.inputs:
             self.finish()
-            self.block = block
+            self.inputs = strip.inputs
             wide.zero_()
         if strip.one_cell:
             weights = strip.weights if len(wide) == 2 else strip.weights.sum(0, keepdim=True)
             wide.flatten(1).addmm_(weights, grad.flatten(1))
         else:
-            # Not a product with mostly zeros, which would carry a NaN to rows that do not use it.
+            # A matrix product would carry a NaN to rows that do not use it, times zero.
             for index, weights in zip((strip.lower, strip.upper), strip.weights, strict=True):
                 wide.index_add_(0, index, grad * weights[:, None, None])
 
     def finish(self) -> None:
-        """Write what is still held back."""
-        if self.block is not None:
+        """Add the input rows that are still in the buffer to ``out``."""
+        if self.inputs is not None:
             resize = self.resize
-            wide = self.wide[: self.block.stop - self.block.start].flatten(0, 1).T.contiguous()  # (W', n K)
+            wide = self.wide[: self.inputs.stop - self.inputs.start].flatten(0, 1).T.contiguous()  # (W', n K)
             narrow = wide.new_zeros((resize.horizontal.size_in, wide.shape[1]))
             narrow.index_add_(0, resize.left, wide * resize.left_weight[:, None])
             narrow.index_add_(0, resize.right, wide * resize.right_weight[:, None])
-            self.out[:, self.block] += narrow.T.unflatten(0, (-1, resize.classes)).transpose(0, 1)
-            self.block = None
+            self.out[:, self.inputs] += narrow.T.unflatten(0, (-1, resize.classes)).transpose(0, 1)
+            self.inputs = None

@@ -71,9 +71,9 @@ def _pruned(grid: Tensor, ys: Axis, xs: Axis, out: Tensor) -> None:
     tile_cells = max(TILE // max(ys.longest_cell * xs.longest_cell, num_classes), 1)
     tile_x = min(tile_cells, xs.cells)
     tile_y = max(tile_cells // tile_x, 1)
-    across = [_Strip.make(xs, first, tile_x, grid) for first in range(-1, xs.cells - 1, tile_x)]
+    across = [_AxisCells.make(xs, first, tile_x, grid) for first in range(-1, xs.cells - 1, tile_x)]
     for first in range(-1, ys.cells - 1, tile_y):
-        y = _Strip.make(ys, first, tile_y, grid)
+        y = _AxisCells.make(ys, first, tile_y, grid)
         for x in across:
             if not (y.outputs and x.outputs):
                 continue
@@ -92,8 +92,8 @@ def _pruned(grid: Tensor, ys: Axis, xs: Axis, out: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class _Strip:
-    """Consecutive cells of an axis. Each has ``longest_cell`` slots, some of which its outputs fill."""
+class _AxisCells:
+    """Consecutive cells of one axis. Each has ``longest_cell`` slots, some of which its outputs fill."""
 
     corners: Tensor  # (cells + 1,) indices of inputs
     weights: Tensor  # (cells, longest_cell) of the upper corner
@@ -102,7 +102,7 @@ class _Strip:
     outputs: int
 
     @classmethod
-    def make(cls, axis: Axis, first: int, length: int, like: Tensor) -> _Strip:
+    def make(cls, axis: Axis, first: int, length: int, like: Tensor) -> _AxisCells:
         cells = torch.arange(first, min(first + length, axis.cells - 1) + 1, device=like.device)
         starts = torch.tensor(axis.cell_starts[first + 1 : first + 1 + len(cells)], device=like.device)
         slot = torch.arange(axis.longest_cell, device=like.device)

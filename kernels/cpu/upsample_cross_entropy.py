@@ -6,7 +6,7 @@ of a pixel and its gradient, both zero for an ignored pixel, are
     (1 - e) v_t (log S - z_t) + e / K (V log S - sum_k v_k z_k)
     ((1 - e) v_t + e V / K) exp(z_k) / S - (1 - e) v_t [k = t] - e v_k / K
 
-The gradient leaves each strip through the transpose of the resize at once, so the forward pass keeps no logits.
+Each strip's gradient passes through the transpose of the resize at once, so the forward pass keeps no logits.
 """
 
 from __future__ import annotations
@@ -22,32 +22,13 @@ from .strips import Resize, Transpose
 def upsample_cross_entropy(
     masks: Tensor, target: Tensor, options: LossOptions, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss and, where asked for, the gradient of the masks for a loss gradient of 1; else an empty tensor."""
+    """Loss, and the gradient of the masks for a loss gradient of 1; an empty tensor if not ``with_grad``."""
     dtype = statistics_dtype(masks.dtype)
-    reduction = options.reduction
-    total = _check_target(target, masks.shape[1], options)
-    grad = masks.new_zeros(masks.shape if with_grad else (0,), dtype=dtype)
-    per_pixel = masks.new_empty(target.shape if reduction == "none" else (0,), dtype=dtype)
-    scale = (1 / total).to(dtype) if reduction == "mean" else total.new_ones((), dtype=dtype)
-    loss = total.new_zeros(())
-    resize = Resize(masks, options.size, target.shape[1:], options.align_corners, dtype)
-    pixel = _Pixels(masks.shape[1], options, dtype)
-    for image in range(masks.shape[0]):
-        transpose = Transpose(resize, grad[image]) if with_grad else None
-        for strip, logits in resize.rows(masks[image]):
-            rows = slice(strip.start, strip.stop)
-            strip_loss = pixel.loss(logits, target[image, rows])
-            if reduction == "none":
-                per_pixel[image, rows] = strip_loss
-            else:
-                loss += strip_loss.sum()
-            if transpose:
-                transpose.add(strip, pixel.gradient(logits, scale))
-        if transpose:
-            transpose.finish()
-    if reduction == "none":
-        return per_pixel, grad
-    return (loss / total if reduction == "mean" else loss).to(dtype), grad
+    total = _target_weight(target, masks.shape[1], options)
+    divisor = total if options.reduction == "mean" else torch.ones_like(total)
+    grad_loss = (1 / divisor).to(dtype).expand(target.shape) if with_grad else None
+    loss, grad = _by_strips(masks, target, options, grad_loss)
+    return (loss if options.reduction == "none" else (loss / divisor).to(dtype)), grad
 
 
 def scale_gradient(grad_loss: Tensor, grad_masks: Tensor, masks: Tensor) -> Tensor:
@@ -57,22 +38,33 @@ def scale_gradient(grad_loss: Tensor, grad_masks: Tensor, masks: Tensor) -> Tens
 
 def pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     """Gradient of the masks for a loss gradient per pixel (reduction "none")."""
-    dtype = statistics_dtype(masks.dtype)
-    grad = masks.new_zeros(masks.shape, dtype=dtype)
+    return _by_strips(masks, target, options, grad_loss)[1].to(masks.dtype)
+
+
+def _by_strips(masks: Tensor, target: Tensor, options: LossOptions, grad_loss: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Loss, per pixel or summed in float64, and the gradient of the masks for ``grad_loss`` ``(B, H', W')``."""
+    dtype, per_pixel = statistics_dtype(masks.dtype), options.reduction == "none"
+    loss = masks.new_zeros(target.shape if per_pixel else (), dtype=dtype if per_pixel else torch.float64)
+    grad = masks.new_zeros((0,) if grad_loss is None else masks.shape, dtype=dtype)
     resize = Resize(masks, options.size, target.shape[1:], options.align_corners, dtype)
-    pixel = _Pixels(masks.shape[1], options, dtype)
+    strip_loss = _StripLoss(masks.shape[1], options, dtype)
     for image in range(masks.shape[0]):
-        transpose = Transpose(resize, grad[image])
+        transpose = None if grad_loss is None else Transpose(resize, grad[image])
         for strip, logits in resize.rows(masks[image]):
-            rows = slice(strip.start, strip.stop)
-            pixel.loss(logits, target[image, rows])
-            transpose.add(strip, pixel.gradient(logits, grad_loss[image, rows].to(dtype)))
-        transpose.finish()
-    return grad.to(masks.dtype)
+            losses = strip_loss.forward(logits, target[image, strip.rows])
+            if per_pixel:
+                loss[image, strip.rows] = losses
+            else:
+                loss += losses.sum()
+            if grad_loss is not None and transpose:
+                transpose.add(strip, strip_loss.backward(logits, grad_loss[image, strip.rows].to(dtype)))
+        if transpose:
+            transpose.finish()
+    return loss, grad
 
 
-class _Pixels:
-    """Loss and gradient of one strip; ``gradient`` continues from what ``loss`` left in the logits' buffer."""
+class _StripLoss:
+    """Loss and gradient of one strip; ``backward`` continues from what ``forward`` left in the logits' buffer."""
 
     def __init__(self, classes: int, options: LossOptions, dtype: torch.dtype) -> None:
         self.ignore_index, self.weight = options.ignore_index, options.weight
@@ -80,8 +72,8 @@ class _Pixels:
         self.total = float(classes) if self.weight is None else float(self.weight.sum())
         self.dtype = dtype
 
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """``(rows, W')`` losses of ``(rows, K, W')`` logits, which become exp(z)."""
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Losses ``(rows, W')`` of ``(rows, K, W')`` logits, which are overwritten by exp(z)."""
         target = target.long()
         self.valid = target != self.ignore_index
         self.target = target.where(self.valid, 0).unsqueeze(1)  # (rows, 1, W')
@@ -99,8 +91,8 @@ class _Pixels:
             loss += self.soft * (self.total * log_sum - weighted)
         return loss.where(self.valid, 0)
 
-    def gradient(self, exp: Tensor, grad_loss: Tensor) -> Tensor:
-        """Turn the buffer that ``loss`` left into the gradient of the logits, for a ``(rows, W')`` or scalar one."""
+    def backward(self, exp: Tensor, grad_loss: Tensor) -> Tensor:
+        """Turn exp(z) into the gradient of the logits for a loss gradient ``(rows, W')``, in place."""
         grad_loss = torch.where(self.valid, grad_loss, 0)
         hard = grad_loss * self.hard_weight
         both = hard + grad_loss * (self.soft * self.total) if self.soft else hard
@@ -111,12 +103,12 @@ class _Pixels:
         return exp
 
 
-def _check_target(target: Tensor, classes: int, options: LossOptions) -> Tensor:
-    """The summed class weights of all pixels that count (float64); IndexError for a target that is no class."""
+def _target_weight(target: Tensor, classes: int, options: LossOptions) -> Tensor:
+    """Summed class weights of all pixels that count, float64; raise IndexError for a target that is no class."""
     ignore_index, weight = options.ignore_index, options.weight
     total = torch.zeros((), dtype=torch.float64, device=target.device)
     for image in target:
-        image = image.long()  # a uint8 tensor would wrap what it is compared with
+        image = image.long()  # uint8 would wrap the value that it is compared with
         counts = image != ignore_index
         classes_seen = image.where(counts, 0)
         smallest, largest = torch.stack(classes_seen.aminmax()).tolist()

@@ -1,4 +1,4 @@
-"""Probabilities of bilinearly upsampled masks in plain PyTorch, strip by strip: only the result is full-size."""
+"""Probabilities of bilinearly upsampled masks in plain PyTorch, strip by strip: only the result has the full size."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ def upsample_softmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], al
     for image in range(masks.shape[0]):
         for strip, logits in resize.rows(masks[image]):
             exp = logits.sub_(logits.amax(1, keepdim=True)).exp_()
-            rows = out[image, :, strip.start : strip.stop].transpose(0, 1)  # (rows, K, W')
-            torch.div(exp, exp.sum(1, keepdim=True), out=rows)
+            torch.div(exp, exp.sum(1, keepdim=True), out=out[image, :, strip.rows].transpose(0, 1))  # (rows, K, W')
     return out
 
 
@@ -33,11 +32,8 @@ def upsample_softmax_backward(
     for image in range(grad_masks.shape[0]):
         transpose = Transpose(resize, grad_masks[image])
         for strip in resize.strips:
-            rows = slice(strip.start, strip.stop)
-            p = probabilities[image, :, rows].transpose(0, 1)  # (rows, K, W')
-            grad_logits = torch.mul(
-                p, grad[image, :, rows].transpose(0, 1), out=resize.buffer[: strip.stop - strip.start]
-            )
+            p, grad_p = (tensor[image, :, strip.rows].transpose(0, 1) for tensor in (probabilities, grad))
+            grad_logits = torch.mul(p, grad_p, out=resize.buffer[: len(p)])  # (rows, K, W')
             grad_logits.addcmul_(p, grad_logits.sum(1, keepdim=True), value=-1)
             transpose.add(strip, grad_logits)
         transpose.finish()

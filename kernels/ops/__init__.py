@@ -1,1 +1,1 @@
-"""Argument checks, fake kernels, autograd and autocast of the public ops. Mathematics lives elsewhere."""
+"""Argument checks, fake kernels, derivatives and registration of the public ops."""

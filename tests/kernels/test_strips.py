@@ -40,9 +40,8 @@ def test_rows_and_their_transpose(
     out, gradient = torch.full_like(expected, torch.nan), torch.zeros_like(masks)
     transpose = Transpose(resize, gradient[0])
     for strip, logits in resize.rows(masks.detach()[0]):
-        rows = slice(strip.start, strip.stop)
-        out[0, :, rows] = logits.transpose(0, 1)
-        transpose.add(strip, upstream[0, :, rows].transpose(0, 1))
+        out[0, :, strip.rows] = logits.transpose(0, 1)
+        transpose.add(strip, upstream[0, :, strip.rows].transpose(0, 1))
     transpose.finish()
     torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(gradient, masks.grad, rtol=0, atol=1e-12)
@@ -52,8 +51,8 @@ def test_strips_hold_pieces_of_a_cell_or_several_cells(monkeypatch: pytest.Monke
     def lengths(elements: int) -> list[int]:
         monkeypatch.setattr(strips, "_STRIP_ELEMENTS", elements)
         found = Resize(torch.zeros(2, 4, 4), (32, 32), (32, 32), False, torch.float32).strips
-        assert [strip.stop for strip in found] == [*[strip.start for strip in found][1:], 32]
-        return [strip.stop - strip.start for strip in found]
+        assert [strip.rows.stop for strip in found] == [*[strip.rows.start for strip in found][1:], 32]
+        return [strip.rows.stop - strip.rows.start for strip in found]
 
     assert lengths(64 * 3) == [2, 2, 2, 3, 3, 2, 3, 3, 2, 3, 3, 2, 2]
     assert lengths(64 * 8) == [4, 8, 8, 8, 4]
@@ -68,7 +67,7 @@ def test_a_nan_reaches_the_rows_that_use_it_and_no_others() -> None:
     upstream[20, 1, 12] = torch.nan  # row 20.5 / 8 - 0.5: between 2 and 3, column 1.06: between 1 and 2
     transpose = Transpose(resize, gradient)
     for strip in resize.strips:
-        transpose.add(strip, upstream[strip.start : strip.stop])
+        transpose.add(strip, upstream[strip.rows])
     transpose.finish()
     expected = torch.zeros(2, 6, 3, dtype=torch.bool)
     expected[1, 2:4, 1:] = True
