@@ -21,8 +21,8 @@ _TILE_ROWS = 16  # fewer where the classes are too many
 
 def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
     """``(H, W)`` labels, uint8 where K <= 256 and int32 otherwise."""
-    lattices = _Lattices(scores, rows, row_weights, cols, col_weights)
-    labels = scores.new_empty(lattices.size, dtype=torch.uint8 if scores.shape[1] <= 256 else torch.int32)
+    dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
+    labels = scores.new_empty((rows.shape[2], cols.shape[2]), dtype=dtype)
     if len(rows) == 1:
         ys, xs = _Runs.grouped(rows[0], row_weights[0]), _Runs.grouped(cols[0], col_weights[0])
         cells = sum(len(y.lower) for y in ys) * sum(len(x.lower) for x in xs)
@@ -31,6 +31,7 @@ def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tens
                 for x in xs:
                     _prune(scores, y, x, labels)
             return labels
+    lattices = _Lattices(scores, rows, row_weights, cols, col_weights)
     for tile in lattices.tiles():
         votes = lattices.logits(0, tile) if len(rows) == 1 else lattices.probabilities(tile)
         labels[tile] = votes.max(1).indices  # faster than argmax
@@ -38,9 +39,9 @@ def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tens
 
 
 def lattice_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
-    """``(K, H, W)``: the mean over S of the softmaxes."""
+    """``(K, H, W)``: the mean softmax over the lattices."""
     lattices = _Lattices(scores, rows, row_weights, cols, col_weights)
-    out = scores.new_empty((scores.shape[1], *lattices.size))
+    out = scores.new_empty((scores.shape[1], rows.shape[2], cols.shape[2]))
     for tile in lattices.tiles():
         out[(slice(None), *tile)] = lattices.probabilities(tile).transpose(0, 1)
     return out
@@ -54,13 +55,9 @@ class _Lattices:
     cols: Tensor  # (S, 2, W)
     col_weights: Tensor  # (S, W)
 
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.rows.shape[2], self.cols.shape[2]
-
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """Yield the rows and columns of each tile."""
-        (height, width), classes = self.size, self.scores.shape[1]
+        height, width, classes = self.rows.shape[2], self.cols.shape[2], self.scores.shape[1]
         across = max(min(_TILE // (classes * _TILE_ROWS), width), 1)
         down = max(_TILE // (classes * across), 1)
         for top in range(0, height, down):

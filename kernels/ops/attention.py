@@ -5,15 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import reference
 from ..cpu import attention as cpu
 from ..registry import (
     FLOATS,
-    INTERPRET,
     define,
     derivative_error,
     dtype_error,
@@ -59,42 +56,10 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     return torch.ops.segmenter_fast.attention(qkv, scale, with_lse)[0]
 
 
-def attention_with(backend: str, qkv: Tensor, scale: float | None = None) -> Tensor:
-    """``attention`` by one named backend, for tests and benchmarks; differentiable.
-
-    ``attention`` itself takes Triton on CUDA and ROCm and PyTorch's flash kernel on the CPU, for every shape: no
-    measurement has shown another backend faster.
-
-    Args:
-        backend: ``"triton"``; ``"sdpa"``, PyTorch's ``scaled_dot_product_attention`` with the kernel that it chooses
-            or that ``torch.nn.attention.sdpa_kernel`` forces; or ``"reference"``, which holds the whole score matrix.
-        qkv, scale: as for ``attention``.
-
-    Raises:
-        ValueError: an unknown backend, or a tensor on a device that Triton does not serve.
-    """
-    if backend == "triton":
-        if not (qkv.is_cuda or (INTERPRET and qkv.device.type == "cpu")):
-            raise ValueError(
-                f"triton serves CUDA and ROCm tensors, and CPU ones under TRITON_INTERPRET=1; got {qkv.device}"
-            )
-        return attention(qkv, scale)
-    if backend == "sdpa":
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    if backend == "reference":
-        return reference.attention(qkv, scale)
-    raise ValueError(f"backend must be 'triton', 'sdpa' or 'reference', got {backend!r}")
-
-
 def _fake(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
     b, n, _, heads, dim = qkv.shape
     lse_shape = (b, heads, n) if with_lse else (0,)
     return qkv.new_empty((b, n, heads, dim)), qkv.new_empty(lse_shape, dtype=statistics_dtype(qkv.dtype))
-
-
-def _fake_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    return qkv.new_empty(qkv.shape)
 
 
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -116,19 +81,19 @@ def _fold(info: Any, dim: int | None, tensor: Tensor) -> Tensor:
     return tensor.flatten(0, 1).contiguous()
 
 
+def _unfold(info: Any, tensor: Tensor) -> Tensor:
+    return tensor.unflatten(0, (info.batch_size, tensor.shape[0] // info.batch_size))
+
+
 def _vmap(info: Any, in_dims: Any, qkv: Tensor, scale: float, with_lse: bool) -> Any:
-    qkv = _fold(info, in_dims[0], qkv)
-    batches = (info.batch_size, qkv.shape[0] // info.batch_size)
-    out, lse = torch.ops.segmenter_fast.attention(qkv, scale, with_lse)
-    out = out.unflatten(0, batches)
-    return ((out, lse.unflatten(0, batches)), (0, 0)) if with_lse else ((out, lse), (0, None))
+    out, lse = torch.ops.segmenter_fast.attention(_fold(info, in_dims[0], qkv), scale, with_lse)
+    return ((_unfold(info, out), _unfold(info, lse)), (0, 0)) if with_lse else ((_unfold(info, out), lse), (0, None))
 
 
 def _vmap_backward(info: Any, in_dims: Any, *args: Any) -> tuple[Tensor, int]:
     *tensors, scale = args
-    folded = [_fold(info, dim, tensor) for dim, tensor in zip(in_dims[:-1], tensors, strict=True)]
-    grad_qkv = torch.ops.segmenter_fast.attention_backward(*folded, scale)
-    return grad_qkv.unflatten(0, (info.batch_size, folded[0].shape[0] // info.batch_size)), 0
+    folded = (_fold(info, dim, tensor) for dim, tensor in zip(in_dims[:-1], tensors, strict=True))
+    return _unfold(info, torch.ops.segmenter_fast.attention_backward(*folded, scale)), 0
 
 
 # The second result is the log-sum-exp as the backward of the same backend takes it: natural on the CPU, to base 2 from
@@ -145,7 +110,7 @@ define(
     "attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, float scale) -> Tensor",
     triton=".gpu.attention_backward:attention_backward",
     plain=cpu.attention_backward,
-    fake=_fake_backward,
+    fake=lambda grad_out, qkv, out, lse, scale: qkv.new_empty(qkv.shape),
     backward=no_second_derivative("attention"),
 )
 torch.library.register_vmap("segmenter_fast::attention", _vmap, lib=library)

@@ -46,17 +46,6 @@ def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, 
     return torch.ops.segmenter_fast.mask_scores(patches, classes, weight, bias, eps)
 
 
-def _fake(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    dtype = torch.promote_types(patches.dtype, weight.dtype)
-    return patches.new_empty((*patches.shape[:2], classes.shape[1]), dtype=dtype)
-
-
-def _fake_backward(
-    grad: Tensor, patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(t.new_empty(t.shape) for t in (patches, classes, weight, bias))  # type: ignore[return-value]
-
-
 def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
@@ -70,7 +59,9 @@ define(
     "mask_scores(Tensor patches, Tensor classes, Tensor weight, Tensor bias, float eps) -> Tensor",
     triton=".gpu.mask_scores:mask_scores",
     plain=cpu.mask_scores,
-    fake=_fake,
+    fake=lambda patches, classes, weight, bias, eps: patches.new_empty(
+        (*patches.shape[:2], classes.shape[1]), dtype=torch.promote_types(patches.dtype, weight.dtype)
+    ),
     setup_context=_setup_context,
     backward=_backward,
 )
@@ -79,6 +70,6 @@ define(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     triton=".gpu.mask_scores:mask_scores_backward",
     plain=cpu.mask_scores_backward,
-    fake=_fake_backward,
+    fake=lambda grad, *tensors: tuple(tensor.new_empty(tensor.shape) for tensor in tensors[:4]),
     backward=no_second_derivative("mask_scores"),
 )
