@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import mmap
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Backend:
-    """Where an op runs, and in which dtypes its arithmetic can be trusted there."""
+    """A place where ops run."""
 
     name: str
     device: str
-    dtypes: tuple[torch.dtype, ...]
+    dtypes: tuple[torch.dtype, ...]  # those whose arithmetic can be trusted there
+
+    def masks(self, k: int, h: int = 2, w: int = 3, b: int = 2) -> Tensor:
+        """Random channels-last masks, as a decoder leaves them."""
+        return (torch.randn(b, h, w, k) * 2).permute(0, 3, 1, 2).to(self.device)
+
+    def sparse_memory(self, elements: int) -> Tensor:
+        """Float16 memory for offsets beyond 32 bits; on the CPU only the touched pages exist."""
+        if self.device == "cuda":
+            return torch.empty(elements, dtype=torch.float16, device="cuda")
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+        return torch.frombuffer(mmap.mmap(-1, 2 * elements, flags=flags), dtype=torch.float16)
 
 
 _ALL = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,3 +45,11 @@ _BACKENDS = (
 @pytest.fixture(params=_BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
     return request.param
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialised memory holds NaN or the largest integer, so that unwritten results are found."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

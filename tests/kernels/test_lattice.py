@@ -13,7 +13,7 @@ from torch import Tensor
 from segmenter_fast import kernels
 from segmenter_fast.kernels import reference
 from segmenter_fast.kernels.registry import INTERPRET
-from support.accuracy import assert_as_accurate
+from support.accuracy import assert_as_accurate, largest_shortfall
 
 from .conftest import Backend
 
@@ -46,21 +46,20 @@ def to(arguments: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
 
 
 def check(arguments: tuple[Tensor, ...]) -> None:
-    """Labels are the best of the float64 votes, up to rounding; probabilities as good as PyTorch's."""
+    """Labels are the best of the float64 votes, up to rounding; probabilities are as accurate as PyTorch's."""
     double = to(arguments, torch.float64)
     votes = reference.lattice_logits(*double)[0] if len(arguments[1]) == 1 else reference.lattice_softmax(*double)
     labels = kernels.lattice_argmax(*arguments)
     assert labels.dtype == (torch.uint8 if votes.shape[0] <= 256 else torch.int32)
     assert labels.shape == votes.shape[1:]
-    gap = votes.amax(0) - votes.gather(0, labels.long()[None])[0]
     eps = torch.finfo(arguments[0].dtype).eps
-    assert gap.max() <= 16 * eps * max(1.0, arguments[0].abs().max().item())
+    assert largest_shortfall(labels, votes, 0) <= 16 * eps * max(1.0, arguments[0].abs().max().item())
     ours = kernels.lattice_softmax(*arguments)
     assert ours.is_contiguous()
     assert_as_accurate(ours, reference.lattice_softmax(*arguments), reference.lattice_softmax(*double))
 
 
-# The interpreter takes seconds for each.
+# The interpreter takes seconds for each example.
 EXAMPLES, SIDES = (4, st.integers(1, 10)) if INTERPRET else (30, st.integers(1, 25))
 
 
@@ -147,13 +146,6 @@ def test_tiles_of_the_cpu_change_nothing(limit: int, monkeypatch: pytest.MonkeyP
         assert torch.equal(module.lattice_argmax(*arguments), whole[0])
         torch.testing.assert_close(module.lattice_softmax(*arguments), whole[1], rtol=0, atol=1e-6)
         monkeypatch.undo()
-
-
-def test_compiles_without_a_graph_break(backend: Backend) -> None:
-    scores, *tables = draw(2, 5, 8, 9, backend.device)
-    for op in (kernels.lattice_argmax, kernels.lattice_softmax):
-        compiled = torch.compile(lambda x, op=op: op(x * 2, *tables) + 1, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(scores), op(scores * 2, *tables) + 1)
 
 
 @pytest.mark.parametrize(

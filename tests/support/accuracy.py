@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,3 +24,52 @@ def assert_as_accurate(ours: Tensor, peer: Tensor, oracle: Tensor, *, factor: fl
     allowed = factor * (peer.double() - oracle)[finite].abs().max().item()
     floor = ulps * torch.finfo(ours.dtype).eps * oracle[finite].abs().max().item()
     assert error <= allowed + floor, f"error {error:.3g}, allowed {allowed:.3g} + floor {floor:.3g}"
+
+
+def with_gradients(
+    op: Callable[..., Tensor], inputs: Sequence[Tensor], grad_out: Tensor | None = None, **options
+) -> tuple[Tensor, ...]:
+    """Output of ``op(*inputs, **options)`` and the gradient of every input for ``grad_out``, 1 for a scalar output."""
+    inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+    out = op(*inputs, **options)
+    grads = torch.autograd.grad(out, inputs, None if grad_out is None else grad_out.to(out.dtype))
+    return out.detach(), *grads
+
+
+def assert_op_as_accurate(
+    op: Callable[..., Tensor],
+    peer: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    grad_out: Tensor | None = None,
+    **options,
+) -> tuple[Tensor, ...]:
+    """Hold output and gradients of ``op`` to the errors of ``peer``, which in float64 is the oracle; return them."""
+    ours = with_gradients(op, inputs, grad_out, **options)
+    theirs = with_gradients(peer, inputs, grad_out, **options)
+    oracle = with_gradients(peer, [tensor.double() for tensor in inputs], grad_out, **options)
+    for index, results in enumerate(zip(ours, theirs, oracle, strict=True)):
+        name = f"gradient {index}" if index else "output"
+        try:
+            assert_as_accurate(*results)
+        except AssertionError as error:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+            raise AssertionError(f"{name} of {shapes} {inputs[0].dtype}: {error}") from None
+    return ours
+
+
+def assert_op_equals(
+    op: Callable[..., Tensor],
+    peer: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    grad_out: Tensor | None = None,
+    **options,
+) -> None:
+    """Hold output and gradients of ``op`` to those of ``peer`` in the same dtype; NaN equals NaN."""
+    ours, theirs = (with_gradients(function, inputs, grad_out, **options) for function in (op, peer))
+    torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def largest_shortfall(labels: Tensor, oracle: Tensor, dim: int) -> float:
+    """Largest difference between the best oracle score of a pixel and that of its label; classes lie along ``dim``."""
+    chosen = oracle.gather(dim, labels.long().unsqueeze(dim)).squeeze(dim)
+    return (oracle.amax(dim) - chosen).max().item()

@@ -1,0 +1,125 @@
+"""Every op: torch.library.opcheck, compilation, equal bits, and clear errors for derivatives that do not exist."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from segmenter_fast import kernels
+from support.accuracy import with_gradients
+
+from .conftest import Backend
+
+ops = torch.ops.segmenter_fast
+
+
+def draw(*shape: int, grad: bool = True) -> Tensor:
+    return torch.randn(shape).requires_grad_(grad)
+
+
+def lattices(classes: int = 7) -> tuple[Tensor, ...]:
+    rows, cols = torch.randint(0, 3, (2, 2, 5)), torch.randint(0, 3, (2, 2, 6))
+    return torch.randn(5, classes), rows, torch.rand(2, 5), cols, torch.rand(2, 6)
+
+
+TARGET = torch.arange(2 * 13 * 17).reshape(2, 13, 17) % 3
+OPERATORS = {
+    "attention": lambda: (ops.attention, (draw(2, 5, 3, 2, 16), 0.25, True)),
+    "attention without grad": lambda: (ops.attention, (draw(2, 5, 3, 2, 16, grad=False), 0.25, False)),
+    "lattice_argmax": lambda: (ops.lattice_argmax, lattices()),
+    "lattice_softmax": lambda: (ops.lattice_softmax, lattices()),
+    "mask_scores": lambda: (ops.mask_scores, (draw(2, 5, 8), draw(2, 3, 8), draw(3), draw(3), 1e-5)),
+    "upsample_argmax": lambda: (ops.upsample_argmax, (draw(2, 3, 4, 5, grad=False), [16, 20], [13, 17], False)),
+    "upsample_softmax": lambda: (ops.upsample_softmax, (draw(2, 3, 4, 5), [16, 20], [13, 17], False)),
+    "upsample_cross_entropy mean": lambda: (
+        ops.upsample_cross_entropy,
+        (draw(2, 3, 4, 5), TARGET, [16, 20], 255, None, 0.0, "mean", False, True),
+    ),
+    "upsample_cross_entropy none": lambda: (
+        ops.upsample_cross_entropy,
+        (draw(2, 3, 4, 5), TARGET, [16, 20], 255, torch.rand(3), 0.1, "none", True, False),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OPERATORS)
+def test_opcheck(case: str) -> None:
+    op, args = OPERATORS[case]()
+    torch.library.opcheck(op.default, args)
+
+
+def cross_entropy(reduction: str) -> Callable[[Tensor], Tensor]:
+    def loss(masks: Tensor) -> Tensor:
+        target = TARGET.to(masks.device)
+        return kernels.upsample_cross_entropy(masks, target, (16, 20), label_smoothing=0.1, reduction=reduction)
+
+    return loss
+
+
+# Differentiable public ops and the shapes of their inputs.
+DIFFERENTIABLE = {
+    "attention": (kernels.attention, [(2, 65, 3, 2, 32)]),
+    "mask_scores": (kernels.mask_scores, [(2, 100, 32), (2, 19, 32), (19,), (19,)]),
+    "upsample_softmax": (lambda masks: kernels.upsample_softmax(masks, (6, 9), (5, 9)), [(2, 3, 2, 3)]),
+    "upsample_cross_entropy mean": (cross_entropy("mean"), [(2, 3, 4, 5)]),
+    "upsample_cross_entropy none": (cross_entropy("none"), [(2, 3, 4, 5)]),
+}
+differentiable = pytest.mark.parametrize("case", DIFFERENTIABLE)
+
+
+def problem(
+    case: str, backend: Backend, dtype: torch.dtype = torch.float32
+) -> tuple[Callable[..., Tensor], list[Tensor], Tensor]:
+    """Op, inputs, and gradient of the output."""
+    op, shapes = DIFFERENTIABLE[case]
+    inputs = [torch.randn(shape, device=backend.device, dtype=dtype) for shape in shapes]
+    return op, inputs, torch.randn_like(op(*inputs))
+
+
+@differentiable
+def test_compiles_without_a_graph_break(backend: Backend, case: str) -> None:
+    op, inputs, grad_out = problem(case, backend)
+
+    def step(*inputs: Tensor) -> Tensor:
+        return op(*(tensor * 2 for tensor in inputs)) + 1
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected = with_gradients(step, inputs, grad_out)
+    torch.testing.assert_close(with_gradients(compiled, inputs, grad_out), expected)
+
+
+@pytest.mark.parametrize("case", ["upsample_argmax", "lattice_argmax", "lattice_softmax"])
+def test_inference_compiles_without_a_graph_break(backend: Backend, case: str) -> None:
+    op = getattr(kernels, case)
+    masks, *others = lattices() if case.startswith("lattice") else (torch.randn(2, 5, 4, 4), (20, 24), (17, 24))
+    others = [value.to(backend.device) if isinstance(value, Tensor) else value for value in others]
+    masks = masks.to(backend.device)
+    compiled = torch.compile(lambda masks: op(masks * 2, *others) + 1, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(masks), op(masks * 2, *others) + 1)
+
+
+@differentiable
+def test_same_input_same_bits(backend: Backend, case: str, poisoned: None) -> None:
+    for dtype in backend.dtypes:
+        op, inputs, grad_out = problem(case, backend, dtype)
+        first, second = (with_gradients(op, inputs, grad_out) for _ in range(2))
+        assert all(torch.equal(before, again) for before, again in zip(first, second, strict=True))
+
+
+@differentiable
+def test_second_derivatives_are_refused(backend: Backend, case: str) -> None:
+    op, inputs, _ = problem(case, backend)
+    inputs[0].requires_grad_()
+    (grad,) = torch.autograd.grad(op(*inputs).square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no second derivative; use segmenter_fast\.kernels\.reference"):
+        grad.sum().backward()
+
+
+@differentiable
+def test_forward_mode_is_refused(backend: Backend, case: str) -> None:
+    op, inputs, _ = problem(case, backend)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(op, tuple(inputs), tuple(inputs))
