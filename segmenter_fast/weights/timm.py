@@ -47,7 +47,7 @@ def names_a_model(name: str) -> bool:
     Raises:
         ImportError: it may be one, but timm is not installed.
     """
-    return not _FILE.fullmatch(name) and bool(import_timm().is_model(name))
+    return not _FILE.fullmatch(name) and bool(_import_timm().is_model(name))
 
 
 def download(name: str, config: SegmenterConfig) -> tuple[Mapping[str, Tensor], dict[str, Triple]]:
@@ -61,7 +61,7 @@ def download(name: str, config: SegmenterConfig) -> tuple[Mapping[str, Tensor], 
         CheckpointError: timm does not know the name, the weights cannot be fetched, or the model differs from the
             configuration in an activation or position embedding that shapes do not show.
     """
-    timm = import_timm()
+    timm = _import_timm()
     try:
         model: Any = timm.create_model(name, pretrained=True, num_classes=0)
     except (OSError, HfHubHTTPError) as error:
@@ -122,7 +122,7 @@ def _pack_biases(encoder: dict[str, Tensor], config: SegmenterConfig) -> None:
             del encoder[key]
 
 
-def import_timm() -> ModuleType:
+def _import_timm() -> ModuleType:
     """Import timm, which not every installation has.
 
     Raises:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 import segmenter_fast as sf
 from segmenter_fast.accelerate.match import match_modules
-from segmenter_fast.weights.timm import import_timm
 from support.mmseg_lookalike import MmEncoderDecoder
 from support.official_lookalike import OfficialSegmenter
-
-timm = import_timm()
 
 
 def vit(name: str, **fields: object) -> nn.Module:
