@@ -40,14 +40,12 @@ def demo(
 
 
 def _show(out: Path, device: torch.device) -> None:
-    """Writes a picture of what the trained model makes of held-out scenes, and says how good it is."""
-    from ..train.showcase import SCENES, held_out, showcase, trained_model
+    """Draw the trained model's labels of held-out scenes, and print its score."""
+    from ..train.shapes_model import SCENES, compare_scenes, held_out_scenes, load_shapes_model
 
-    model = trained_model().to(device)
-    dataset = held_out(model)
-    shown = showcase(model, dataset)
+    model = load_shapes_model().to(device)
+    dataset = held_out_scenes(model)
+    picture, scores = compare_scenes(model, dataset)
     path = out / "shapes.png"
-    write_png(shown.picture, path)
-    typer.echo(
-        f"trained model: mIoU {shown.scores.miou:.3f} on {SCENES} scenes of the held-out seed {dataset.seed}: {path}"
-    )
+    write_png(picture, path)
+    typer.echo(f"trained model: mIoU {scores.miou:.3f} on {SCENES} scenes of the held-out seed {dataset.seed}: {path}")

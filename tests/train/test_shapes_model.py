@@ -13,18 +13,24 @@ import segmenter_fast as sf
 from segmenter_fast.benchmarks import demo
 from segmenter_fast.cli import app
 from segmenter_fast.train.datasets.shapes import HELD_OUT, Shapes
-from segmenter_fast.train.ship import RECORD, ship
-from segmenter_fast.train.showcase import MODEL, held_out, showcase, trained_model
+from segmenter_fast.train.shapes_model import (
+    MODEL,
+    RECORD,
+    compare_scenes,
+    held_out_scenes,
+    load_shapes_model,
+    replace_shapes_model,
+)
 
 
 def test_the_carried_model_is_as_good_as_its_record_says() -> None:
     record = json.loads((MODEL / RECORD).read_text())
     assert (MODEL / "model.safetensors").stat().st_size < 6_000_000
-    model = trained_model()
-    dataset = held_out(model)
+    model = load_shapes_model()
+    dataset = held_out_scenes(model)
     assert dataset.seed == record["held_out"]["seed"] >= HELD_OUT > record["recipe"]["seed"]
-    shown = showcase(model, dataset, scenes=60)
-    assert shown.scores.miou == pytest.approx(record["held_out"]["miou"], abs=0.04)
+    _, scores = compare_scenes(model, dataset, scenes=60)
+    assert scores.miou == pytest.approx(record["held_out"]["miou"], abs=0.04)
     assert record["held_out"]["miou"] > 0.85
     assert record["seconds"] < 600
 
@@ -36,8 +42,8 @@ def test_the_picture_shows_scenes_truth_and_prediction() -> None:
         def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
             return np.zeros((self.size, self.size, 3), np.uint8), np.full((self.size, self.size), 3, np.uint8)
 
-    model = trained_model()
-    picture = np.asarray(showcase(model, Black(size=96), scenes=1, rows=1).picture)
+    model = load_shapes_model()
+    picture = np.asarray(compare_scenes(model, Black(size=96), scenes=1, rows=1)[0])
     panels = [picture[60:300, 16 + 304 * column : 304 * (column + 1)] for column in range(3)]
     assert not panels[0].any()
     assert (panels[1] == Shapes.palette[3]).all()
@@ -46,27 +52,27 @@ def test_the_picture_shows_scenes_truth_and_prediction() -> None:
 
 def test_models_of_other_classes_and_too_few_scenes_are_refused() -> None:
     with pytest.raises(ValueError, match="model's classes"):
-        showcase(sf.create_model("seg_m_mask_8", num_classes=8, image_size=96), Shapes(length=40))
+        compare_scenes(sf.create_model("seg_m_mask_8", num_classes=8, image_size=96), Shapes(length=40))
     with pytest.raises(ValueError, match="within 1 to 2, in this order, got 3 and 32"):
-        showcase(trained_model(), Shapes(length=2))
+        compare_scenes(load_shapes_model(), Shapes(length=2))
 
 
-def test_shipping_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_replaces_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
-    trained_model().save_pretrained(run / "best")
+    load_shapes_model().save_pretrained(run / "best")
     (run / "run.json").write_text(json.dumps({"recipe": {"seed": 4}}))
     (run / "log.jsonl").write_text('{"kind": "step", "step": 0, "time": 1}\n{"kind": "step", "step": 9, "time": 62}\n')
-    monkeypatch.setattr("segmenter_fast.train.ship.held_out", lambda model: Shapes(96, 6, HELD_OUT))
-    record = ship(run, tmp_path / "out")
+    monkeypatch.setattr("segmenter_fast.train.shapes_model.held_out_scenes", lambda model: Shapes(96, 6, HELD_OUT))
+    record = replace_shapes_model(run, tmp_path / "out")
     assert json.loads((tmp_path / "out" / RECORD).read_text()) == record
     assert (record["seconds"], record["recipe"]) == (61, {"seed": 4})
     assert record["held_out"]["miou"] == pytest.approx(
-        showcase(trained_model(), Shapes(96, 6, HELD_OUT), 6).scores.miou, abs=1e-4
+        compare_scenes(load_shapes_model(), Shapes(96, 6, HELD_OUT), 6)[1].miou, abs=1e-4
     )
-    assert sf.load(tmp_path / "out").config == trained_model().config
-    monkeypatch.setattr("segmenter_fast.train.ship.LIMIT", 1000)
+    assert sf.load(tmp_path / "out").config == load_shapes_model().config
+    monkeypatch.setattr("segmenter_fast.train.shapes_model.LIMIT", 1000)
     with pytest.raises(ValueError, match="must be at most 1,000 bytes"):
-        ship(run, tmp_path / "out")
+        replace_shapes_model(run, tmp_path / "out")
 
 
 def test_the_demo_shows_the_trained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
