@@ -65,7 +65,7 @@ def check(
 
 def _checked(split: str, files: PairedFiles) -> tuple[list[int], list[str]]:
     """Pixels of each class and of none, and the problems, of one split; under a progress bar."""
-    from ..train.datasets.check import check_files
+    from ..train.datasets.pairs import check_files
 
     pixels, ignored = np.zeros(len(files.class_names), np.int64), 0
     problems = [f"labels {path} belong to no image" for path in files.strays]
@@ -85,7 +85,7 @@ def make(
     seed: Annotated[int, typer.Option(help="Other seeds give other images.")] = 0,
 ) -> None:
     """Write a small data set of drawn shapes: images, labels and a class list, in the layout of a folder of yours."""
-    from ..train.datasets.make import make_folder
+    from ..train.datasets.shapes import make_folder
 
     with Console(stderr=True).status(f"drawing {images} images ..."):
         counts = make_folder(folder, images, size, seed)

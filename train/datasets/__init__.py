@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .base import IGNORE, SampleError, SegmentationDataset
 from .layouts import LAYOUTS, SPLITS, kind_of, open_files
+from .shapes import Shapes
 
 __all__ = ["IGNORE", "KINDS", "SampleError", "SegmentationDataset", "open_dataset"]
 
@@ -14,16 +15,16 @@ KINDS = ("auto", *LAYOUTS, "shapes")
 
 
 def open_dataset(data: str | Path, kind: str = "auto", split: str = "train") -> SegmentationDataset:
-    """A split, "train" or "val", of the data set in a folder, or of the procedural one.
+    """Open a split, "train" or "val", of the data set in a folder, or of the procedural one.
 
     Args:
         data: a folder, or "shapes" or "shapes:SEED" for the procedural data set.
-        kind: one of ``KINDS``; "auto" goes by what the folder holds.
+        kind: one of ``KINDS``; "auto" goes by the content of the folder.
 
     Raises:
         FileNotFoundError: the folder does not exist.
         ValueError: an unknown kind or split, a folder of another layout, a split without images, or a class list that
-            is missing or wrong; says what was looked for.
+            is missing or wrong; names what was looked for.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -33,8 +34,6 @@ def open_dataset(data: str | Path, kind: str = "auto", split: str = "train") -> 
     if kind == "shapes" or (kind == "auto" and shapes and not Path(data).exists()):
         if not shapes:
             raise ValueError(f"the shapes data set is 'shapes' or 'shapes:SEED', such as shapes:7, got {str(data)!r}")
-        from .shapes import Shapes
-
         return Shapes.of_split(split, int(shapes[1] or 0))
     folder = Path(data)
     return open_files(folder, kind_of(folder) if kind == "auto" else kind, split)

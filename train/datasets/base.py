@@ -1,4 +1,4 @@
-"""What the training program takes as a data set."""
+"""The interface of a data set."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from ...classes import Color
 
 IGNORE = 255
-"""The label of pixels that count neither in the loss nor in the scores."""
+"""Label of pixels that count neither in the loss nor in the scores."""
 
 
 class SampleError(OSError):
@@ -33,14 +33,14 @@ class SegmentationDataset(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """``(H, W, 3)`` uint8 RGB and ``(H, W)`` uint8 or int32: 0 to K - 1, or ``ignore_index``.
+        """Read ``(H, W, 3)`` uint8 RGB and ``(H, W)`` uint8 or int32 labels: 0 to K - 1, or ``ignore_index``.
 
         Raises:
             SampleError: a file is missing or unreadable, or image and labels differ in size.
-            ValueError: a label that is none of the classes: a mistake in the class list rather than in one file.
+            ValueError: a label outside the classes, which is a mistake in the class list rather than in one file.
         """
         ...
 
     def name(self, index: int) -> str:
-        """For messages and output files: relative, without a suffix, different for every index."""
+        """Return a name for messages and files: a relative path without suffix, different for every index."""
         ...

@@ -1,6 +1,6 @@
 """Pixels of procedural scenes: signed distances of outlines, textures within them, backgrounds.
 
-Arrays are float32. All is computed element by element with additions, products, divisions, square roots and
+Arrays are float32. Everything is computed element by element with additions, products, divisions, square roots and
 comparisons, which IEEE 754 rounds alike on every machine, and with Pillow's fixed-point resampling. Lengths are in
 pixels, colours are planes ``(3, H, W)``.
 """
@@ -14,21 +14,21 @@ import numpy as np
 from PIL import Image
 
 Array = np.ndarray
-# Half of the square root of 3: the sides of an equilateral triangle.
+# Half of the square root of 3, for the sides of an equilateral triangle.
 _HALF_ROOT_3 = 0.8660254037844386
 # The farthest point of each shape, in radii.
 REACH = {"disc": 1.0, "square": 1.22, "triangle": 1.37, "cross": 1.07}
 
 
 def outline(shape: str, u: Array, v: Array, radius: float) -> Array:
-    """Signed distance of points to the edge of a shape round the origin, negative inside.
+    """Return the signed distance of points to the edge of a shape round the origin, negative inside.
 
-    All but the cross, which is thin, have about equal area.
+    All shapes but the thin cross have about equal area.
 
     Args:
-        shape: "disc", "square", "triangle" (its corners' distances are those of the sides' lines) or "cross".
+        shape: "disc", "square", "triangle" (with distances to the lines of its sides) or "cross".
         u, v: coordinates along the shape's own axes.
-        radius: that of the disc.
+        radius: of the disc.
     """
     if shape == "disc":
         return np.sqrt(u * u + v * v) - radius
@@ -50,13 +50,13 @@ def _box(u: Array, v: Array, half_width: float, half_height: float) -> Array:
 
 
 def texture(kind: str, u: Array, v: Array, period: float, phase: float) -> Array:
-    """Weight of the second colour at points, 0 to 1, with edges one pixel wide.
+    """Return the weight of the second colour at points, 0 to 1, with edges one pixel wide.
 
     Args:
         kind: "plain", "striped" (along v) or "checked".
         u, v: coordinates along the shape's own axes.
         period: of stripes, and of checks in both directions.
-        phase: shift of the pattern in periods.
+        phase: shift of the pattern, in periods.
     """
     if kind == "plain":
         return np.zeros_like(u)
@@ -69,20 +69,20 @@ def texture(kind: str, u: Array, v: Array, period: float, phase: float) -> Array
 
 
 def _wave(u: Array, period: float, phase: float) -> Array:
-    """Signed distance to the nearest edge of stripes of half a period, positive within every second stripe."""
+    """Return the signed distance to the nearest edge of stripes of half a period, positive in every second one."""
     place = u / period + phase
     return (np.abs(place - np.floor(place) - 0.5) - 0.25) * period
 
 
 @cache
 def photograph() -> Image.Image:
-    """The photograph that the package carries."""
+    """Read the photograph that the package carries."""
     with Image.open(str(files("segmenter_fast") / "assets" / "coffee.jpg")) as opened:
         return opened.convert("RGB")
 
 
 def photographic(draws: list[float], side: int) -> Array:
-    """A crop of the photograph, mirrored, turned and in other colours: ``(3, side, side)``, mostly within [0, 1].
+    """Crop, mirror, turn and recolour the photograph: ``(3, side, side)``, mostly within [0, 1].
 
     ``draws`` are 12 numbers in [0, 1).
     """
@@ -98,7 +98,7 @@ def photographic(draws: list[float], side: int) -> Array:
 
 
 def procedural(draws: list[float], clouds: Array, side: int) -> Array:
-    """Soft clouds of colour, half of them striped or checked as objects are: ``(3, side, side)``, mostly within [0, 1].
+    """Draw soft clouds of colour, half of them with the textures of objects: ``(3, side, side)``, mostly within [0, 1].
 
     ``draws`` are 6 numbers in [0, 1), ``clouds`` ``(n, n, 3)`` of them.
     """
@@ -114,18 +114,18 @@ def procedural(draws: list[float], clouds: Array, side: int) -> Array:
 
 
 def _muted(planes: Array) -> Array:
-    """The planes with two thirds of their saturation gone."""
+    """Remove two thirds of the planes' saturation."""
     grey = (planes[0] + planes[1] + planes[2]) / 3
     return grey + (planes - grey) / 3
 
 
 def grid(top: int, left: int, bottom: int, right: int) -> tuple[Array, Array]:
-    """x ``(1, right - left)`` and y ``(bottom - top, 1)`` of the pixel centres of a box."""
+    """Return x ``(1, right - left)`` and y ``(bottom - top, 1)`` of the pixel centres of a box."""
     return np.arange(left + 0.5, right, dtype=np.float32)[None], np.arange(top + 0.5, bottom, dtype=np.float32)[:, None]
 
 
 def turned(x: Array, y: Array, turn: float) -> tuple[Array, Array]:
-    """Coordinates along axes turned by about ``turn`` of a full turn: a rational point on the circle."""
+    """Return coordinates along axes turned by about ``turn`` of a full turn: a rational point on the circle."""
     quarter = int(4 * turn)
     t = 4 * turn - quarter
     cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)

@@ -1,4 +1,4 @@
-"""Where each kind of data set keeps its images and labels, and what the values of its label files mean.
+"""Layouts of data sets in folders: where images and labels lie, what label values mean, which classes there are.
 
 Sources: the folders as their publishers and mmsegmentation lay them out, the latter's reduction of labels, and the
 train ids of Cityscapes' label table.
@@ -6,43 +6,47 @@ train ids of Cityscapes' label table.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ...classes import DATASET_CLASSES
+from ...classes import DATASET_CLASSES, ClassList
 from ...inference.folders import IMAGE_SUFFIXES
+from ...visualize import default_palette
 from .base import IGNORE
-from .classes import read_classes
 from .pairs import INVALID, Pair, PairedFiles
 
 SPLITS = ("train", "val")
-# The label ids of Cityscapes' 19 classes, in the order of their train ids.
-_CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+CLASS_FILES = ("classes.json", "classes.txt")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A kind of data set; paths are below its folder, with the split's name in them."""
+    """A kind of data set; paths are relative to its folder."""
 
     images: dict[str, str]
     """Folder of the images of each split."""
     labels: dict[str, str]
-    table: Callable[[int], np.ndarray]
-    """From the number of classes to the classes of the values 0 to 255."""
+    first: int = 0
+    """Value of the first class in label files; the others follow."""
+    values: tuple[int, ...] = ()
+    """Values of the classes, where they do not follow each other; all others are ignored."""
+    ignored: tuple[int, ...] = (255,)
     image_end: str = ""
-    """What the names of images end in; empty: any suffix of an image."""
+    """End of the images' names; empty: any suffix of an image."""
     label_end: str = ".png"
     lists: dict[str, str] | None = None
     """Files that name the samples of each split, one a line; None: all images of the folder."""
     below: tuple[str, ...] = ()
-    """Where the data set may lie inside the folder that is given."""
+    """Folders inside the given one in which the data set may lie."""
 
     def root(self, folder: Path) -> Path | None:
-        """The folder itself or one of ``below``, whichever has this layout."""
+        """Return the folder itself or one of ``below``, whichever has this layout."""
         for root in (folder, *(folder / name for name in self.below)):
             if any((root / path).is_dir() for path in self.images.values()) and any(
                 (root / path).is_dir() for path in self.labels.values()
@@ -50,123 +54,105 @@ class Layout:
                 return root
         return None
 
+    def table(self, num_classes: int) -> np.ndarray:
+        """``(256,)`` int16: the class of each value of a label file, ``IGNORE`` or ``INVALID``."""
+        table = np.full(256, IGNORE if self.values else INVALID, np.int16)
+        table[list(self.values or range(self.first, self.first + num_classes))] = np.arange(num_classes)
+        table[list(self.ignored)] = IGNORE
+        return table
 
-def _shifted(num_classes: int) -> np.ndarray:
-    """1 to K are the classes, 0 and 255 are ignored."""
-    table = np.full(256, INVALID, np.int16)
-    table[1 : num_classes + 1] = np.arange(num_classes)
-    table[[0, 255]] = IGNORE
-    return table
-
-
-def _plain(num_classes: int) -> np.ndarray:
-    """0 to K - 1 are the classes, 255 is ignored."""
-    table = np.full(256, INVALID, np.int16)
-    table[:num_classes] = np.arange(num_classes)
-    table[255] = IGNORE
-    return table
-
-
-def _cityscapes(num_classes: int) -> np.ndarray:
-    """All but the label ids of the classes is ignored."""
-    table = np.full(256, IGNORE, np.int16)
-    table[list(_CITYSCAPES_IDS)] = np.arange(num_classes)
-    return table
+    def wanted(self, split: str) -> str:
+        """Return the folders of a split for messages."""
+        return f"{self.images[split]} and {self.labels[split]}"
 
 
 LAYOUTS: dict[str, Layout] = {
     "ade20k": Layout(
         {"train": "images/training", "val": "images/validation"},
         {"train": "annotations/training", "val": "annotations/validation"},
-        _shifted,
+        first=1,
+        ignored=(0, 255),
         below=("ADEChallengeData2016",),
     ),
     "cityscapes": Layout(
         {"train": "leftImg8bit/train", "val": "leftImg8bit/val"},
         {"train": "gtFine/train", "val": "gtFine/val"},
-        _cityscapes,
+        # the label ids in the order of the train ids
+        values=(7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33),
         image_end="_leftImg8bit.png",
         label_end="_gtFine_labelIds.png",
     ),
     "pascal_context": Layout(
         dict.fromkeys(SPLITS, "JPEGImages"),
         dict.fromkeys(SPLITS, "SegmentationClassContext"),
-        _plain,
         image_end=".jpg",
         lists={split: f"ImageSets/SegmentationContext/{split}.txt" for split in SPLITS},
         below=("VOC2010", "VOCdevkit/VOC2010"),
     ),
-    "folder": Layout(
-        {split: f"images/{split}" for split in SPLITS}, {split: f"labels/{split}" for split in SPLITS}, _plain
-    ),
+    "folder": Layout({split: f"images/{split}" for split in SPLITS}, {split: f"labels/{split}" for split in SPLITS}),
 }
 
 
 def kind_of(folder: Path) -> str:
-    """Which layout a folder has.
+    """Return the kind of data set that a folder holds.
 
     Raises:
         FileNotFoundError: it does not exist.
-        ValueError: none; says what was looked for.
+        ValueError: no known layout; names the folders that were looked for.
     """
     _require_folder(folder)
     found = next((kind for kind, layout in LAYOUTS.items() if layout.root(folder)), None)
     if found is None:
-        wanted = "; ".join(f"{kind}: {_wanted(layout, 'train')}" for kind, layout in LAYOUTS.items())
+        wanted = "; ".join(f"{kind}: {layout.wanted('train')}" for kind, layout in LAYOUTS.items())
         raise ValueError(f"{folder} holds no data set of a known layout. Looked for {wanted}")
     return found
 
 
 def open_files(folder: Path, kind: str, split: str) -> PairedFiles:
-    """A split of a data set in files.
+    """Open a split of a data set in files.
 
     Raises:
         FileNotFoundError: the folder or the list of the split's samples does not exist.
-        ValueError: another layout, no image in the split, or no class list; says what was looked for.
+        ValueError: another layout, no image in the split, or no class list; names what was looked for.
     """
     _require_folder(folder)
     layout = LAYOUTS[kind]
     root = layout.root(folder)
     if root is None or not (root / layout.images[split]).is_dir() or not (root / layout.labels[split]).is_dir():
-        raise ValueError(f"{folder} has no {split} split of kind {kind}: looked for {_wanted(layout, split)}")
+        raise ValueError(f"{folder} has no {split} split of kind {kind}: looked for {layout.wanted(split)}")
     classes = DATASET_CLASSES[kind] if kind in DATASET_CLASSES else read_classes(root)
-    pairs, strays = _listed(layout, root, split) if layout.lists else _scanned(layout, root, split)
+    images, labels, strays = root / layout.images[split], root / layout.labels[split], list[Path]()
+    if layout.lists:
+        path = root / layout.lists[split]
+        if not path.is_file():
+            raise FileNotFoundError(f"the list of the {split} split, {path}, does not exist")
+        found = [(name, images / (name + layout.image_end)) for name in path.read_text().split()]
+    else:
+        found = _images_by_name(images, layout.image_end)
+        known = {labels / (name + layout.label_end) for name, _ in found}
+        strays = [path for path in _files(labels, (layout.label_end,)) if path not in known]
+    pairs = tuple(Pair(name, path, labels / (name + layout.label_end)) for name, path in found)
     if not pairs:
         ends = layout.image_end or " ".join(IMAGE_SUFFIXES)
-        raise ValueError(f"the {split} split is empty: no images in {root / layout.images[split]} that end in {ends}")
+        raise ValueError(f"the {split} split is empty: no images in {images} that end in {ends}")
     table = layout.table(len(classes.class_names))
-    return PairedFiles(classes.class_names, classes.palette, pairs, strays, table)
+    return PairedFiles(classes.class_names, classes.palette, pairs, tuple(strays), table)
 
 
-def _listed(layout: Layout, root: Path, split: str) -> tuple[tuple[Pair, ...], tuple[Path, ...]]:
-    assert layout.lists is not None
-    path = root / layout.lists[split]
-    if not path.is_file():
-        raise FileNotFoundError(f"the list of the {split} split, {path}, does not exist")
-    images, labels = root / layout.images[split], root / layout.labels[split]
-    names = path.read_text().split()
-    return tuple(
-        Pair(name, images / (name + layout.image_end), labels / (name + layout.label_end)) for name in names
-    ), ()
-
-
-def _scanned(layout: Layout, root: Path, split: str) -> tuple[tuple[Pair, ...], tuple[Path, ...]]:
-    images, labels = root / layout.images[split], root / layout.labels[split]
+def _images_by_name(folder: Path, end: str) -> list[tuple[str, Path]]:
+    """Find all images below a folder, sorted by name: their path in it without what names end in."""
     by_name: dict[str, list[Path]] = defaultdict(list)
-    for path in _files(images, layout.image_end or IMAGE_SUFFIXES):
-        relative = path.relative_to(images).as_posix()
-        by_name[relative[: -len(layout.image_end or path.suffix)]].append(path)
+    for path in _files(folder, (end,) if end else IMAGE_SUFFIXES):
+        relative = path.relative_to(folder).as_posix()
+        by_name[relative[: -len(end or path.suffix)]].append(path)
     if shared := next((paths for paths in by_name.values() if len(paths) > 1), None):
         raise ValueError(f"{shared[0]} and {shared[1]} have one name, so that labels cannot be told apart; rename one")
-    pairs = tuple(Pair(name, paths[0], labels / (name + layout.label_end)) for name, paths in sorted(by_name.items()))
-    known = {pair.labels for pair in pairs}
-    return pairs, tuple(path for path in _files(labels, layout.label_end) if path not in known)
+    return [(name, path) for name, (path,) in sorted(by_name.items())]
 
 
-def _files(folder: Path, ends: str | tuple[str, ...]) -> Iterator[Path]:
-    """All files below a folder whose names end so, in whatever case, without hidden ones."""
-    wanted = (ends,) if isinstance(ends, str) else ends
-    lower = tuple(end.lower() for end in wanted)
+def _files(folder: Path, ends: tuple[str, ...]) -> Iterator[Path]:
+    """Yield all files below a folder whose names end so, in any case, without hidden ones."""
+    lower = tuple(end.lower() for end in ends)
     for path in sorted(folder.rglob("*")):
         if path.name.lower().endswith(lower) and not path.name.startswith(".") and path.is_file():
             yield path
@@ -179,5 +165,47 @@ def _require_folder(folder: Path) -> None:
         )
 
 
-def _wanted(layout: Layout, split: str) -> str:
-    return f"{layout.images[split]} and {layout.labels[split]}"
+def read_classes(root: Path) -> ClassList:
+    """Read ``classes.txt``, a name a line, or ``classes.json``, a list or ``{"classes": [...], "palette": [...]}``.
+
+    The names are in the order of the labels. The palette has an ``[r, g, b]`` for each class, 0 to 255. Without one the
+    colours are ``default_palette``'s.
+
+    Raises:
+        ValueError: no such file, both, or one with other content; names the file.
+    """
+    paths = [root / name for name in CLASS_FILES if (root / name).is_file()]
+    if not paths:
+        raise ValueError(f"{root} has no class list: write the names, one a line, into {root / 'classes.txt'}")
+    if len(paths) > 1:
+        raise ValueError(f"{root} has two class lists, {' and '.join(CLASS_FILES)}: keep the one that holds")
+    (path,) = paths
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    names: Any = [line.strip() for line in text.splitlines() if line.strip()]
+    palette: Any = None
+    if path.suffix == ".json":
+        try:
+            names = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from error
+        if isinstance(names, dict):
+            names, palette = names.get("classes"), names.get("palette")
+    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+        raise ValueError(f"{path} must hold a list of class names")
+    if not 1 <= len(names) <= IGNORE:
+        raise ValueError(f"{path} must hold 1 to {IGNORE} classes ({IGNORE} is the ignored label), got {len(names)}")
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} names {', '.join(twice)} more than once")
+    if palette is None:
+        return ClassList(tuple(names), default_palette(len(names)))
+    if not (isinstance(palette, list) and len(palette) == len(names) and all(map(_is_color, palette))):
+        raise ValueError(f"{path}: palette must be a list of {len(names)} colours [r, g, b], each 0 to 255")
+    return ClassList(tuple(names), tuple((red, green, blue) for red, green, blue in palette))
+
+
+def _is_color(color: Any) -> bool:
+    channels = color if isinstance(color, list) else []
+    return len(channels) == 3 and all(type(channel) is int and 0 <= channel <= 255 for channel in channels)

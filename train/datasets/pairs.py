@@ -1,7 +1,10 @@
-"""Images and label images in files, and how the values of the label images become classes."""
+"""Images and label images in files: reading them, turning values into classes, checking a whole data set."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,14 +16,14 @@ from ...io.images import read_image
 from .base import IGNORE, SampleError
 
 INVALID = -1
-"""In a table of values: neither a class nor ignored."""
-# Of one value for each pixel; Pillow reads 16-bit PNG files as I;16, older versions as I.
+"""Marks a value that is neither a class nor ignored in a table of values."""
+# Modes with one value for each pixel; Pillow reads 16-bit PNG files as I;16, older versions as I.
 _INDEX_MODES = ("L", "P", "1", "I", "I;16")
 
 
 @dataclass(frozen=True)
 class Pair:
-    """The files of one sample, and the name that stands for both."""
+    """The files of one sample, and its name."""
 
     name: str
     image: Path
@@ -44,30 +47,27 @@ class PairedFiles:
         return len(self.pairs)
 
     def name(self, index: int) -> str:
-        """The image's path below the folder of images, without suffix."""
+        """Return the image's path below the folder of images, without suffix."""
         return self.pairs[index].name
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """``(H, W, 3)`` uint8 RGB, turned upright as EXIF says, and ``(H, W)`` uint8.
+        """Read ``(H, W, 3)`` uint8 RGB, turned upright as EXIF says, and ``(H, W)`` uint8 classes.
 
         Raises:
-            SampleError: a file is missing or unreadable, or the sizes differ, naming the file.
+            SampleError: a file is missing or unreadable, or the sizes differ; names the file.
             ValueError: a value of the label file is neither a class nor ignored.
         """
         pair = self.pairs[index]
         image, values = read_pixels(pair.image), read_values(pair.labels)
         if message := differing_sizes(pair, image, values):
             raise SampleError(message)
-        if invalid := self.invalid(self.counts(values)):
+        counts = np.bincount(values.reshape(-1), minlength=len(self.table))
+        if invalid := self.invalid(counts):
             raise ValueError(f"labels {pair.labels} hold {invalid}; segmenter-fast dataset check finds all such files")
         return image, self.table.astype(np.uint8)[values]
 
-    def counts(self, values: np.ndarray) -> np.ndarray:
-        """How many pixels have each value of a label file, ``(256,)`` or more."""
-        return np.bincount(values.reshape(-1), minlength=len(self.table))
-
     def invalid(self, counts: np.ndarray) -> str:
-        """Which of the values that occur are no classes, in words; empty if there are none."""
+        """Name the values that occur but are no classes, by the pixels of each value; empty if there are none."""
         known = np.flatnonzero(self.table != INVALID)
         bad = np.setdiff1d(np.flatnonzero(counts), known)
         if not len(bad):
@@ -78,8 +78,55 @@ class PairedFiles:
         return f"{some}, but classes are {classes.min()} to {classes.max()}, and ignored is {ignored}"
 
 
+@dataclass(frozen=True)
+class CheckedPair:
+    """Findings in one pair of files."""
+
+    problems: tuple[str, ...]
+    pixels: np.ndarray
+    """``(K,)`` int64: pixels of each class."""
+    ignored: int
+    """Pixels that count as no class."""
+
+
+def check_files(dataset: PairedFiles, threads: int | None = None) -> Iterator[CheckedPair]:
+    """Read every image and its labels in threads, and yield the findings in order.
+
+    Problems are: no labels, unreadable files, labels that are colours, sizes that differ, values outside the classes.
+    """
+    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+        try:
+            yield from pool.map(lambda pair: _check(dataset, pair), dataset.pairs)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _check(dataset: PairedFiles, pair: Pair) -> CheckedPair:
+    problems, image, values = list[str](), None, None
+    try:
+        image = read_pixels(pair.image)
+    except SampleError as error:
+        problems.append(str(error))
+    try:
+        values = read_values(pair.labels)
+    except SampleError as error:
+        problems.append(str(error))
+    pixels, ignored = np.zeros(len(dataset.class_names), np.int64), 0
+    if values is not None:
+        counts = np.bincount(values.reshape(-1), minlength=len(dataset.table))
+        if invalid := dataset.invalid(counts):
+            problems.append(f"labels {pair.labels} hold {invalid}")
+        counts = counts[: len(dataset.table)]
+        is_class = (dataset.table >= 0) & (dataset.table != dataset.ignore_index)
+        np.add.at(pixels, dataset.table[is_class], counts[is_class])
+        ignored = int(counts[dataset.table == dataset.ignore_index].sum())
+        if image is not None and (message := differing_sizes(pair, image, values)):
+            problems.append(message)
+    return CheckedPair(tuple(problems), pixels, ignored)
+
+
 def read_pixels(path: Path) -> np.ndarray:
-    """As ``read_image``, with every failure a ``SampleError`` that names the file."""
+    """Read an image as ``read_image`` does, with every failure a ``SampleError`` that names the file."""
     try:
         return read_image(path)
     except FileNotFoundError:
@@ -91,10 +138,10 @@ def read_pixels(path: Path) -> np.ndarray:
 
 
 def read_values(path: Path) -> np.ndarray:
-    """``(H, W)`` uint8 or int32: the values of a label file as they stand there.
+    """Read the values of a label file: ``(H, W)`` uint8 or int32.
 
     Raises:
-        SampleError: missing, unreadable, or an image of colours, naming the file.
+        SampleError: missing, unreadable, or an image of colours; names the file.
     """
     try:
         with Image.open(path) as opened:
@@ -118,7 +165,7 @@ def read_values(path: Path) -> np.ndarray:
 
 
 def differing_sizes(pair: Pair, image: np.ndarray, values: np.ndarray) -> str:
-    """What is wrong with the sizes, in words; empty if they agree."""
+    """Describe sizes that differ; empty if they agree."""
     if image.shape[:2] == values.shape:
         return ""
     (height, width), (rows, columns) = image.shape[:2], values.shape

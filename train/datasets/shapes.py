@@ -12,19 +12,24 @@ that the object covers, so edges are smooth and the label is that of the larger 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from ...io.atomic import atomic_path
+from ...visualize import label_image
 from . import drawing
 from .base import IGNORE
 
 BACKGROUND, BUTTON = 0, 7
 SHAPES = ("disc", "square", "triangle")
 TEXTURES = ("plain", "striped")
-# Training seeds lie below; that of validation is the training seed plus this.
+# Training seeds are smaller; the seed of validation is the training seed plus this.
 HELD_OUT = 2**31
-# Scenes of a split: so many that a short training never sees one twice.
+# Enough scenes that a short training never sees one twice.
 LENGTHS = {"train": 100_000, "val": 500}
 
 _NAMES = tuple(f"{texture} {shape}".removeprefix("plain ") for shape in SHAPES for texture in TEXTURES)
@@ -37,7 +42,7 @@ _COLORS = (
 
 @dataclass(frozen=True)
 class Thing:
-    """An object of a scene; lengths in shares of the scene's side."""
+    """An object of a scene; lengths are shares of the scene's side."""
 
     shape: str
     texture: str
@@ -45,7 +50,7 @@ class Thing:
     y: float
     radius: float
     turn: float
-    """Share of a full turn, roughly; see ``drawing.turned``."""
+    """Approximate share of a full turn; see ``drawing.turned``."""
     period: float
     phase: float
     color: tuple[float, float, float]
@@ -59,8 +64,8 @@ class Shapes:
 
     Args:
         size: side of the scenes.
-        length: how many there are.
-        seed: of all of them; scene ``index`` is the same whatever ``length`` is.
+        length: number of scenes.
+        seed: of all scenes; scene ``index`` does not depend on ``length``.
 
     Raises:
         ValueError: a size outside 32 to 4096, a length below 1, or a seed that is negative or beyond 64 bits.
@@ -70,7 +75,7 @@ class Shapes:
     length: int = LENGTHS["train"]
     seed: int = 0
 
-    # Not fields: the same for all.
+    # The same for every instance, so no fields.
     class_names = ("background", *_NAMES, "button")
     palette = ((40, 40, 48), *_COLORS, (215, 80, 215))
     ignore_index = IGNORE
@@ -83,7 +88,7 @@ class Shapes:
 
     @classmethod
     def of_split(cls, split: str, seed: int = 0, size: int = 96) -> Shapes:
-        """The scenes to train on, "train", or those held out, "val": their seeds never meet.
+        """Return the scenes to train on, "train", or those held out, "val"; their seeds never overlap.
 
         Raises:
             ValueError: another split, or a seed outside 0 to 2**31 - 1.
@@ -91,18 +96,18 @@ class Shapes:
         if split not in LENGTHS:
             raise ValueError(f"split must be train or val, got {split!r}")
         if not 0 <= seed < HELD_OUT:
-            raise ValueError(f"seed must be within 0 to {HELD_OUT - 1}: those above are held out; got {seed}")
+            raise ValueError(f"seed must be within 0 to {HELD_OUT - 1}: larger ones are held out; got {seed}")
         return cls(size, LENGTHS[split], seed + (HELD_OUT if split == "val" else 0))
 
     def __len__(self) -> int:
         return self.length
 
     def name(self, index: int) -> str:
-        """Such as "shapes-0-000012": seed and index."""
+        """Return seed and index, such as "shapes-0-000012"."""
         return f"shapes-{self.seed}-{index:06}"
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """``(size, size, 3)`` uint8 RGB and ``(size, size)`` uint8 labels.
+        """Draw a scene: ``(size, size, 3)`` uint8 RGB and ``(size, size)`` uint8 labels.
 
         Raises:
             IndexError: an index outside 0 to ``length - 1``.
@@ -118,7 +123,7 @@ class Shapes:
         return np.ascontiguousarray(pixels.transpose(1, 2, 0)), labels
 
     def things(self, index: int) -> list[Thing]:
-        """The objects of a scene, the topmost last."""
+        """Return the objects of a scene, the topmost last."""
         return scene(self._generator(index))
 
     def _generator(self, index: int) -> np.random.Generator:
@@ -128,7 +133,7 @@ class Shapes:
 
 
 def scene(generator: np.random.Generator) -> list[Thing]:
-    """Objects from the lowest to the topmost; those on the ground leave most of each other visible."""
+    """Draw the objects of a scene, lowest first; those on the ground leave most of each other visible."""
     ground: list[Thing] = []
     for _ in range(2 + int(2 * generator.random())):
         for _ in range(8):
@@ -165,7 +170,7 @@ def _thing(generator: np.random.Generator) -> Thing:
 
 
 def _button(generator: np.random.Generator, host: Thing) -> Thing:
-    """A plain disc wholly on its host."""
+    """Draw a plain disc that lies wholly on its host."""
     draws = generator.random(6).tolist()
     radius = min(0.14 + 0.08 * draws[0], 0.55 * host.radius)
     room = 0.68 * host.radius - radius
@@ -187,14 +192,14 @@ def _apart(first: Thing, second: Thing) -> bool:
 
 
 def _color(family: int, draws: list[float]) -> tuple[float, float, float]:
-    """Reddish, greenish or bluish: one channel is high, and the other two are lower by half at least."""
+    """Return a reddish, greenish or bluish colour: one channel is at least twice as high as the others."""
     strong = 0.6 + 0.4 * draws[0]
     weak, middle = 0.2 * strong * draws[1], 0.5 * strong * draws[2]
     return ((strong, middle, weak), (weak, middle, strong), (middle, strong, weak))[family]
 
 
 def _background(generator: np.random.Generator, side: int) -> np.ndarray:
-    """``(3, side, side)`` float32: crops of a photograph and procedural ones, half each."""
+    """``(3, side, side)`` float32: crops of a photograph, or procedural, half of each."""
     draws = generator.random(14).tolist()
     if draws[0] < 0.5:
         return drawing.photographic(draws[2:], side)
@@ -203,7 +208,7 @@ def _background(generator: np.random.Generator, side: int) -> np.ndarray:
 
 
 def _paint(planes: np.ndarray, labels: np.ndarray, thing: Thing, light: float) -> None:
-    """Draws one object, and its shadow, over what is there."""
+    """Draw one object and its shadow over the scene."""
     side = len(labels)
     x, y, radius, shadow = thing.x * side, thing.y * side, thing.radius * side, 0.04 * side
     reach = drawing.REACH[thing.shape] * radius + shadow
@@ -220,3 +225,36 @@ def _paint(planes: np.ndarray, labels: np.ndarray, thing: Thing, light: float) -
     box *= 1 - 0.35 * np.clip(1 - distance / shadow, 0, 1)
     box += np.clip(0.5 - distance, 0, 1) * (painted - box)
     labels[top:bottom, left:right][distance < 0] = thing.label
+
+
+def make_folder(folder: Path, images: int, size: int = 128, seed: int = 0) -> dict[str, int]:
+    """Write the first scenes as ``images/`` and ``labels/``, with ``classes.json``, in ``folder``.
+
+    A fifth of ``images``, at least one, are for validation. The folder appears when it is complete.
+
+    Returns:
+        The number of images of each split.
+
+    Raises:
+        ValueError: fewer than 2 images, or a size or a seed outside the range of ``Shapes``.
+        FileExistsError: the folder exists and is not empty.
+        OSError: it cannot be written.
+    """
+    if images < 2:
+        raise ValueError(f"at least 2 images are needed, one to train on and one to validate with, got {images}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists and is not empty; name a new folder")
+    counts = {"train": images - max(1, images // 5), "val": max(1, images // 5)}
+    scenes = {split: Shapes.of_split(split, seed, size) for split in counts}
+    with atomic_path(folder) as temporary:
+        for split, count in counts.items():
+            for kind in ("images", "labels"):
+                (temporary / kind / split).mkdir(parents=True)
+            for index in range(count):
+                pixels, labels = scenes[split].read(index)
+                name = f"{scenes[split].name(index)}.png"
+                Image.fromarray(pixels).save(temporary / "images" / split / name)
+                label_image(labels, Shapes.palette).save(temporary / "labels" / split / name)
+        content = {"classes": list(Shapes.class_names), "palette": [list(color) for color in Shapes.palette]}
+        (temporary / "classes.json").write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    return counts

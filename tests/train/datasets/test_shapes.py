@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.path import Path as Outline
+from typer.testing import CliRunner
 
+from segmenter_fast.cli import app
+from segmenter_fast.train.datasets import open_dataset
 from segmenter_fast.train.datasets.drawing import outline, texture, turned
-from segmenter_fast.train.datasets.shapes import BACKGROUND, BUTTON, HELD_OUT, Shapes, Thing
+from segmenter_fast.train.datasets.shapes import BACKGROUND, BUTTON, HELD_OUT, Shapes, Thing, make_folder
 
 DIGEST = """
 import hashlib
@@ -170,3 +174,32 @@ def test_unknown_shapes_and_textures() -> None:
         outline("star", zero, zero, 1)
     with pytest.raises(ValueError, match="texture must be plain, striped or checked, got 'dotted'"):
         texture("dotted", zero, zero, 1, 0)
+
+
+def test_make_writes_the_scenes_and_they_pass(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny"
+    result = CliRunner().invoke(app, ["dataset", "make", str(folder), "--images", "6", "--size", "48", "--seed", "5"])
+    assert result.exit_code == 0, result.output
+    assert "5 images to train on, 1 to validate with" in result.output
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+    for split, count in (("train", 5), ("val", 1)):
+        scenes, files = Shapes.of_split(split, 5, 48), open_dataset(folder, "auto", split)
+        assert len(files) == count
+        assert (files.class_names, files.palette) == (scenes.class_names, scenes.palette)
+        for index in range(count):
+            assert files.name(index) == scenes.name(index)
+            for ours, theirs in zip(files.read(index), scenes.read(index), strict=True):
+                assert np.array_equal(ours, theirs)
+    assert CliRunner().invoke(app, ["dataset", "check", str(folder)]).exit_code == 0
+
+
+def test_make_refuses(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"at least 2 images are needed.*, got 1"):
+        make_folder(tmp_path / "new", 1)
+    (tmp_path / "mine").touch()
+    with pytest.raises(FileExistsError, match="exists and is not empty; name a new folder"):
+        make_folder(tmp_path, 4)
+    result = CliRunner().invoke(app, ["dataset", "make", str(tmp_path / "new"), "--size", "4"])
+    assert result.exit_code == 2
+    assert "size must be within" in result.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]

@@ -13,7 +13,7 @@ from PIL import Image
 
 from segmenter_fast.classes import DATASET_CLASSES
 from segmenter_fast.train.datasets import SampleError, open_dataset
-from segmenter_fast.train.datasets.classes import read_classes
+from segmenter_fast.train.datasets.layouts import read_classes
 from segmenter_fast.visualize import default_palette
 from support.folders import HEIGHT, WIDTH, write_ade20k, write_cityscapes, write_folder, write_pascal_context
 

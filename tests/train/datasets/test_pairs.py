@@ -1,4 +1,4 @@
-"""``dataset check`` finds everything that is planted, and ``dataset make`` writes what it passes."""
+"""``dataset check`` finds every planted problem and counts the pixels of each class."""
 
 from __future__ import annotations
 
@@ -12,11 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from segmenter_fast.cli import app
-from segmenter_fast.train.datasets import open_dataset
-from segmenter_fast.train.datasets.check import check_files
 from segmenter_fast.train.datasets.layouts import open_files
-from segmenter_fast.train.datasets.make import make_folder
-from segmenter_fast.train.datasets.shapes import Shapes
+from segmenter_fast.train.datasets.pairs import check_files
 from support.folders import HEIGHT, WIDTH, write_ade20k, write_cityscapes, write_folder, write_pascal_context
 
 
@@ -83,32 +80,3 @@ def test_a_missing_split_is_a_problem_and_a_wrong_folder_an_error(tmp_path: Path
     assert result.exit_code == 2
     assert "no data set of a known layout" in result.output
     assert run("check", root, "--kind", "coco").exit_code == 2
-
-
-def test_make_writes_the_scenes_and_they_pass(tmp_path: Path) -> None:
-    folder = tmp_path / "tiny"
-    result = run("make", folder, "--images", "6", "--size", "48", "--seed", "5")
-    assert result.exit_code == 0, result.output
-    assert "5 images to train on, 1 to validate with" in result.output
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
-    for split, count in (("train", 5), ("val", 1)):
-        scenes, files = Shapes.of_split(split, 5, 48), open_dataset(folder, "auto", split)
-        assert len(files) == count
-        assert (files.class_names, files.palette) == (scenes.class_names, scenes.palette)
-        for index in range(count):
-            assert files.name(index) == scenes.name(index)
-            for ours, theirs in zip(files.read(index), scenes.read(index), strict=True):
-                assert np.array_equal(ours, theirs)
-    assert run("check", folder).exit_code == 0
-
-
-def test_make_refuses(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"at least 2 images are needed.*, got 1"):
-        make_folder(tmp_path / "new", 1)
-    (tmp_path / "mine").touch()
-    with pytest.raises(FileExistsError, match="is there and not empty; name a new folder"):
-        make_folder(tmp_path, 4)
-    result = run("make", tmp_path / "new", "--size", "4")
-    assert result.exit_code == 2
-    assert "size must be within" in result.output
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
