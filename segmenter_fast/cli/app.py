@@ -1,9 +1,11 @@
-"""The application that the commands join, and what several of them share: options, models, messages."""
+"""The application, and what several commands share: options, models, messages."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +18,7 @@ from ..devices import choose_device, choose_dtype
 
 
 class _Group(TyperGroup):
-    """Turns the errors that users can cause into one line and exit code 2, an interrupt into exit code 130."""
+    """Print errors that users can cause in one line, with exit code 2; an interrupt has exit code 130."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -25,7 +27,7 @@ class _Group(TyperGroup):
             say("interrupted", "yellow")
             raise typer.Exit(130) from None
         except BrokenPipeError:
-            raise  # the reader of our output went away; typer ends quietly
+            raise  # the reader of the output is gone; typer exits silently
         except (OSError, ValueError) as error:
             say(f"error: {error}", "red")
             raise typer.Exit(2) from None
@@ -58,8 +60,15 @@ ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", help="Checkpoint: folder, file or hub id; a variant's name gives random weights."),
 ]
+CheckpointArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint: folder, file or hub id.")]
+ModelArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or a variant's name.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU where there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware is fast in it.")]
+FlipOption = Annotated[bool, typer.Option("--flip", help="Average over the mirrored image, too.")]
+WindowOption = Annotated[int | None, typer.Option(help="Side of the windows in pixels. Default: the model's.")]
+StrideOption = Annotated[int | None, typer.Option(help="Pixels from window to window. Default: the model's.")]
+BatchSizeOption = Annotated[int, typer.Option(help="Windows at once.")]
+SCALES_HELP = "Factors to average over, such as 0.75,1,1.5."
 
 
 def _version(wanted: bool) -> None:
@@ -75,29 +84,35 @@ def _options(
     pass
 
 
-def model_of(name: str, device: Device, dtype: Dtype) -> Segmenter:
-    """A checkpoint, or a variant with random weights and a warning that says so."""
+def load_model(name: str, device: Device, dtype: Dtype) -> Segmenter:
+    """Load a checkpoint, or make a variant with random weights and warn about them."""
     place = choose_device(device.value)
+    kind = choose_dtype(dtype.value, place)
     if name in VARIANTS and not Path(name).exists():
         say(f"WARNING: {name} has RANDOM weights. Its labels mean nothing; give a checkpoint for real ones.", "yellow")
         model = create_model(name)
     else:
-        model = loaded(name)
-    return model.to(place, choose_dtype(dtype.value, place)).eval()
+        model = load_checkpoint(name)
+    return model.to(place, kind).eval()
 
 
-def loaded(name: str) -> Segmenter:
-    """A checkpoint, with the loader's warnings said in one line each."""
+def load_checkpoint(name: str) -> Segmenter:
+    with short_warnings():
+        return load(name)
+
+
+@contextmanager
+def short_warnings() -> Iterator[None]:
+    """Print the warnings of a block in one line each."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        model = load(name)
+        yield
     for warning in caught:
         say(f"warning: {warning.message}", "yellow")
-    return model
 
 
-def factors(text: str) -> tuple[float, ...]:
-    """ "0.75,1,1.5" -> the numbers."""
+def parse_scales(text: str) -> tuple[float, ...]:
+    """ "0.75,1,1.5" -> (0.75, 1.0, 1.5)."""
     try:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..describe import info_table, variants_table
 from ..weights import hub, official
-from .app import Device, Dtype, app, loaded, model_of, say
+from .app import CheckpointArgument, Device, Dtype, ModelArgument, app, load_checkpoint, load_model, say
 
 
 class Format(str, Enum):
@@ -25,9 +25,9 @@ _FILES = {Format.ours: (hub.CONFIG, hub.WEIGHTS), Format.official: (official.VAR
 
 
 @app.command()
-def info(model: Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or a variant's name.")]) -> None:
+def info(model: ModelArgument) -> None:
     """Print what a checkpoint is."""
-    segmenter = model_of(model, Device.cpu, Dtype.float32)
+    segmenter = load_model(model, Device.cpu, Dtype.float32)
     Console().print(info_table(segmenter, segmenter.config, model))
 
 
@@ -38,7 +38,7 @@ def convert(
     to: Annotated[Format, typer.Option(help="The format to write.")] = Format.ours,
 ) -> None:
     """Convert a checkpoint to our format, or back to the official one."""
-    model = loaded(source)
+    model = load_checkpoint(source)
     for other, names in _FILES.items():
         if other != to and (found := [name for name in names if (out / name).exists()]):
             raise ValueError(f"{out} holds another checkpoint ({', '.join(found)}); choose a folder without one")
@@ -52,13 +52,13 @@ def convert(
 
 @app.command()
 def push(
-    model: Annotated[str, typer.Argument(metavar="M", help="Checkpoint: folder, file or hub id.")],
+    model: CheckpointArgument,
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hugging Face Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     licence: Annotated[str | None, typer.Option("--license", help="Of the weights, such as mit.")] = None,
 ) -> None:
     """Upload a checkpoint in our format, with a model card, to the Hugging Face Hub."""
-    segmenter = loaded(model)
+    segmenter = load_checkpoint(model)
     if repository.count("/") != 1:
         raise ValueError(f"repository must be org/name, got {repository!r}")
     card = {"license": licence} if licence else {}

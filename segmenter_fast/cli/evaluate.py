@@ -16,24 +16,38 @@ from .. import SegmenterConfig
 from ..inference.settings import Settings
 from ..io.atomic import atomic_path
 from ..processes import process_group
-from .app import Device, DeviceOption, Dtype, DtypeOption, app, factors, model_of
+from .app import (
+    SCALES_HELP,
+    BatchSizeOption,
+    CheckpointArgument,
+    Device,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    FlipOption,
+    StrideOption,
+    WindowOption,
+    app,
+    load_model,
+    parse_scales,
+)
 
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="M", help="Checkpoint: folder, file or hub id.")],
+    model: CheckpointArgument,
     data: Annotated[str, typer.Option(help="Folder of images and labels; shapes, or shapes:SEED, needs none.")],
     kind: Annotated[str, typer.Option(help="ade20k, cityscapes, pascal_context, folder, shapes; auto: see DIR.")] = (
         "auto"
     ),
     split: Annotated[str, typer.Option(help="val or train.")] = "val",
     multiscale: Annotated[bool, typer.Option("--multiscale", help="The paper's six scales, mirrored, too.")] = False,
-    scales: Annotated[str | None, typer.Option(help="Factors to average over, such as 0.75,1,1.5.")] = None,
-    flip: Annotated[bool, typer.Option("--flip", help="Average over the mirrored image, too.")] = False,
+    scales: Annotated[str | None, typer.Option(help=SCALES_HELP)] = None,
+    flip: FlipOption = False,
     resize: Annotated[int | None, typer.Option(help="Pixels of the smaller side. Default: the recipe's.")] = None,
-    window: Annotated[int | None, typer.Option(help="Side of the windows. Default: the model's.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Pixels between windows. Default: the model's.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at once.")] = 2,
+    window: WindowOption = None,
+    stride: StrideOption = None,
+    batch_size: BatchSizeOption = 2,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Where to write all figures.")] = None,
@@ -48,10 +62,10 @@ def evaluate(
 
     with process_group(device.value) as world:
         dataset = open_dataset(data, kind, split)
-        segmenter = model_of(model, device, dtype)
+        segmenter = load_model(model, device, dtype)
         check_classes(segmenter, dataset)
         resize = _resize(data, kind, segmenter.config) if resize is None else resize
-        factor_list = factors(scales) if scales else MULTISCALE if multiscale else (1.0,)
+        factor_list = parse_scales(scales) if scales else MULTISCALE if multiscale else (1.0,)
         settings = Settings.of(segmenter.config, window, stride, factor_list, flip or multiscale, batch_size)
         with Progress(console=Console(stderr=True), disable=not world.leads) as progress:
             task = progress.add_task("evaluating", total=None)

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from ..devices import choose_device, choose_dtype
 from ..export import export as write_export
-from .app import Device, Dtype, app, model_of
+from .app import Device, Dtype, ModelArgument, app, load_model
 
 
 class Format(str, Enum):
@@ -27,7 +27,7 @@ class Output(str, Enum):
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or a variant's name.")],
+    model: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, ending in .onnx or .pt2.")],
     format: Annotated[Format | None, typer.Option(help="The ending of OUT where it has none.")] = None,
     size: Annotated[str | None, typer.Option(help="Of the images: 512 or 384x640 (HxW). Default: the model's.")] = None,
@@ -45,7 +45,7 @@ def export(
         out = out.with_suffix(f".{format.value}")
     if format and out.suffix != f".{format.value}":
         raise typer.BadParameter(f"OUT must end in .{format.value} for --format {format.value}, got {out}")
-    segmenter = model_of(model, device, Dtype.float32)
+    segmenter = load_model(model, device, Dtype.float32)
     with Console(stderr=True).status(f"exporting to {out} ..."):
         exported = write_export(
             segmenter,

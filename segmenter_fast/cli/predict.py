@@ -20,7 +20,22 @@ from rich.text import Text
 from ..inference.folders import make_writable, plan, run
 from ..inference.settings import Settings
 from ..processes import PredictionReport, World
-from .app import Device, DeviceOption, Dtype, DtypeOption, ModelOption, app, factors, model_of, say
+from .app import (
+    SCALES_HELP,
+    BatchSizeOption,
+    Device,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    FlipOption,
+    ModelOption,
+    StrideOption,
+    WindowOption,
+    app,
+    load_model,
+    parse_scales,
+    say,
+)
 
 
 class Format(str, Enum):
@@ -43,12 +58,12 @@ def predict(
     resume: Annotated[
         bool, typer.Option("--resume", help="Skip finished images and continue interrupted large ones.")
     ] = False,
-    scales: Annotated[str, typer.Option(help="Factors to average over, such as 0.75,1,1.5.")] = "1",
-    flip: Annotated[bool, typer.Option("--flip", help="Average over the mirrored image, too.")] = False,
-    window: Annotated[int | None, typer.Option(help="Side of the windows in pixels. Default: the model's.")] = None,
-    stride: Annotated[int | None, typer.Option(help="Pixels between windows. Default: the model's.")] = None,
+    scales: Annotated[str, typer.Option(help=SCALES_HELP)] = "1",
+    flip: FlipOption = False,
+    window: WindowOption = None,
+    stride: StrideOption = None,
     overlap: Annotated[int | None, typer.Option(metavar="N", help="Same as --stride WINDOW - N.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Windows at once.")] = 2,
+    batch_size: BatchSizeOption = 2,
     overlay: Annotated[bool, typer.Option(help="Whether to write overlays.")] = True,
     format: Annotated[
         Format, typer.Option(help="Of the labels. auto: PNG up to 8192 x 8192 pixels, tiled TIFF above.")
@@ -59,7 +74,7 @@ def predict(
     Images above 8192 x 8192 pixels are read, segmented and written by rows; their overlays are reduced to 2048 pixels.
     Under torchrun each process takes its share of the images.
     """
-    scale_factors = factors(scales)
+    scale_factors = parse_scales(scales)
     for name, given in (("--window", window), ("--stride", stride), ("--batch-size", batch_size)):
         if given is not None and given < 1:
             raise typer.BadParameter(f"{name} must be at least 1, got {given}")
@@ -67,21 +82,26 @@ def predict(
         raise typer.BadParameter(f"give --stride or --overlap, not both; got --stride {stride}, --overlap {overlap}")
     with _sigterm_as_interrupt():
         world = World.from_environment().with_store()
-        jobs = world.share(plan(inputs, out, overlay, format.value))
+        leads = world.leads
+        jobs = plan(inputs, out, overlay, format.value)
         make_writable(out, overlay)
+        jobs = world.share(jobs)
         remaining = [job for job in jobs if not (resume and job.finished)]
         report = PredictionReport(skipped=len(jobs) - len(remaining))
         world.begin(len(remaining))
         try:
             if remaining:
                 world.use_own_gpu()
-                segmenter = model_of(model, device, dtype)
+                segmenter = load_model(model, device, dtype)
                 config = segmenter.config
-                if overlap is not None:
-                    stride = _stride(config.window_size if window is None else window, overlap)
+                side = config.window_size if window is None else window
+                if overlap is not None and not 0 <= overlap < side:
+                    allowed = f"at least 0 and below the window of {side} pixels"
+                    raise typer.BadParameter(f"--overlap must be {allowed}, got {overlap}")
+                stride = stride if overlap is None else side - overlap
                 settings = Settings.of(config, window, stride, scale_factors, flip, batch_size)
             start = time.perf_counter()
-            with _bars(world.leads) as bars:
+            with _bars(leads) as bars:
                 images = bars.add_task("segmenting", total=len(remaining), unit="images/s")
                 windows = bars.add_task("", total=None, visible=False, unit="windows/s")
 
@@ -108,18 +128,12 @@ def predict(
                     show()
                 report = world.collect(report, show)
         except KeyboardInterrupt as interrupt:
-            if world.leads:
+            if leads:
                 done = report.written + len(report.failures)
                 say(f"interrupted: {done} of {len(remaining)} images done; --resume goes on from here", "yellow")
             raise typer.Exit(143 if isinstance(interrupt, _SigTerm) else 130) from None
-    if world.leads:
+    if leads:
         _summarise(report, time.perf_counter() - start, out)
-
-
-def _stride(window: int, overlap: int) -> int:
-    if not 0 <= overlap < window:
-        raise typer.BadParameter(f"--overlap must be at least 0 and below the window of {window} pixels, got {overlap}")
-    return window - overlap
 
 
 def _summarise(report: PredictionReport, seconds: float, out: Path) -> None:

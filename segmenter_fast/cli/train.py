@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import warnings
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -17,7 +16,7 @@ from ..processes import World
 from ..train.presets import PRESETS, field_help
 from ..weights.load import read_checkpoint
 from ..weights.reading import CheckpointError
-from .app import Device, DeviceOption, app, say
+from .app import Device, DeviceOption, app, say, short_warnings
 
 STOPPED = 75
 """Exit code of a run that a signal ended: its state is saved, and the same command with --resume auto goes on."""
@@ -106,12 +105,8 @@ def _model(variant: str, pretrained: str | None, new_classes: bool, **fields: An
                     f"{pretrained} has {have} classes, the data {wanted}: "
                     "--new-classes starts from random class weights"
                 )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        model = create_model(variant, pretrained, **fields)
-    for warning in caught:
-        say(f"warning: {warning.message}", "yellow")
-    return model
+    with short_warnings():
+        return create_model(variant, pretrained, **fields)
 
 
 @app.command()

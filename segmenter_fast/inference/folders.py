@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,19 +76,17 @@ def plan(inputs: Sequence[Path], out: Path, overlay: bool = True, format: LabelF
         raise ValueError(f"no images in {given}; known suffixes are {' '.join(IMAGE_SUFFIXES)}")
     root = os.path.commonpath([path if path.is_dir() else path.parent for path in absolute])
 
-    by_folder: dict[Path, list[Path]] = defaultdict(list)
-    for source in sources:
-        by_folder[source.parent].append(source)
-    ambiguous = {folder for folder, members in by_folder.items() if len({path.stem for path in members}) < len(members)}
-
+    stems = Counter(source.with_suffix("") for source in sources)
+    ambiguous = {stem.parent for stem, count in stems.items() if count > 1}
     jobs = []
     for source in sources:
         name = (source.name if source.parent in ambiguous else source.stem) + ".png"
         place = source.parent.relative_to(root) / name
         labels = place.with_suffix(".tif") if format == "tiff" else place
         jobs.append(Job(source, out / LABELS / labels, out / OVERLAYS / place if overlay else None, format))
-    if overwritten := {path for job in jobs for path in (job.labels, job.tiled, job.overlay)} & set(sources):
-        raise ValueError(f"the output {min(map(str, overwritten))} is itself an input; choose another output folder")
+    taken = set(sources)
+    if overwritten := [str(path) for job in jobs for path in (job.labels, job.tiled, job.overlay) if path in taken]:
+        raise ValueError(f"the output {min(overwritten)} is itself an input; choose another output folder")
     return jobs
 
 

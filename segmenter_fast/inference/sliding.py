@@ -123,10 +123,9 @@ def slide_rows(
         raise ValueError(f"band must be at least 1 row, got {band}")
     scores, patch, padded = _patch_scores(model)
     geometry = settings.window, settings.stride, patch, padded
-    views = [
-        ImageView(scores, image, flip, size, geometry, settings.batch_size)
-        for image, flip in zip(images, flips, strict=True)
-    ]
+    down = [Lattice.make(Windows.make(image.height, *geometry), size[0]) for image in images]
+    across = [Lattice.make(Windows.make(images[i].width, *geometry), size[1], flip) for i, flip in enumerate(flips)]
+    views = [ImageView(scores, *parts, settings.batch_size) for parts in zip(images, down, across, strict=True)]
     total = sum(view.total for view in views)
 
     def report() -> None:
@@ -136,8 +135,7 @@ def slide_rows(
     op = kernels.lattice_argmax if output == "labels" else kernels.lattice_softmax
     while start < size[0]:
         if band is None:
-            for view in views:
-                view.advance(start, start + 1, report)
+            views[0].advance(start, start + 1, report)
             classes = views[0].held[0].shape[2]
             points = sum((len(view.down.start) - 1) * (len(view.across.start) - 1) for view in views)
             elements = points * classes / size[0] + size[1] * (classes if output == "probabilities" else 1)
@@ -153,20 +151,11 @@ class ImageView:
     """One scale of an image, mirrored or not: the masks of its windows, row by row, and the lattice that mixes them."""
 
     def __init__(
-        self,
-        scores: Callable[[Tensor], Tensor],
-        image: Rows,
-        flip: bool,
-        size: Pair,
-        geometry: tuple[int, int, int, bool],
-        batch_size: int,
+        self, scores: Callable[[Tensor], Tensor], image: Rows, down: Lattice, across: Lattice, batch_size: int
     ) -> None:
-        """``geometry``: window, stride, patch, padded; see ``Windows.make``."""
-        self.scores, self.image, self.batch_size = scores, image, batch_size
-        self.down = Lattice.make(Windows.make(image.height, *geometry), size[0])
-        self.across = Lattice.make(Windows.make(image.width, *geometry), size[1], flip)
-        self.columns = len(self.across.windows.anchors)
-        self.total = len(self.down.windows.anchors) * self.columns
+        self.scores, self.image, self.down, self.across, self.batch_size = scores, image, down, across, batch_size
+        self.columns = len(across.windows.anchors)
+        self.total = len(down.windows.anchors) * self.columns
         self.done = 0  # windows
         self.needed = range(0), range(0)  # points of ``down`` and rows of windows
         self.held: list[Tensor] = []  # (grid, columns * grid, K): masks of rows of windows, from the first needed one
