@@ -16,7 +16,7 @@ from torch import Tensor
 from .upsample_argmax import TILE, Cells, cell_labels, prunable
 
 _TILE = 1 << 20  # logits of a tile: 4 MB of float32, two cores' second-level caches
-_TILE_ROWS = 16  # fewer where the classes are too many
+_TILE_ROWS = 16  # fewer where there are too many classes
 
 
 def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:

@@ -81,8 +81,8 @@ def ulps_of_scores(qkv: Tensor, scale: float | None) -> float:
     index=st.integers(0, 2),
 )
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_drawn(backend: Backend, b: int, n: int, heads: int, dim: int, scale: float | None, index: int) -> None:
-    torch.manual_seed(0)  # an example fails or passes by itself
+def test_any_shape(backend: Backend, b: int, n: int, heads: int, dim: int, scale: float | None, index: int) -> None:
+    torch.manual_seed(0)  # makes every example independent of the others
     dtype = backend.dtypes[index % len(backend.dtypes)]
     qkv, grad_out = inputs(backend, b, n, heads, dim, dtype)
     assert_attention(qkv, grad_out, scale, ulps_of_scores(qkv, scale))
@@ -114,7 +114,7 @@ def test_equal_keys(backend: Backend) -> None:
 
 
 def test_strided_qkv(backend: Backend) -> None:
-    """A slice of a larger buffer: every stride odd, the gradient that of the slice."""
+    """A slice of a larger buffer with odd strides; the gradient is zero outside the slice."""
     dtype = backend.dtypes[-1]
     whole = torch.randn(3, 41, 3, 4, 67, device=backend.device, dtype=dtype)
     part = whole[1:, 2:37, :, ::2, 3:35]
@@ -232,11 +232,11 @@ def test_launch_config_of_every_chip(arch: str) -> None:
         for dim in HEAD_SIZES:
             for n in (1, 257, 4097):
                 for tiles in (forward.launch_config(dim, n, dtype, arch), *backward.launch_config(dim, n, dtype, arch)):
-                    # the tail's blocks divide a full block, so that a tail never outgrows it
+                    # The blocks of the tail divide a full block, so that a tail is at most a full block.
                     assert tiles.block_m % forward.TAIL_N == tiles.block_n % forward.TAIL_N == 0
 
 
-def test_refusals(backend: Backend) -> None:
+def test_errors_name_the_argument(backend: Backend) -> None:
     device = backend.device
     with pytest.raises(ValueError, match=r"qkv must be \(B, N, 3, H, D\), got \(2, 5, 48\)"):
         attention(torch.zeros(2, 5, 48, device=device))
@@ -249,7 +249,7 @@ def test_refusals(backend: Backend) -> None:
 
 
 def test_other_head_sizes_and_float64(backend: Backend) -> None:
-    """PyTorch's kernel for the CPU takes any; Triton refuses and says what it takes."""
+    """PyTorch's kernel for the CPU takes all; Triton raises an error that lists what it takes."""
     if backend.name == "cpu":
         assert_attention(*inputs(backend, 1, 17, 2, 48, torch.float64))
         return

@@ -1,4 +1,4 @@
-"""The geometry of a resize against F.interpolate in float64, and against itself."""
+"""Geometry of a resize against F.interpolate in float64, and its consistency."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def by_taps(axis: Axis, values: Tensor) -> Tensor:
 
 @given(AXES)
 @settings(max_examples=200, deadline=None)
-def test_taps_are_pytorchs(drawn) -> None:
+def test_taps_equal_those_of_pytorch(drawn) -> None:
     axis, align_corners = make(drawn), drawn[3]
     for values in (torch.eye(axis.size_in).double(), torch.arange(axis.size_in).double()[None]):
         expected = resized(values, axis.size_out, align_corners)[:, : axis.kept]
@@ -42,7 +42,7 @@ def test_taps_are_pytorchs(drawn) -> None:
 
 @pytest.mark.parametrize("align_corners", [False, True])
 @pytest.mark.parametrize("position", [0, 1, 4])
-def test_taps_meet_infinity_where_pytorchs_do(position, align_corners) -> None:
+def test_infinity_reaches_the_outputs_it_reaches_in_pytorch(position, align_corners) -> None:
     values = torch.zeros(1, 5, dtype=torch.float64)
     values[0, position] = torch.inf
     for size_out in (3, 5, 9, 17, 40):
@@ -52,7 +52,7 @@ def test_taps_meet_infinity_where_pytorchs_do(position, align_corners) -> None:
 
 @given(AXES)
 @settings(max_examples=200, deadline=None)
-def test_cells_divide_the_outputs(drawn) -> None:
+def test_cells_partition_the_outputs(drawn) -> None:
     axis = make(drawn)
     starts = axis.cell_starts
     assert len(starts) == axis.cells + 1
@@ -72,7 +72,7 @@ def test_outputs_of_a_cell_share_their_taps(drawn) -> None:
     last = axis.size_in - 1
     for cell, (start, stop) in enumerate(itertools.pairwise(axis.cell_starts), -1):
         inside = slice(start, stop)
-        # Outputs before the first centre weigh the inputs of cell 0.
+        # Outputs before the first centre mix the inputs of cell 0.
         tap = max(cell, 0)
         assert (lower[inside] == min(tap, last)).all()
         assert (upper[inside] == min(tap + (axis.size_in != axis.size_out), last)).all()

@@ -158,6 +158,7 @@ def test_tiles_of_the_cpu_change_nothing(limit: int, monkeypatch: pytest.MonkeyP
         ({3: torch.zeros(1, 1, 7, dtype=torch.int64)}, ValueError, r"cols must be \(S, 2, outputs\)"),
         ({2: torch.zeros(1, 5)}, ValueError, r"row_weights must be \(1, 6\), torch.float32"),
         ({4: torch.zeros(1, 7).double()}, ValueError, r"col_weights must be \(1, 7\), torch.float32 .* torch.float64"),
+        ({3: torch.zeros(1, 2, 7, dtype=torch.int64, device="meta")}, ValueError, "rows on cpu, .*, cols on meta"),
         (
             {3: torch.zeros(2, 2, 7, dtype=torch.int64), 4: torch.zeros(2, 7)},
             ValueError,

@@ -75,7 +75,7 @@ def test_zero_vectors_are_nan_where_the_reference_is(backend: Backend) -> None:
 
 
 def test_a_float32_norm_of_low_precision_embeddings_is_not_rounded(backend: Backend) -> None:
-    """Autocast leaves such inputs: matrix products in low precision, LayerNorm in float32."""
+    """Autocast produces such inputs: low-precision matrix products and a float32 LayerNorm."""
     patches, classes, weight, bias = inputs(1, 20, 19, 32, torch.float16, backend.device)
     weight, bias = (t.detach().float().requires_grad_() for t in (weight, bias))
     out = kernels.mask_scores(patches, classes, weight, bias)
@@ -89,7 +89,7 @@ def test_a_float32_norm_of_low_precision_embeddings_is_not_rounded(backend: Back
             assert kernels.mask_scores(patches, classes, weight, bias).dtype == torch.float32
 
 
-def test_refusals_name_the_arguments() -> None:
+def test_errors_name_the_arguments() -> None:
     patches, classes, weight, bias = inputs(2, 4, 3, 8, torch.float32, "cpu")
     with pytest.raises(ValueError, match=r"must share B and D, got \(2, 4, 8\) and \(1, 3, 8\)"):
         kernels.mask_scores(patches, classes[:1], weight, bias)

@@ -1,4 +1,4 @@
-"""Strips of every kind, from pieces of a cell to whole images, give one resize and one transpose: PyTorch's."""
+"""Resize by strips and its transpose against PyTorch's, for strips from pieces of a cell to whole images."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_ignore_index_may_be_a_class(backend: Backend) -> None:
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-def test_nothing_to_learn_from(backend: Backend, reduction: str, smoothing: float) -> None:
+def test_no_pixel_counts(backend: Backend, reduction: str, smoothing: float) -> None:
     masks = backend.masks(3)
     for target, weight in (
         (torch.full((2, *SIZE), 255, device=backend.device), None),
@@ -207,6 +207,25 @@ def test_offsets_beyond_32_bits(backend: Backend) -> None:
         assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"target": torch.zeros(1, 6, 8).long()}, ValueError, r"share B and not be empty, got \(1, 6, 8\) and \(2, 3,"),
+        ({"target": torch.zeros(2, 6, 8)}, TypeError, "target must be int64, int32, int16 or uint8, got torch.float32"),
+        ({"target": torch.zeros(2, 8, 9).long()}, ValueError, r"target must be .* at most size \[7, 9\], got \[8, 9\]"),
+        ({"target": torch.zeros(2, 6, 8, device="meta").long()}, ValueError, "got masks on cpu, target on meta"),
+        ({"weight": torch.ones(4)}, ValueError, r"weight must be \(3,\), got \(4,\)"),
+        ({"weight": torch.ones(3, device="meta")}, ValueError, "target on cpu, weight on meta"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of mean, sum, none, got 'max'"),
+    ],
+)
+def test_errors_name_the_argument(change: dict, error: type[Exception], message: str) -> None:
+    options = {"target": torch.zeros(2, 6, 8).long(), "size": SIZE} | change
+    with pytest.raises(error, match=message):
+        kernels.upsample_cross_entropy(torch.zeros(2, 3, 2, 3), **options)
+
+
 MEASURE = """
 import time
 import torch, torch.nn.functional as F
@@ -240,7 +259,7 @@ print(*report)
 
 
 def test_cpu_takes_a_tenth_of_the_memory_and_half_the_time() -> None:
-    """150 classes, 32x32 -> 512x512, forward and backward on one thread; measured there: seven times eager's speed."""
+    """150 classes, 32x32 -> 512x512, forward and backward on one thread; the measured speed was seven times eager's."""
     command = [sys.executable, "-c", MEASURE]
     out = subprocess.run(command, capture_output=True, text=True, check=True, env={"PATH": ""}).stdout
     ours_time, ours_memory, eager_time, eager_memory = map(float, out.split())
