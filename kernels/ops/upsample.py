@@ -182,8 +182,9 @@ def _pack(masks: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor,
 def _pack_pixel_backward(
     grad_loss: Tensor, masks: Tensor, target: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, LossOptions]:
-    *others, align_corners = options
-    return grad_loss, masks, target, LossOptions(*others, "none", align_corners)
+    size, ignore_index, weight, label_smoothing, align_corners = options
+    loss_options = LossOptions(size, ignore_index, weight, label_smoothing, "none", align_corners)
+    return grad_loss, masks, target, loss_options
 
 
 def _fake_cross_entropy(masks: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
