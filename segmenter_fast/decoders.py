@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .config import Pair, SegmenterConfig
-from .vit import Block, drop_path_rates
+from .vit import make_blocks
 
 
 def upsampled_size(config: SegmenterConfig, size: Sequence[int]) -> Pair:
@@ -37,17 +37,7 @@ class MaskTransformer(nn.Module):
         dim, classes = config.embed_dim, config.num_classes
         self.proj_dec = nn.Linear(dim, dim)
         self.cls_emb = nn.Parameter(torch.zeros(1, classes, dim))
-        self.blocks = nn.ModuleList(
-            Block(
-                dim,
-                config.decoder_num_heads,
-                int(config.mlp_ratio * dim),
-                config.decoder_norm_eps,
-                config.decoder_dropout,
-                rate,
-            )
-            for rate in drop_path_rates(config.decoder_drop_path_rate, config.decoder_depth)
-        )
+        self.blocks = make_blocks(config, decoder=True)
         self.decoder_norm = nn.LayerNorm(dim, config.decoder_norm_eps)
         self.proj_patch = nn.Parameter(torch.zeros(dim, dim))
         self.proj_classes = nn.Parameter(torch.zeros(dim, dim))

@@ -202,11 +202,11 @@ class InferenceSegmenter(nn.Module):
         rotation: Tensor | None,
     ) -> Tensor:
         """Compute one result from tensors alone: the function that is compiled and captured."""
-        size, patch = images.shape[2:], self.config.patch_size
+        height, width = size = images.shape[2:]
         images = images.to(weight.dtype)
         if shift is not None:
             images = images - shift
-        patches = F.conv2d(pad_to_patches(images, patch), weight, bias, stride=patch)
+        patches = F.conv2d(pad_to_patches(images, self.config.patch_size), weight, bias, stride=self.config.patch_size)
         grid = patches.shape[2:]
         patches = patches.flatten(2).mT  # (B, h w, D)
         if positions is not None:
@@ -222,7 +222,7 @@ class InferenceSegmenter(nn.Module):
             return kernels.upsample_argmax(masks, upsampled, size)
         if result == "probabilities":
             return kernels.upsample_softmax(masks, upsampled, size)
-        return kernels.reference.upsample(masks.contiguous(), upsampled, size, align_corners=False)
+        return kernels.reference.upsample(masks.contiguous(), upsampled, (height, width), align_corners=False)
 
 
 @dataclass(frozen=True)

@@ -45,8 +45,9 @@ class Segmenter(nn.Module, HubMixin):
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, K, H, W)`` logits. No other method builds this tensor."""
         masks = self.masks(images).contiguous()  # interpolate copies the full-size result of channels-last masks
-        size = upsampled_size(self.config, images.shape[2:])
-        return kernels.reference.upsample(masks, size, images.shape[2:], align_corners=False)
+        height, width = images.shape[2:]
+        size = upsampled_size(self.config, (height, width))
+        return kernels.reference.upsample(masks, size, (height, width), align_corners=False)
 
     def segment(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, H, W)`` labels, uint8 up to 256 classes and int32 above; not differentiable."""

@@ -151,26 +151,21 @@ class DropPath(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer."""
+    """A pre-norm transformer layer of the encoder or, with ``decoder``, of the mask transformer."""
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        hidden: int,
-        norm_eps: float,
-        dropout: float,
-        drop_path: float,
-        layer_scale: bool = False,
-        qkv_bias: bool = True,
-        mlp: str = "gelu",
-    ) -> None:
+    def __init__(self, config: SegmenterConfig, drop_path: float, decoder: bool = False) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, norm_eps)
+        dim, hidden = config.embed_dim, int(config.mlp_ratio * config.embed_dim)
+        num_heads, eps, dropout = config.num_heads, config.encoder_norm_eps, config.dropout
+        qkv_bias, layer_scale, swiglu = config.qkv_bias, config.layer_scale, config.mlp == "swiglu"
+        if decoder:
+            num_heads, eps, dropout = config.decoder_num_heads, config.decoder_norm_eps, config.decoder_dropout
+            qkv_bias, layer_scale, swiglu = True, False, False
+        self.norm1 = nn.LayerNorm(dim, eps)
         self.attn = Attention(dim, num_heads, dropout, qkv_bias)
         self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
-        self.norm2 = nn.LayerNorm(dim, norm_eps)
-        self.mlp = Mlp(dim, hidden, dropout) if mlp == "gelu" else SwiGlu(dim, hidden + -hidden % 8, dropout)
+        self.norm2 = nn.LayerNorm(dim, eps)
+        self.mlp = SwiGlu(dim, hidden + -hidden % 8, dropout) if swiglu else Mlp(dim, hidden, dropout)
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -179,9 +174,12 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
-def drop_path_rates(last: float, depth: int) -> list[float]:
-    """Rates of stochastic depth, rising linearly from 0 at the first layer to ``last`` at the last."""
-    return [last * layer / max(depth - 1, 1) for layer in range(depth)]
+def make_blocks(config: SegmenterConfig, decoder: bool = False) -> nn.ModuleList:
+    """All layers of a part; stochastic depth rises linearly from 0 at the first to the configured rate at the last."""
+    depth, last = config.depth, config.drop_path_rate
+    if decoder:
+        depth, last = config.decoder_depth, config.decoder_drop_path_rate
+    return nn.ModuleList(Block(config, last * layer / max(depth - 1, 1), decoder) for layer in range(depth))
 
 
 def resize_positions(positions: Tensor, grid: Pair, size: Pair, mode: str) -> Tensor:
@@ -226,20 +224,7 @@ class VisionTransformer(nn.Module):
         self.reg_token = nn.Parameter(torch.zeros(1, registers, dim)) if registers else None
         positions = rows * columns + (self.num_prefix_tokens if config.pos_embed_prefix else 0)
         self.pos_embed = nn.Parameter(torch.zeros(1, positions, dim)) if config.pos_embed_kind == "learned" else None
-        self.blocks = nn.ModuleList(
-            Block(
-                dim,
-                config.num_heads,
-                int(config.mlp_ratio * dim),
-                config.encoder_norm_eps,
-                config.dropout,
-                rate,
-                config.layer_scale,
-                config.qkv_bias,
-                config.mlp,
-            )
-            for rate in drop_path_rates(config.drop_path_rate, config.depth)
-        )
+        self.blocks = make_blocks(config)
         self.norm = nn.LayerNorm(dim, config.encoder_norm_eps)
         self.frozen = False
         # The classification heads of official checkpoints: kept so that saving loses nothing, never run or trained.
@@ -258,19 +243,19 @@ class VisionTransformer(nn.Module):
             ``(1, prefix, D)`` class, distillation and register tokens with their positions, ``(1, rows * columns, D)``
             learned positions of the patches or None, and the ``rotation_table`` of a rotary embedding or None.
         """
-        config, prefix, positions, rotation = self.config, self.num_prefix_tokens, self.pos_embed, None
-        like, head_dim = self.patch_embed.proj.weight, config.embed_dim // config.num_heads
-        tokens = [token for token in (self.cls_token, self.dist_token, self.reg_token) if token is not None]
-        prefix_tokens = torch.cat(tokens, 1) if tokens else like.new_empty(1, 0, config.embed_dim)
+        config, grid, count, like = self.config, (rows, columns), self.num_prefix_tokens, self.patch_embed.proj.weight
+        tokens: list[Tensor] = [t for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
+        prefix = torch.cat(tokens, 1) if tokens else like.new_empty(1, 0, config.embed_dim)
+        positions: Tensor | None = self.pos_embed
         if positions is None:
-            rotation = rotation_table((rows, columns), prefix, head_dim, config.rope_temperature, like)
-        else:
-            same_count = rows * columns == self.grid[0] * self.grid[1] and config.pos_embed_mode != "bicubic_antialias"
-            if (rows, columns) != self.grid and not same_count:
-                positions = resize_positions(positions, self.grid, (rows, columns), config.pos_embed_mode)
-            if config.pos_embed_prefix:
-                prefix_tokens, positions = prefix_tokens + positions[:, :prefix], positions[:, prefix:]
-        return prefix_tokens, positions, rotation
+            head_dim = config.embed_dim // config.num_heads
+            return prefix, None, rotation_table(grid, count, head_dim, config.rope_temperature, like)
+        same_count = rows * columns == self.grid[0] * self.grid[1] and config.pos_embed_mode != "bicubic_antialias"
+        if grid != self.grid and not same_count:
+            positions = resize_positions(positions, self.grid, grid, config.pos_embed_mode)
+        if config.pos_embed_prefix:
+            prefix, positions = prefix + positions[:, :count], positions[:, count:]
+        return prefix, positions, None
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(B, 3, H, W)`` -> ``(B, prefix + h w, D)`` tokens with their learned positions; the rotation, if any."""

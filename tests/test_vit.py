@@ -126,11 +126,6 @@ def test_stochastic_depth_keeps_the_expectation() -> None:
     assert dropped.mean().item() == pytest.approx(1, abs=0.02)
 
 
-@pytest.mark.parametrize(("depth", "rates"), [(1, [0]), (3, [0, 0.2, 0.4])])
-def test_rates_of_stochastic_depth(depth: int, rates: list[float]) -> None:
-    assert vit.drop_path_rates(0.4, depth) == pytest.approx(rates)
-
-
 @pytest.mark.parametrize(("kind", "oracle"), [(vit.Mlp, reference.Mlp), (vit.SwiGlu, reference.SwiGlu)])
 def test_feed_forward_layers_are_those_of_the_oracle(kind: type, oracle: type) -> None:
     layer, expected = kind(16, 24, 0.0).double(), oracle(16, 24).double()
@@ -140,8 +135,8 @@ def test_feed_forward_layers_are_those_of_the_oracle(kind: type, oracle: type) -
 
 
 def test_the_hidden_width_of_swiglu_is_a_multiple_of_8() -> None:
-    block = vit.Block(128, 2, 345, 1e-5, 0.0, 0.0, mlp="swiglu")
-    assert block.mlp.fc1_g.out_features == block.mlp.fc1_x.out_features == block.mlp.fc2.in_features == 352
+    block = vit.Block(config(mlp="swiglu", mlp_ratio=2.7), 0.0)
+    assert block.mlp.fc1_g.out_features == block.mlp.fc1_x.out_features == block.mlp.fc2.in_features == 352  # above 345
 
 
 def test_attention_dropout_keeps_the_expectation() -> None:
@@ -167,12 +162,12 @@ def test_rotations_depend_on_the_place_within_the_image_only() -> None:
 
 
 def test_a_rotation_turns_queries_and_keys_as_the_oracles_does() -> None:
-    config = sf.VARIANTS["seg_s_dinov3_mask_16"].replace(**SMALL)
-    count = config.num_prefix_tokens
+    rotary = sf.VARIANTS["seg_s_dinov3_mask_16"].replace(**SMALL)
+    count = rotary.num_prefix_tokens
     qkv = torch.randn(2, count + 6, 3, 2, 64, dtype=torch.float64)
-    table = vit.rotation_table((2, 3), count, 64, config.rope_temperature, qkv)
+    table = vit.rotation_table((2, 3), count, 64, rotary.rope_temperature, qkv)
     turned = vit.rotate(qkv, table)
-    oracle = reference.Rotation(config, 2, 3, torch.float64)
+    oracle = reference.Rotation(rotary, 2, 3, torch.float64)
     for index in range(2):
         expected = oracle(qkv[:, :, index].transpose(1, 2)).transpose(1, 2)
         torch.testing.assert_close(turned[:, :, index], expected, rtol=0, atol=1e-12)

@@ -114,13 +114,8 @@ class FusedBlock(Fused):
     """
 
     op = "attention"
-    norm1: nn.Module
-    attn: nn.Module
-    norm2: nn.Module
-    mlp: nn.Module
-    drop_path: nn.Module
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plain = args and _all_absent((*args[1:], *kwargs.values())) and _has_kernel(args[0])
         if plain and _others_do_nothing(self.attn) and not is_hooked(self.attn):
             x = args[0]
@@ -134,12 +129,8 @@ class FusedResidualAttention(Fused):
 
     op = "attention"
     positional: ClassVar = ("query", "key", "value", "identity")
-    attn: nn.MultiheadAttention
-    proj_drop: nn.Module
-    dropout_layer: nn.Module
-    batch_first: bool
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         others = {**dict(zip(self.positional, args, strict=False)), **kwargs}
         query, key, value, identity = (others.pop(name, None) for name in self.positional)
         attn = self.attn
@@ -160,17 +151,8 @@ class FusedMaskTransformer(Fused):
     """The official mask decoder; one op computes everything from the projected patches to the masks' LayerNorm."""
 
     op = "mask_scores"
-    n_cls: int
-    patch_size: int
-    proj_dec: nn.Module
-    cls_emb: Tensor
-    blocks: nn.ModuleList
-    decoder_norm: nn.Module
-    mask_norm: nn.LayerNorm
-    proj_patch: Tensor
-    proj_classes: Tensor
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         plain = len(args) == 2 and not kwargs and _has_kernel(args[0]) and not is_hooked(self.mask_norm)
         # Under autocast PyTorch's LayerNorm returns float32 on a GPU, as the op does, but 16 bits on the CPU.
         if not plain or (args[0].device.type == "cpu" and torch.is_autocast_enabled("cpu")):
