@@ -1,4 +1,4 @@
-"""What a Segmenter is made of: one frozen dataclass, and one table of the named variants."""
+"""Configuration of a Segmenter: one frozen dataclass, and one table of the named variants."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _POSITIVE = ("encoder_norm_eps", "decoder_norm_eps", "rope_temperature")
 
 @dataclass(frozen=True)
 class SegmenterConfig:
-    """Everything that the weights alone do not say. Any field may be overridden in ``create_model``.
+    """Architecture, numerics, preprocessing and classes of a model. ``create_model`` can override any field.
 
     Raises:
-        ValueError: a field outside its range, naming the field, what was given and what is allowed.
+        ValueError: a field outside its range.
     """
 
     variant: str = "custom"
     num_classes: int = 150
     image_size: Pair = (512, 512)
-    """(height, width) in pixels that the position embedding is made for; other sizes resize it."""
+    """(height, width) in pixels of the position embedding; it is resized for other sizes."""
     patch_size: int = 16
 
     embed_dim: int = 768
@@ -40,20 +40,20 @@ class SegmenterConfig:
     num_heads: int = 12
     mlp_ratio: float = 4.0
     mlp: str = "gelu"
-    """Of the encoder: "gelu", or "swiglu" (DINOv3 S+ and H+), whose hidden width is rounded up to a multiple of 8."""
+    """Feed-forward layers of the encoder: "gelu", or "swiglu" (DINOv3 S+ and H+; hidden width a multiple of 8)."""
     qkv_bias: bool = True
-    """Whether the encoder's query, key and value projections have a bias (DINOv3: no)."""
+    """Bias of the encoder's query, key and value projections (DINOv3: none)."""
     class_token: bool = True
     distillation_token: bool = False
     num_register_tokens: int = 0
     pos_embed_kind: str = "learned"
-    """"learned": an embedding added to the tokens. "rotary": queries and keys of patches are rotated (DINOv3)."""
+    """Position embedding: "learned", added to the tokens, or "rotary", rotated queries and keys (DINOv3)."""
     rope_temperature: float = 100.0
-    """Of the rotary embedding: its longest period, in half image sides."""
+    """Longest period of the rotary embedding, in half image sides."""
     pos_embed_prefix: bool = True
-    """Whether the position embedding has entries for the prefix tokens (DINOv2 with registers: no)."""
+    """The position embedding has entries for the prefix tokens (DINOv2 with registers: no)."""
     pos_embed_mode: str = "bilinear"
-    """How a learned position embedding is resized: "bilinear" (official), "bicubic" (mmsegmentation) or
+    """Resizing of a learned position embedding: "bilinear" (official), "bicubic" (mmsegmentation) or
     "bicubic_antialias" (timm)."""
     layer_scale: bool = False
     encoder_norm_eps: float = 1e-5
@@ -61,10 +61,10 @@ class SegmenterConfig:
     drop_path_rate: float = 0.1
     """Stochastic depth of the last encoder layer; it rises linearly from 0 at the first."""
     head_classes: int = 0
-    """Rows of the unused classification heads that official checkpoints carry; 0 leaves them out."""
+    """Classes of the unused classification heads in official checkpoints; 0 for none."""
 
     decoder: str = "mask"
-    """"mask" (mask transformer) or "linear"."""
+    """Decoder: "mask" (mask transformer) or "linear"."""
     decoder_depth: int = 2
     decoder_num_heads: int = 12
     decoder_norm_eps: float = 1e-5
@@ -72,18 +72,17 @@ class SegmenterConfig:
     decoder_drop_path_rate: float = 0.0
 
     upsample_to: str = "padded"
-    """"padded": masks are upsampled to the padded size and cropped (official). "image": straight to the image's
-    size (mmsegmentation)."""
+    """Size that masks are upsampled to: "padded", then cropped (official), or "image", directly (mmsegmentation)."""
     mean: Triple = (0.5, 0.5, 0.5)
     std: Triple = (0.5, 0.5, 0.5)
     """Per RGB channel, of pixels scaled to [0, 1]."""
     window_size: int = 512
     window_stride: int = 512
     upscale_small_images: bool = True
-    """Whether sliding-window inference enlarges an image whose smaller side is below the window (official: yes)."""
+    """Sliding-window inference enlarges an image with a side below the window (official: yes)."""
 
     timm_backbone: str | None = None
-    """Name of the timm weights that the paper starts from."""
+    """Name of the timm weights to start training from."""
     class_names: tuple[str, ...] = ()
     palette: tuple[tuple[int, int, int], ...] = ()
     """RGB per class, 0 to 255; empty where unknown."""
@@ -105,7 +104,7 @@ class SegmenterConfig:
             _require(fits, name, getattr(self, name), f"a divisor of embed_dim, which is {self.embed_dim}")
         if self.pos_embed_kind == "rotary":
             fits = self.embed_dim // self.num_heads % 4 == 0
-            _require(fits, "num_heads", self.num_heads, "so that heads are a multiple of 4 wide, as rotations are")
+            _require(fits, "num_heads", self.num_heads, "such that rotary heads have a multiple of 4 channels")
         fits = len(self.image_size) == 2 and min(self.image_size) >= self.patch_size
         _require(fits, "image_size", self.image_size, f"(height, width), each at least one patch of {self.patch_size}")
         fits = self.window_size >= self.patch_size and self.window_stride >= 1
@@ -119,21 +118,21 @@ class SegmenterConfig:
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens that precede the patches: class, distillation, registers."""
+        """Number of class, distillation and register tokens, which precede the patches."""
         return self.class_token + self.distillation_token + self.num_register_tokens
 
     @property
     def grid(self) -> Pair:
-        """(rows, columns) of patches that the position embedding is made for."""
+        """(rows, columns) of patches of the position embedding."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
     def replace(self, **fields: Any) -> SegmenterConfig:
-        """A copy with other values for some fields.
+        """Return a copy with other values for some fields.
 
-        An int ``image_size`` means a square. Class names and palette are dropped where the class count changes.
+        An int ``image_size`` is a square. A new class count drops class names and palette.
 
         Raises:
-            TypeError: an unknown field, naming it and the nearest known ones.
+            TypeError: an unknown field.
         """
         known = {field.name for field in dataclasses.fields(self)}
         if unknown := sorted(set(fields) - known):
@@ -166,22 +165,22 @@ def _require(holds: bool, name: str, given: object, allowed: str) -> None:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists, as JSON has them, become tuples."""
+    """Turn lists, nested ones too, into tuples: JSON has no tuples."""
     return tuple(_frozen(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 
-# size: (name, embed_dim, depth, num_heads)
+# By size: name, embed_dim, depth, num_heads.
 _BACKBONES = {
-    "m": ("mini", 128, 4, 2),  # ours: random weights, small images, minutes on a CPU
+    "m": ("mini", 128, 4, 2),  # not in the paper: small images, trained from scratch on a CPU in minutes
     "t": ("tiny", 192, 12, 3),
     "s": ("small", 384, 12, 6),
     "b": ("base", 768, 12, 12),
     "l": ("large", 1024, 24, 16),
 }
-# (size, patch, family): weights in timm that the paper starts from, or the nearest there are
+# By size, patch size and family: the weights in timm that the paper starts from, or the most similar ones.
 _TIMM = {
     **{(size, 16, ""): f"vit_{_BACKBONES[size][0]}_patch16_384.augreg_in21k_ft_in1k" for size in "tsbl"},
     **{(size, 32, ""): f"vit_{_BACKBONES[size][0]}_patch32_384.augreg_in21k_ft_in1k" for size in "sb"},
@@ -194,7 +193,7 @@ _TIMM = {
     **{(size, 14, "dinov2"): f"vit_{_BACKBONES[size][0]}_patch14_reg4_dinov2.lvd142m" for size in "sbl"},
     **{(size, 16, "dinov3"): f"vit_{_BACKBONES[size][0]}_patch16_dinov3.lvd1689m" for size in "sbl"},
 }
-# What sets a family of backbones apart; DINOv2 and DINOv3 keep the numerics that timm runs their weights with.
+# Fields of each family of backbones. DINOv2 and DINOv3 have the numerics of their implementations in timm.
 _IMAGENET = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
 _REGISTERS = {"num_register_tokens": 4, "layer_scale": True, **_IMAGENET}
 _FAMILIES: dict[str, dict[str, Any]] = {
@@ -249,7 +248,7 @@ def variant_config(name: str) -> SegmenterConfig:
     """The configuration of a named variant.
 
     Raises:
-        ValueError: no such variant, listing those there are.
+        ValueError: an unknown variant; the message lists the known ones.
     """
     if name not in VARIANTS:
         raise ValueError(f"unknown variant {name!r}; known are {', '.join(VARIANTS)}")

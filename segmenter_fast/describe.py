@@ -27,7 +27,7 @@ def count_parameters(model: nn.Module) -> int:
 def count_macs(config: SegmenterConfig, size: int = 512) -> int:
     """Multiply-accumulates of the matrix products for one square image of ``size`` pixels, up to the masks.
 
-    Counted on the plain PyTorch model without computing anything; softmax, norms and the like are not in it.
+    Counted on the plain PyTorch model on the meta device, without softmax, norms and the like.
     """
     with torch.device("meta"):
         model, images = ReferenceSegmenter(config).eval(), torch.empty(1, 3, size, size)

@@ -1,16 +1,17 @@
-"""Segmenter in one plain PyTorch file: the oracle that the fast model is held against.
+"""Segmenter in one plain PyTorch file: the oracle for the fast model.
 
-Attention is written out, nothing is fused, every tensor has the dtype of the input (float64 included), and nothing of
-the fast model is used but its configuration. State-dict keys are those of the official program.
+Attention is written out, nothing is fused, every tensor has the dtype of the input (float64 included), and only the
+configuration is shared with the fast model. State-dict keys are those of the official program.
 
-Source: Strudel et al., "Segmenter: Transformer for Semantic Segmentation", ICCV 2021, and its official program. Where
-the two differ the program wins: the paper's text applies softmax and LayerNorm over classes after the upsampling, the
+Source: Strudel et al., "Segmenter: Transformer for Semantic Segmentation", ICCV 2021, and its official program. If the
+two differ, the program decides: the paper's text applies softmax and LayerNorm over classes after the upsampling, the
 program applies the LayerNorm to the patch-level masks and the softmax last.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -142,7 +143,7 @@ class VisionTransformer(nn.Module):
         if (rows, columns) == grid:
             return self.pos_embed
         if rows * columns == grid[0] * grid[1] and mode != "bicubic_antialias":
-            return self.pos_embed  # where only the aspect ratio differs, as the official program
+            return self.pos_embed  # only the aspect ratio differs: unchanged, as in the official program
         prefix = self.pos_embed.shape[1] - grid[0] * grid[1]
         patches = self.pos_embed[:, prefix:].transpose(1, 2).unflatten(2, grid)
         options = {"mode": "bicubic", "antialias": True} if mode == "bicubic_antialias" else {"mode": mode}
@@ -228,21 +229,6 @@ class ReferenceSegmenter(nn.Module):
         """``(B, 3, H, W)`` -> ``(B, H, W)`` labels."""
         return self(images).argmax(1)
 
-    def loss(
-        self,
-        images: Tensor,
-        target: Tensor,
-        ignore_index: int = 255,
-        weight: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        reduction: str = "mean",
-    ) -> Tensor:
-        """Mean cross-entropy against ``(B, H, W)`` class indices, with PyTorch's options."""
-        return F.cross_entropy(
-            self(images),
-            target,
-            weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+    def loss(self, images: Tensor, target: Tensor, ignore_index: int = 255, **options: Any) -> Tensor:
+        """Mean cross-entropy against ``(B, H, W)`` class indices; ``options`` of ``F.cross_entropy``."""
+        return F.cross_entropy(self(images), target, ignore_index=ignore_index, **options)

@@ -10,12 +10,12 @@ from PIL import Image
 
 Color = tuple[int, int, int]
 
-# Steps of an additive recurrence that fills the unit cube evenly: powers of 1/g with g**4 = g + 1.
+# Steps of an additive recurrence that fills the unit cube evenly: powers of 1/g, g**4 = g + 1.
 _STEPS = (0.8191725134, 0.6710436067, 0.5497004779)
 
 
 def default_palette(num_classes: int) -> tuple[Color, ...]:
-    """Distinct RGB colours, 0 to 255, neither dark nor pale; a smaller palette is the beginning of a larger one.
+    """Distinct RGB colours, 0 to 255, neither dark nor pale; a smaller palette is a prefix of a larger one.
 
     Raises:
         ValueError: a class count outside 1 to 65536.
@@ -56,9 +56,9 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Color], alp
 
 
 def label_image(labels: np.ndarray, palette: Sequence[Color]) -> Image.Image:
-    """``(H, W)`` class indices as an image whose pixel values are those indices.
+    """``(H, W)`` class indices as an image with those pixel values.
 
-    Mode P with the palette up to 256 classes; above, where a palette image cannot follow, 16-bit grey (I;16).
+    Mode P with the palette up to 256 classes, 16-bit grey (I;16) above, which has no palette.
 
     Raises:
         ValueError: labels beyond the palette, or more than 65536 classes.

@@ -65,7 +65,7 @@ def test_refusals_name_the_field(field: str, value: object) -> None:
 
 
 def test_rotary_heads_are_a_multiple_of_4_wide() -> None:
-    with pytest.raises(ValueError, match="num_heads must be so that heads are a multiple of 4 wide"):
+    with pytest.raises(ValueError, match="num_heads must be such that rotary heads have a multiple of 4 channels"):
         variant_config("seg_s_dinov3_mask_16").replace(embed_dim=36, num_heads=6)
 
 

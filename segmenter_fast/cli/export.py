@@ -29,16 +29,20 @@ class Output(str, Enum):
 def export(
     model: ModelArgument,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="File to write, ending in .onnx or .pt2.")],
-    format: Annotated[Format | None, typer.Option(help="The ending of OUT where it has none.")] = None,
-    size: Annotated[str | None, typer.Option(help="Of the images: 512 or 384x640 (HxW). Default: the model's.")] = None,
+    format: Annotated[Format | None, typer.Option(help="Ending to add to OUT if it has none.")] = None,
+    size: Annotated[
+        str | None, typer.Option(help="Size of the images: 512 or 384x640 (HxW). Default: the model's.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at once.")] = 1,
     dynamic_batch: Annotated[bool, typer.Option("--dynamic-batch", help="Any number of images at once.")] = False,
     output: Annotated[Output, typer.Option(help="Per pixel labels, per patch scores, or per pixel scores.")] = (
         Output.labels
     ),
     uint8: Annotated[bool, typer.Option("--uint8", help="Take uint8 RGB and normalise inside.")] = False,
-    device: Annotated[Device, typer.Option(help="That a .pt2 package is compiled for.")] = Device.cpu,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and activations; bfloat16 for .pt2 only.")] = Dtype.float32,
+    device: Annotated[Device, typer.Option(help="Device to compile a .pt2 package for.")] = Device.cpu,
+    dtype: Annotated[
+        Dtype, typer.Option(help="Dtype of weights and activations; bfloat16 for .pt2 only.")
+    ] = Dtype.float32,
 ) -> None:
     """Write an ONNX file or an AOTInductor package (.pt2), and check that it gives the model's labels."""
     if format and not out.suffix:
@@ -56,8 +60,8 @@ def export(
             uint8=uint8,
             dtype=choose_dtype(dtype.value, choose_device(device.value)),
         )
-    found = f"{exported.differing:,} differ, all within rounding" if exported.differing else "all as the model's"
-    typer.echo(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB; labels of {exported.pixels:,} pixels: {found}")
+    check = f"{exported.differing:,} differ, all within rounding" if exported.differing else "all as the model's"
+    typer.echo(f"wrote {out}, {out.stat().st_size / 1e6:.1f} MB; labels of {exported.pixels:,} pixels: {check}")
 
 
 def _size(text: str) -> tuple[int, int]:
