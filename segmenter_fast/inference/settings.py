@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config import Pair, SegmenterConfig
+from ..config import SegmenterConfig
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,6 @@ def enlarges_small_images(model: object) -> bool:
     return getattr(getattr(model, "config", None), "upscale_small_images", True)
 
 
-def fits_one_window(model: object, size: Pair, window: int) -> bool:
+def fits_one_window(model: object, size: Sequence[int], window: int) -> bool:
     """Return whether a single window covers a whole image of ``size`` (height, width) without resizing it."""
     return max(size) <= window and (min(size) == window or not enlarges_small_images(model))

@@ -31,11 +31,7 @@ def check_label_tiff(num_classes: int = 1) -> None:
 
 
 def write_label_tiff(
-    path: Path,
-    bands: Iterable[np.ndarray],
-    size: Pair,
-    palette: Sequence[Color],
-    class_names: Sequence[str],
+    path: Path, bands: Iterable[np.ndarray], size: Pair, palette: Sequence[Color], class_names: Sequence[str]
 ) -> None:
     """Write ``(h, W)`` bands, top to bottom, as one TIFF of class indices.
 

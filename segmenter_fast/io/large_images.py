@@ -18,16 +18,7 @@ _SAMPLES = {_MINISWHITE: 1, _MINISBLACK: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCB
 _JPEG = (6, 7, 33007, 34892)
 _ORIENTATION, _ASSOCIATED_ALPHA = 274, 1
 # Errors of codecs and tifffile on broken data, besides tifffile's own.
-_BROKEN = (
-    ValueError,
-    RuntimeError,
-    IndexError,
-    EOFError,
-    NotImplementedError,
-    struct.error,
-    zlib.error,
-    lzma.LZMAError,
-)
+_BROKEN = (ValueError, RuntimeError, IndexError, EOFError, struct.error, zlib.error, lzma.LZMAError)
 
 
 class NotByRowsError(Exception):
@@ -96,11 +87,13 @@ class TiffRaster:
         wanted = _SAMPLES.get(kind)
         if wanted is None or page.samplesperpixel < wanted:
             raise NotByRowsError(f"no rule for {page.samplesperpixel} samples of photometric {kind}")
-        deep = bits == 16 and page.dtype is not None and page.dtype.kind == "u" and kind in (_MINISBLACK, _RGB)
-        if not (bits == 8 and page.dtype is not None and page.dtype.kind == "u") and not deep and page.dtype != bool:
+        known = (
+            (page.dtype == np.uint8 and bits == 8)
+            or (page.dtype == np.uint16 and bits == 16 and kind in (_MINISBLACK, _RGB))
+            or (page.dtype == bool and kind in (_MINISWHITE, _MINISBLACK) and page.samplesperpixel == 1)
+        )
+        if not known:
             raise NotByRowsError(f"no rule for samples of {bits} bits, {page.dtype}, photometric {kind}")
-        if page.dtype == bool and (kind not in (_MINISWHITE, _MINISBLACK) or page.samplesperpixel != 1):
-            raise NotByRowsError(f"no rule for samples of 1 bit, photometric {kind}")
         if kind == _YCBCR and page.compression not in _JPEG:
             raise NotByRowsError("no rule for YCbCr that is not compressed as JPEG")
         if page.tiledepth > 1 or page.imagedepth > 1:
