@@ -1,4 +1,4 @@
-"""Loss and mIoU of one or several runs over their steps, drawn from the runs' ``log.jsonl``."""
+"""Curves of loss and mIoU of one or several runs, from their ``log.jsonl``."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _STYLE: dict[Any, Any] = {
     "figure.constrained_layout.use": True,
 }
 _SMOOTHING = 0.05
-"""Share of the curve that a point of the running mean looks back on."""
+"""Share of the curve that a point of the running mean averages over."""
 
 
 @dataclass(frozen=True)
 class Curves:
-    """What a run logged, by step; of a step that was logged twice, the last."""
+    """Loss and mIoU of a run by step; of a step that was logged twice, the last."""
 
     name: str
     loss: dict[int, float]
@@ -34,7 +34,7 @@ class Curves:
 
 
 def read_curves(run: Path) -> Curves:
-    """The curves of a run's folder, or of its ``log.jsonl``.
+    """Read the curves of a run's folder, or of its ``log.jsonl``.
 
     Raises:
         FileNotFoundError: there is no log.
@@ -53,7 +53,7 @@ def read_curves(run: Path) -> Curves:
 
 
 def read_runs(runs: Sequence[Path]) -> list[Curves]:
-    """``read_curves`` of each run, with a number behind names that several have."""
+    """Read the curves of each run; runs of the same name get a number."""
     curves = [read_curves(run) for run in runs]
     names = [run.name for run in curves]
     return [
@@ -98,7 +98,7 @@ def draw_curves(runs: Sequence[Curves], path: Path) -> Path:
 
 
 def running_mean(values: Sequence[float]) -> list[float]:
-    """Exponential mean over about a twentieth of the curve, without the bias of its start."""
+    """Return the exponential mean over about a twentieth of the curve, corrected for the bias at its start."""
     decay = 1 - 1 / max(1.0, _SMOOTHING * len(values))
     total = weight = 0.0
     means = []

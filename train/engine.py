@@ -114,6 +114,7 @@ class _Run:
         epoch_steps = recipe.epoch_steps(len(dataset))
         self.evaluate_every = recipe.evaluate_every or epoch_steps
         self.save_every = recipe.save_every or epoch_steps
+        self.settings = Settings(recipe.window, recipe.stride)
         self.batches = Batches(dataset, recipe, model.config, world)
         self.stepper = Stepper(model, dataset.ignore_index, recipe, self.total_steps, world)
         self.summary = EvaluationSummary()
@@ -224,16 +225,16 @@ class _Run:
         """Score the step whose checkpoint was just written, and keep the best model."""
         assert self.val_dataset is not None
         recipe, stepper = self.recipe, self.stepper
-        settings = Settings(recipe.window, recipe.stride)
         model, low = stepper.whole_model(), stepper.dtype != torch.float32
         with torch.autocast(self.world.device.type, stepper.dtype, enabled=low):
             scores = evaluate(
-                model, self.val_dataset, recipe.resize, settings, self.world, progress=self._stop_if_asked
+                model, self.val_dataset, recipe.resize, self.settings, self.world, progress=self._stop_if_asked
             )
             self.log.evaluation(stepper.steps, scores)
             if self.world.leads and recipe.pictures:
                 shown = range(0, len(self.val_dataset), max(len(self.val_dataset) // recipe.pictures, 1))
-                pictures = sample_pictures(model, self.val_dataset, shown[: recipe.pictures], recipe.resize, settings)
+                shown = shown[: recipe.pictures]
+                pictures = sample_pictures(model, self.val_dataset, shown, recipe.resize, self.settings)
                 self.log.samples(stepper.steps, pictures)
         self.scores, self.summary = scores, self.summary.after(stepper.steps, scores.miou)
 

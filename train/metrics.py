@@ -1,8 +1,8 @@
 """Pixel accuracy and intersection over union, from a confusion matrix that stays on the device.
 
-Conventions, which are mmsegmentation's: counts are summed over all pixels of all images before anything is divided. The
-mean IoU (torchmetrics' macro Jaccard index, too) is over the classes that occur in the labels or in the predictions,
-the mean accuracy over those that occur in the labels. Pixels labelled ``ignore_index`` do not count at all.
+Conventions are mmsegmentation's: counts are summed over all pixels of all images before anything is divided. The mean
+IoU (torchmetrics' macro Jaccard index, too) is over the classes that occur in the labels or in the predictions, the
+mean accuracy over those that occur in the labels. Pixels labelled ``ignore_index`` do not count at all.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model reaches on a data set; all values within 0 to 1."""
+    """Scores of a model on a data set; all but ``pixels`` are within 0 to 1."""
 
     miou: float
     """Mean intersection over union, over the classes that occur in labels or predictions."""
     macc: float
-    """Mean over the classes that occur in the labels of the share of their pixels that is found."""
+    """Mean accuracy, over the classes that occur in the labels."""
     aacc: float
     """Share of all labelled pixels that is right."""
     iou: tuple[float | None, ...]
     """Intersection over union of each class; None where it occurs neither in labels nor in predictions."""
     accuracy: tuple[float | None, ...]
-    """Share of each class's labelled pixels that is found; None where it does not occur in the labels."""
+    """Share of each class's labelled pixels that is right; None where it does not occur in the labels."""
     pixels: int
-    """How many labelled pixels were compared."""
+    """Number of labelled pixels."""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields."""
+        """Return JSON-ready fields."""
         return {**vars(self), "iou": list(self.iou), "accuracy": list(self.accuracy)}
 
 
@@ -44,12 +44,8 @@ class ConfusionMatrix:
     def __init__(self, num_classes: int, device: torch.device | str = "cpu", ignore_index: int = 255) -> None:
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, got {num_classes}")
-        self.ignore_index = ignore_index
+        self.num_classes, self.ignore_index = num_classes, ignore_index
         self.counts = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-
-    @property
-    def num_classes(self) -> int:
-        return self.counts.shape[0]
 
     @torch.no_grad()
     def update(self, prediction: Tensor, target: Tensor) -> None:
@@ -67,19 +63,23 @@ class ConfusionMatrix:
                 raise TypeError(f"{name} must hold integers, got {tensor.dtype}")
         found, wanted = (x.to(self.counts.device, torch.int64).flatten() for x in (prediction, target))
         classes, counted = self.num_classes, wanted != self.ignore_index
-        self._require_classes("target", wanted, counted)
-        self._require_classes("prediction", found, counted)
+        for name, values in (("target", wanted), ("prediction", found)):
+            outside = ((values < 0) | (values >= classes)) & counted
+            if outside.any():
+                given = values[outside]
+                allowed = f"within 0 to {classes - 1}, or {self.ignore_index} in labels that do not count"
+                raise ValueError(f"{name} must lie {allowed}; got {int(given.min())} to {int(given.max())} as well")
         # ignored pixels go to a bin of their own: a selection would copy both maps once more
         bins = torch.where(counted, wanted * classes + found, classes**2)
         self.counts += torch.bincount(bins, minlength=classes**2 + 1)[:-1].view(classes, classes)
 
     def all_reduce(self) -> None:
-        """Sum over all ranks, in place and on every rank; call it once. Nothing without ``torch.distributed``."""
+        """Sum over all ranks, in place and on every rank; call it once. Does nothing without a process group."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.counts)
 
     def scores(self) -> Scores:
-        """The scores of all that was counted.
+        """Return the scores of all that was counted.
 
         Raises:
             ValueError: not a single labelled pixel was counted.
@@ -92,29 +92,12 @@ class ConfusionMatrix:
             )
         right, labelled = counts.diagonal(), counts.sum(1)
         union = labelled + counts.sum(0) - right
-        iou, accuracy = (right / union).tolist(), (right / labelled).tolist()
-        return Scores(
-            miou=_mean(iou),
-            macc=_mean(accuracy),
-            aacc=float(right.sum()) / pixels,
-            iou=tuple(map(_or_none, iou)),
-            accuracy=tuple(map(_or_none, accuracy)),
-            pixels=pixels,
+        iou, accuracy = (
+            [None if math.isnan(value) else value for value in values.tolist()]
+            for values in (right / union, right / labelled)
         )
-
-    def _require_classes(self, name: str, values: Tensor, counted: Tensor) -> None:
-        outside = ((values < 0) | (values >= self.num_classes)) & counted
-        if outside.any():
-            given = values[outside]
-            allowed = f"within 0 to {self.num_classes - 1}, or {self.ignore_index} in labels that do not count"
-            raise ValueError(f"{name} must lie {allowed}; got {int(given.min())} to {int(given.max())} as well")
-
-
-def _mean(values: list[float]) -> float:
-    """The mean of what is not NaN; there is something whenever a pixel was counted."""
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known)
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value
+        miou, macc = (
+            sum(known) / len(known)
+            for known in ([value for value in values if value is not None] for values in (iou, accuracy))
+        )
+        return Scores(miou, macc, float(right.sum()) / pixels, tuple(iou), tuple(accuracy), pixels)

@@ -1,4 +1,4 @@
-"""How a model is trained: one frozen dataclass, and one table of recipes by data set.
+"""Recipes of training: one frozen dataclass, and one table of recipes by data set.
 
 The recipes of ADE20K, Pascal Context and Cityscapes are the paper's (section 4.1, appendix) and the official program's.
 """
@@ -31,7 +31,7 @@ _AT_LEAST_ZERO = (
     "freeze_layers",
 )
 _RATES = ("momentum", "beta1", "beta2", "drop_path", "dropout", "decoder_dropout", "label_smoothing", "ema")
-# What may change when a run goes on: it decides how the run is carried out, not what it computes, up to rounding.
+# Fields that may change when a run goes on, because they do not change its result, up to rounding.
 _FREE = {
     "accumulate",
     "activation_checkpointing",
@@ -53,56 +53,54 @@ _FREE = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that decides what a training run computes, and how it is carried out.
+    """All settings of a training run.
 
     Raises:
-        ValueError: a field outside its range, naming the field, what was given and what is allowed.
+        ValueError: a field outside its range; names the field, what was given and what is allowed.
     """
 
-    epochs: Annotated[int, "Passes over the data, where steps does not say how long to train."] = 64
+    epochs: Annotated[int, "Passes over the data, where steps is 0."] = 64
     steps: Annotated[int, "Optimizer steps; 0: as many as the epochs have."] = 0
-    batch_size: Annotated[int, "Images of one optimizer step, over all processes."] = 8
+    batch_size: Annotated[int, "Images of an optimizer step, over all processes."] = 8
     accumulate: Annotated[int, "Parts that each process cuts its images of a step into, to save memory."] = 1
-    seed: Annotated[int, "All random numbers derive from it."] = 0
+    seed: Annotated[int, "Seed of all random numbers."] = 0
 
-    optimizer: Annotated[str, "sgd, adamw or muon, which is AdamW but for the matrices of the layers."] = "sgd"
+    optimizer: Annotated[str, "sgd, adamw, or muon: Muon for the matrices of the layers, AdamW for the rest."] = "sgd"
     lr: Annotated[float, "Learning rate at the start, or after the warm-up."] = 1e-3
     min_lr: Annotated[float, "Learning rate at the end."] = 1e-5
-    power: Annotated[float, "Of the polynomial decay of the learning rate at every step."] = 0.9
+    power: Annotated[float, "Exponent of the polynomial decay of the learning rate."] = 0.9
     warmup: Annotated[int, "Steps in which the learning rate rises linearly."] = 0
-    momentum: Annotated[float, "Of SGD and of Muon."] = 0.9
-    beta1: Annotated[float, "Of AdamW, as the next."] = 0.9
-    beta2: Annotated[float, "Of AdamW."] = 0.999
-    weight_decay: Annotated[float, "Of weight matrices; biases, norms and tokens are spared."] = 0.0
+    momentum: Annotated[float, "Momentum of SGD and of Muon."] = 0.9
+    beta1: Annotated[float, "First beta of AdamW."] = 0.9
+    beta2: Annotated[float, "Second beta of AdamW."] = 0.999
+    weight_decay: Annotated[float, "Weight decay of matrices; biases, norms and tokens have none."] = 0.0
     clip: Annotated[float, "Largest norm of the gradient; 0: any."] = 0.0
     ema: Annotated[float, "Decay of an exponential moving average of the weights, such as 0.999; 0: none."] = 0.0
     label_smoothing: Annotated[float, "As in torch.nn.functional.cross_entropy."] = 0.0
 
-    resize: Annotated[int, "Side in pixels that the smaller side of an image is resized to, before the ratio."] = 512
+    resize: Annotated[int, "Pixels that the smaller side of an image is resized to, before the random factor."] = 512
     crop: Annotated[int, "Side in pixels of the training crops, and of the model's position embedding."] = 512
-    min_ratio: Annotated[float, "Smallest random factor on the size of an image."] = 0.5
-    max_ratio: Annotated[float, "Largest random factor on the size of an image."] = 2.0
+    min_ratio: Annotated[float, "Smallest random factor of the image size."] = 0.5
+    max_ratio: Annotated[float, "Largest random factor of the image size."] = 2.0
     max_share: Annotated[float, "Largest share of a crop that one class may fill, if another crop can be found."] = 0.75
-    flip: Annotated[bool, "Whether to mirror half of the images."] = True
-    photometric: Annotated[bool, "Whether to change brightness, contrast, saturation and hue at random."] = True
-    broken: Annotated[str, "Of samples that cannot be read: skip or raise."] = "raise"
+    flip: Annotated[bool, "Mirror half of the images."] = True
+    photometric: Annotated[bool, "Change brightness, contrast, saturation and hue at random."] = True
+    broken: Annotated[str, "Samples that cannot be read: skip or raise."] = "raise"
     window: Annotated[int, "Side in pixels of the sliding window in evaluation."] = 512
-    stride: Annotated[int, "Step in pixels of the sliding window."] = 512
+    stride: Annotated[int, "Pixels from one window to the next."] = 512
 
     drop_path: Annotated[float, "Stochastic depth of the last encoder layer."] = 0.1
-    dropout: Annotated[float, "Of the encoder."] = 0.0
+    dropout: Annotated[float, "Dropout of the encoder."] = 0.0
     decoder_dropout: Annotated[
-        float, "Of the mask decoder; the official program has 0.1, the paper finds none best."
+        float, "Dropout of the mask decoder; 0.1 in the official program, the paper finds 0 best."
     ] = 0.0
     freeze: Annotated[str, "nothing, or encoder: train the decoder alone."] = "nothing"
-    freeze_layers: Annotated[int, "Encoder layers, from the first, that stay as they are, with the embeddings."] = 0
+    freeze_layers: Annotated[int, "Encoder layers, from the first, that are frozen, with the embeddings."] = 0
 
-    precision: Annotated[str, "Of the activations: auto, float32, bfloat16 or float16 (with a gradient scaler)."] = (
-        "auto"
-    )
-    compile: Annotated[bool, "Whether torch.compile compiles the model."] = False
+    precision: Annotated[str, "Activations: auto, float32, bfloat16 or float16 (with a gradient scaler)."] = "auto"
+    compile: Annotated[bool, "Compile the model with torch.compile."] = False
     activation_checkpointing: Annotated[bool, "Recompute the layers in the backward pass, to save memory."] = False
-    channels_last: Annotated[bool, "Whether images and the patch embedding lie channels-last in memory."] = False
+    channels_last: Annotated[bool, "Store images and the patch embedding channels-last."] = False
     parallel: Annotated[str, "With many processes: ddp, or fsdp, which shards weights and optimizer."] = "ddp"
     workers: Annotated[int, "Processes that read data, for each training process; at most one a core."] = 4
 
@@ -111,7 +109,7 @@ class Recipe:
     keep: Annotated[int, "Checkpoints that are kept, beside the best."] = 2
     log_every: Annotated[int, "Steps between lines of the log."] = 10
     pictures: Annotated[int, "Validation images that are drawn after every evaluation."] = 4
-    max_bad_steps: Annotated[int, "Steps in a row with a loss that is not finite, after which a run stops."] = 10
+    max_bad_steps: Annotated[int, "Steps in a row with a loss that is not finite, after which the run stops."] = 10
 
     def __post_init__(self) -> None:
         for name, allowed in _CHOICES.items():
@@ -131,15 +129,15 @@ class Recipe:
         _require(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
 
     def replace(self, **fields: Any) -> Recipe:
-        """A copy with other values for some fields."""
+        """Return a copy with other values for some fields."""
         return dataclasses.replace(self, **fields)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields."""
+        """Return JSON-ready fields."""
         return dataclasses.asdict(self)
 
     def model_fields(self) -> dict[str, Any]:
-        """The fields of a ``SegmenterConfig`` that the recipe decides."""
+        """Return the fields of a ``SegmenterConfig`` that the recipe decides."""
         return {
             "image_size": self.crop,
             "drop_path_rate": self.drop_path,
@@ -150,15 +148,15 @@ class Recipe:
         }
 
     def epoch_steps(self, length: int) -> int:
-        """Optimizer steps of about one pass over ``length`` samples; a batch may reach into the next pass."""
+        """Return the steps of about one pass over ``length`` samples; a batch may reach into the next pass."""
         return max(round(length / self.batch_size), 1)
 
     def total_steps(self, length: int) -> int:
-        """Optimizer steps of the whole run on ``length`` samples, each of which is seen in every epoch."""
+        """Return the optimizer steps of the whole run on ``length`` samples, each of which is seen in every epoch."""
         return self.steps or math.ceil(self.epochs * length / self.batch_size)
 
     def differences(self, other: dict[str, Any]) -> list[str]:
-        """What differs from the fields of another recipe and changes what a run computes, one line for each."""
+        """Describe each field that differs from another recipe's and changes the result of a run."""
         mine = self.to_dict()
         return [
             f"{name} is {mine.get(name)!r}, was {other.get(name)!r}"
@@ -168,7 +166,7 @@ class Recipe:
 
 
 def field_help() -> dict[str, tuple[type, str]]:
-    """Type and one sentence for every field of ``Recipe``, in their order."""
+    """Return type and help for every field of ``Recipe``, in their order."""
     hints = get_type_hints(Recipe, include_extras=True)
     return {
         field.name: (hints[field.name].__origin__, hints[field.name].__metadata__[0])
@@ -197,11 +195,11 @@ PRESETS: dict[str, Recipe] = {
         evaluate_every=1500,
         save_every=750,
     ),
-    # A folder of one's own, from trained weights: AdamW forgives a learning rate that nobody has searched for.
+    # For a user's folder and pretrained weights: AdamW works with learning rates that are not tuned.
     "folder": Recipe(
         epochs=50, batch_size=8, optimizer="adamw", lr=1e-4, min_lr=1e-6, warmup=100, weight_decay=0.01, clip=1.0
     ),
-    # Small images, the mini variant, random weights, minutes on a CPU. Training scenes are drawn: none is seen twice.
+    # For small images, the mini variant and random weights: minutes on a CPU. No training scene is seen twice.
     "shapes": Recipe(
         steps=1700,
         batch_size=16,
@@ -227,14 +225,3 @@ PRESETS: dict[str, Recipe] = {
         save_every=850,
     ),
 }
-
-
-def preset(name: str) -> Recipe:
-    """A recipe by name.
-
-    Raises:
-        ValueError: no such preset, listing those there are.
-    """
-    if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; known are {', '.join(PRESETS)}")
-    return PRESETS[name]

@@ -28,7 +28,7 @@ def check(
     ] = "auto",
     show: Annotated[int, typer.Option(min=1, help="How many problems to print at most.")] = 100,
 ) -> None:
-    """Read every file of a data set, report what is wrong and how large each class is. Exit code 1: problems."""
+    """Read every file of a data set, report problems and the pixels of each class. Exit code 1: problems."""
     from ..train.datasets.layouts import LAYOUTS, SPLITS, kind_of, open_files
 
     kind = kind_of(folder) if kind == "auto" else kind
@@ -64,7 +64,7 @@ def check(
 
 
 def _checked(split: str, files: PairedFiles) -> tuple[list[int], list[str]]:
-    """Pixels of each class and of none, and the problems, of one split; under a progress bar."""
+    """Return the pixels of each class and of none, and the problems of one split; shows a progress bar."""
     from ..train.datasets.pairs import check_files
 
     pixels, ignored = np.zeros(len(files.class_names), np.int64), 0

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 import segmenter_fast as sf
-from segmenter_fast.train.presets import PRESETS, Recipe, field_help, preset
+from segmenter_fast.train.presets import PRESETS, Recipe, field_help
 
 PAPER = {
     "ade20k": {"epochs": 64, "batch_size": 8, "lr": 1e-3, "resize": 512, "crop": 512, "window": 512, "stride": 512},
@@ -36,18 +36,13 @@ COMMON = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.0, "power": 0.9
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_recipes(name: str) -> None:
-    recipe = preset(name).to_dict()
+    recipe = PRESETS[name].to_dict()
     wanted = {**COMMON, **PAPER[name], "drop_path": 0.1, "dropout": 0.0, "decoder_dropout": 0.0, "freeze": "nothing"}
     assert {key: recipe[key] for key in wanted} == wanted
 
 
-def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="unknown preset 'coco'; known are ade20k, pascal_context"):
-        preset("coco")
-
-
 def test_steps_of_epochs_see_every_sample() -> None:
-    assert preset("ade20k").total_steps(20210) == 64 * 20210 // 8
+    assert PRESETS["ade20k"].total_steps(20210) == 64 * 20210 // 8
     assert Recipe(epochs=3, batch_size=4).total_steps(10) == 8
     assert Recipe(epochs=3, batch_size=4).epoch_steps(10) == 2
     assert Recipe(steps=7).total_steps(10) == 7
