@@ -22,7 +22,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from .devices import choose_device
 
@@ -149,12 +148,6 @@ class World:
 
     # Training: collectives of the process group.
 
-    def sum(self, values: Tensor) -> Tensor:
-        """Add up the values of all processes, in place."""
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values
-
     def broadcast(self, value: T) -> T:
         """Return the first process's value, any picklable object, in every process."""
         if self.size == 1:
@@ -163,12 +156,12 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def in_first(self, action: Callable[[], None]) -> None:
+    def in_first(self, action: Callable[..., None], *arguments: Any) -> None:
         """Run an action in the first process. All processes raise its OSError or ValueError, so that none waits."""
         error: Exception | None = None
         if self.rank == 0:
             try:
-                action()
+                action(*arguments)
             except (OSError, ValueError) as raised:
                 error = raised
         if (error := self.broadcast(error)) is not None:

@@ -18,9 +18,8 @@ from ..processes import StopRequest, World, process_group
 from ..segmenter import Segmenter
 from . import run_folder
 from .datasets.base import SegmentationDataset
-from .evaluation import evaluate, sample_pictures
+from .evaluation import Scores, evaluate, sample_pictures
 from .logs import RunLog
-from .metrics import Scores
 from .optimization import recomputed
 from .presets import Recipe
 from .run_folder import EvaluationSummary
@@ -110,8 +109,8 @@ class _Run:
     ) -> None:
         self.dataset, self.val_dataset, self.recipe = dataset, val_dataset, recipe
         self.out, self.world, self.request = out, world, request
-        self.total_steps = recipe.total_steps(len(dataset))
-        epoch_steps = recipe.epoch_steps(len(dataset))
+        self.length = len(dataset)
+        self.total_steps, epoch_steps = recipe.total_steps(self.length), recipe.epoch_steps(self.length)
         self.evaluate_every = recipe.evaluate_every or epoch_steps
         self.save_every = recipe.save_every or epoch_steps
         self.settings = Settings(recipe.window, recipe.stride)
@@ -125,7 +124,7 @@ class _Run:
         """Train from the start, or from the last checkpoint, to the end or until a signal."""
         problems = self._open_folder(resume)
         stepper, recipe = self.stepper, self.recipe
-        folder = self.out if self.world.leads else None
+        folder = self.out if self.world.rank == 0 else None
         log = RunLog(folder, self.total_steps, recipe.batch_size, stepper.steps, self.world.device)
         with log as self.log, recomputed(stepper.model, recipe.activation_checkpointing):
             if stepper.steps:
@@ -149,7 +148,7 @@ class _Run:
 
         def open_run() -> None:
             nonlocal content, problems
-            if run_folder.open_run(self.out, self.recipe, model.config, len(self.dataset), resume):
+            if run_folder.open_run(self.out, self.recipe, model.config, self.length, resume):
                 content, problems = run_folder.read_latest(self.out)
             if content is not None:  # the process may have been killed between checkpoint and model
                 run_folder.export_last(self.out, model.config, content)
@@ -180,7 +179,8 @@ class _Run:
             stops = result.stop and step < total
             if stops or evaluates or step == total or step % self.save_every == 0:
                 with self.log.paused():
-                    self._save()
+                    best, content = self.summary.best_step, stepper.state_dict()
+                    self.world.in_first(run_folder.save, self.out, stepper.model.config, content, recipe.keep, best)
                     if stops:
                         return False
                     if evaluates:
@@ -210,17 +210,6 @@ class _Run:
     def _evaluates_at(self, step: int) -> bool:
         return self.val_dataset is not None and (step == self.total_steps or step % self.evaluate_every == 0)
 
-    def _save(self) -> None:
-        """Write a checkpoint, then its model, then delete older ones, so that a crash always leaves a whole one."""
-        content = self.stepper.state_dict()
-
-        def write() -> None:
-            run_folder.save_checkpoint(self.out, content)
-            run_folder.export_last(self.out, self.stepper.model.config, content)
-            run_folder.prune(self.out, self.recipe.keep, self.summary.best_step)
-
-        self.world.in_first(write)
-
     def _evaluate(self) -> None:
         """Score the step whose checkpoint was just written, and keep the best model."""
         assert self.val_dataset is not None
@@ -231,18 +220,13 @@ class _Run:
                 model, self.val_dataset, recipe.resize, self.settings, self.world, progress=self._stop_if_asked
             )
             self.log.evaluation(stepper.steps, scores)
-            if self.world.leads and recipe.pictures:
+            if self.world.rank == 0 and recipe.pictures:
                 shown = range(0, len(self.val_dataset), max(len(self.val_dataset) // recipe.pictures, 1))
                 shown = shown[: recipe.pictures]
                 pictures = sample_pictures(model, self.val_dataset, shown, recipe.resize, self.settings)
                 self.log.samples(stepper.steps, pictures)
         self.scores, self.summary = scores, self.summary.after(stepper.steps, scores.miou)
-
-        def write() -> None:
-            run_folder.save_scores(self.out, self.summary)
-            run_folder.prune(self.out, recipe.keep, self.summary.best_step)
-
-        self.world.in_first(write)
+        self.world.in_first(run_folder.save_scores, self.out, self.summary, recipe.keep)
 
     def _stop_if_asked(self, done: int, total: int) -> None:
         if self.request.signal is not None:

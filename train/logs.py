@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..io.atomic import atomic_path, write_png
-from .metrics import Scores
+from .evaluation import Scores
 
 LOG = "log.jsonl"
 SAMPLES = "samples"
@@ -138,7 +139,7 @@ class RunLog:
         """Record the scores of the model after ``step`` steps."""
         self.last_step = step
         if self.folder is not None:
-            self._write("evaluation", "evaluation", scores.to_dict())
+            self._write("evaluation", "evaluation", asdict(scores))
             self._print(f"step {step}: mIoU {scores.miou:.4f}, mAcc {scores.macc:.4f}, aAcc {scores.aacc:.4f}")
 
     def event(self, kind: str, message: str) -> None:

@@ -190,6 +190,13 @@ def read_latest(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
     return None, []
 
 
+def save(run: Path, config: SegmenterConfig, content: dict[str, Any], keep: int, best_step: int) -> None:
+    """Write a checkpoint, then its model, then delete older ones, so that a crash always leaves a whole one."""
+    save_checkpoint(run, content)
+    export_last(run, config, content)
+    prune(run, keep, best_step)
+
+
 def prune(run: Path, keep: int, best_step: int) -> None:
     """Delete all checkpoints but the last ``keep`` and the best."""
     for step in checkpoint_steps(run)[:-keep]:
@@ -204,13 +211,14 @@ def export_last(run: Path, config: SegmenterConfig, content: dict[str, Any]) -> 
         write_folder(temporary, config, state)
 
 
-def save_scores(run: Path, summary: EvaluationSummary) -> None:
-    """Write ``scores.json``; if the last evaluation is the best, ``best`` becomes a copy of ``last`` first."""
+def save_scores(run: Path, summary: EvaluationSummary, keep: int) -> None:
+    """Write ``scores.json``, after a copy of ``last`` to ``best`` if it is the best; delete older checkpoints."""
     if summary.best_step == summary.last_step:
         with atomic_files(run / BEST) as temporary:
             for file in (run / LAST).iterdir():
                 shutil.copy(file, temporary)
     _write_json(run / SCORES, asdict(summary))
+    prune(run, keep, summary.best_step)
 
 
 def read_scores(run: Path, step: int) -> EvaluationSummary:

@@ -66,7 +66,7 @@ class Samples(Dataset[Batch | Exception]):
         Raises:
             SampleError: the sample cannot be read, or ``ATTEMPTS`` in a row cannot.
         """
-        index, messages = key[1], list[str]()
+        index, messages, generator = key[1], list[str](), _generator(self.seed, *key)
         for attempt in range(ATTEMPTS):
             try:
                 image, labels = self.dataset.read(index)
@@ -77,7 +77,7 @@ class Samples(Dataset[Batch | Exception]):
                 length, draw = len(self.dataset), _generator(self.seed, *key, attempt)
                 index = (index + int(torch.randint(1, max(length, 2), (), generator=draw))) % length  # another one
             else:
-                return *self.transform(image, labels, _generator(self.seed, *key)), messages
+                return *self.transform(image, labels, generator), messages
         raise SampleError(f"{ATTEMPTS} samples in a row cannot be read, the last: {messages[-1]}")
 
 
@@ -143,7 +143,7 @@ class Batches:
     """
 
     def __init__(self, dataset: SegmentationDataset, recipe: Recipe, config: SegmenterConfig, world: World) -> None:
-        self.dataset, self.recipe, self.world = dataset, recipe, world
+        self.dataset, self.recipe, self.world, self.length = dataset, recipe, world, len(dataset)
         if recipe.batch_size % world.size:
             raise ValueError(f"batch_size must be a multiple of the {world.size} processes, got {recipe.batch_size}")
         self.share = recipe.batch_size // world.size
@@ -166,13 +166,13 @@ class Batches:
 
     def between(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches from one step to before another, read ahead by the recipe's workers, of which each gets a core."""
-        keys = keys_by_step(len(self.dataset), self.share, self.recipe.seed, start, stop, self.world)
+        keys = keys_by_step(self.length, self.share, self.recipe.seed, start, stop, self.world)
         workers = min(self.recipe.workers, usable_cores())
         return read_batches(self.samples, keys, workers, self.world.device.type == "cuda")
 
     def names(self, step: int) -> list[str]:
         """Return the names of a step's images, in all processes; the first few, where there are many."""
-        keys = next(keys_by_step(len(self.dataset), self.recipe.batch_size, self.recipe.seed, step))
+        keys = next(keys_by_step(self.length, self.recipe.batch_size, self.recipe.seed, step))
         names = [self.dataset.name(index) for _, index in keys[:_NAMED]]
         return [*names, f"and {len(keys) - _NAMED} more"] if len(keys) > _NAMED else names
 

@@ -28,9 +28,8 @@ from ..weights.load import load
 from ..weights.reading import read_json
 from .datasets.base import SegmentationDataset
 from .datasets.shapes import Shapes
-from .evaluation import evaluate
+from .evaluation import ConfusionMatrix, Scores, evaluate
 from .logs import read_log
-from .metrics import ConfusionMatrix, Scores
 from .run_folder import BEST, RUN
 
 MODEL = Path(str(files("segmenter_fast"))) / "assets" / "shapes"

@@ -111,7 +111,9 @@ class Stepper:
         torch.manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
         images = images.to(world.device, non_blocking=True, memory_format=self.layout)
         labels = labels.to(world.device, non_blocking=True)
-        labelled = world.sum((labels != self.ignore_index).sum().double())
+        labelled = (labels != self.ignore_index).sum().double()
+        if world.size > 1:
+            dist.all_reduce(labelled)
         share = (world.size / labelled.clamp(min=1)).float()  # times size, as the processes' gradients are averaged
         total = torch.zeros((), device=world.device)
         parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
@@ -137,7 +139,9 @@ class Stepper:
         trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])  # type: ignore[misc]
         norm = norm.full_tensor() if self.sharded else norm  # type: ignore[attr-defined]
-        summed = self.world.sum(torch.stack([loss, loss.new_tensor(float(request.signal is not None))]))
+        summed = torch.stack([loss, loss.new_tensor(float(request.signal is not None))])
+        if self.world.size > 1:
+            dist.all_reduce(summed)
         loss_value, stops, norm_value = torch.cat([summed, norm.float().view(1)]).tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:

@@ -89,7 +89,7 @@ def evaluate(
             **{"model": model, "data": data, "split": split, "images": len(dataset), "resize": resize},
             **asdict(settings),
             **{"dtype": str(next(segmenter.parameters()).dtype), "classes": list(dataset.class_names)},
-            **scores.to_dict(),
+            **asdict(scores),
         }
         with atomic_path(out) as temporary:
             temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")

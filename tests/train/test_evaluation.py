@@ -14,8 +14,7 @@ import segmenter_fast as sf
 from segmenter_fast.inference.settings import Settings
 from segmenter_fast.processes import World
 from segmenter_fast.train.datasets.base import SampleError
-from segmenter_fast.train.evaluation import evaluate, sample_pictures, segment, side_by_side
-from segmenter_fast.train.metrics import ConfusionMatrix
+from segmenter_fast.train.evaluation import ConfusionMatrix, evaluate, sample_pictures, segment, side_by_side
 
 CLASSES = 5
 PLAIN = Settings(32, 32)

@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from rich.console import Console
 
+from segmenter_fast.train.evaluation import ConfusionMatrix, Scores
 from segmenter_fast.train.logs import LOG, SAMPLES, TENSORBOARD, RunLog, read_log
-from segmenter_fast.train.metrics import ConfusionMatrix, Scores
 
 LR = 1e-3
 

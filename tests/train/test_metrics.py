@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from segmenter_fast.train.metrics import ConfusionMatrix
+from segmenter_fast.train.evaluation import ConfusionMatrix
 
 
 def maps(seed: int, classes: int, drawn_from: int) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def test_values_by_hand() -> None:
     assert scores.iou == (1 / 2, 1 / 3, 0.0, None)  # class 3 was predicted on an ignored pixel only
     assert scores.accuracy == (1 / 2, 1 / 2, None, None)
     assert (scores.miou, scores.macc, scores.aacc) == (pytest.approx(5 / 18), 0.5, 0.5)
-    assert scores.to_dict()["iou"][3] is None
+    assert scores.iou[3] is None
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])

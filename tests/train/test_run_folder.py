@@ -74,7 +74,7 @@ def test_the_summary_knows_the_best_and_leaves_out_later_steps(tmp_path: Path) -
     summary = EvaluationSummary().after(2, 0.5).after(4, 0.7).after(6, 0.7)
     assert summary == EvaluationSummary(6, 0.7, 4, 0.7)
     assert run_folder.read_scores(tmp_path, 9) == EvaluationSummary()
-    run_folder.save_scores(tmp_path, summary)
+    run_folder.save_scores(tmp_path, summary, keep=1)
     assert not (tmp_path / "best").exists()
     assert run_folder.read_scores(tmp_path, 6) == summary
     assert run_folder.read_scores(tmp_path, 5) == EvaluationSummary(4, 0.7, 4, 0.7)
@@ -84,7 +84,7 @@ def test_the_summary_knows_the_best_and_leaves_out_later_steps(tmp_path: Path) -
 def test_the_best_model_is_a_copy_of_the_last(tmp_path: Path) -> None:
     average = {"model": {"x": torch.zeros(2)}, "updates": 3}
     run_folder.export_last(tmp_path, CONFIG, {"model": {"x": torch.ones(2)}, "ema": average})
-    run_folder.save_scores(tmp_path, EvaluationSummary().after(2, 0.5))
+    run_folder.save_scores(tmp_path, EvaluationSummary().after(2, 0.5), keep=1)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "best" / name).read_bytes() == (tmp_path / "last" / name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "best").iterdir()) == ["config.json", "model.safetensors"]
