@@ -1,9 +1,8 @@
 """Compile every shipped kernel and launch configuration ahead of time, for targets that need not be at hand.
 
 ``python -m segmenter_fast.kernels.aot`` prints registers, spills, shared memory and global loads by width, and exits
-with 1 where a kernel spills or asks for more shared memory than a block of the chip can have. A build gets the
-attributes that a real launch gives it: pointers, and strides unless ``Specialization.odd`` names them, are divisible
-by 16, arguments that the kernel does not specialise are not; without them another, slower kernel is built.
+with 1 where a kernel spills or asks for more shared memory than a block of the chip can have. A build is what Triton
+would compile for a launch with representative tensors (``gpu.launches``), its argument specialisation included.
 
 The figures come from the disassembly: ``cuobjdump`` of the Triton wheel, or the text of AMD's assembler.
 """
@@ -11,13 +10,12 @@ The figures come from the disassembly: ``cuobjdump`` of the Triton wheel, or the
 from __future__ import annotations
 
 import argparse
-import importlib
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -29,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.errors import TritonError
 
-from .gpu.common import Specialization
+from .gpu.launches import Launch, record, representative_calls
 
 
 @dataclass(frozen=True)
@@ -46,15 +44,6 @@ CHIPS = {
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 << 10),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 << 10),
 }
-MODULES = (
-    "attention_forward",
-    "attention_backward",
-    "lattice",
-    "mask_scores",
-    "upsample_argmax",
-    "upsample_softmax",
-    "upsample_cross_entropy",
-)
 
 
 @dataclass(frozen=True)
@@ -80,56 +69,28 @@ class Build:
         return f"{self.spills} spills" if self.spills else ""
 
 
-def shipped(arch: str) -> Iterator[Specialization]:
-    """Every build of every kernel module for ``arch``, each once."""
-    seen: dict[str, Specialization] = {}
-    for module in MODULES:
-        for parts in importlib.import_module(f".gpu.{module}", __package__).specializations(arch):
-            specialization = Specialization(*parts)
-            if seen.setdefault(specialization.name, specialization) is specialization:
-                yield specialization
-            elif seen[specialization.name] != specialization:
-                raise ValueError(f"two different builds for {arch} are called {specialization.name!r}")
+def shipped(arch: str) -> list[Launch]:
+    """Every launch that ships, as recorded on ``arch``."""
+    return record(CHIPS[arch].target, representative_calls())
 
 
-def compile_kernel(specialization: Specialization, arch: str) -> Any:
-    """The compiled kernel, as a launch on ``arch`` would compile it.
-
-    Raises:
-        ValueError: an argument of the kernel has neither a type nor a value, or both.
-    """
-    name, kernel, types, constants, options, odd = specialization
-    if set(types) & set(constants) or set(types) | set(constants) != set(kernel.arg_names):
-        wrong = (set(types) | set(constants)) ^ set(kernel.arg_names) or set(types) & set(constants)
-        raise ValueError(f"{name}: signature and constexprs must name each argument once, wrong: {sorted(wrong)}")
-    target = CHIPS[arch].target
-    attributes = {}
-    for position, parameter in enumerate(kernel.params):
-        kind = types.get(parameter.name, "")
-        if kind.startswith("*"):
-            # On AMD a launch also tells that a tensor is smaller than 2 GiB.
-            small = [["tt.pointer_range", 32]] if target.backend == "hip" else []
-            attributes[(position,)] = [["tt.divisibility", 16], *small]
-        elif kind and parameter.name.startswith("stride_"):
-            fixed = parameter.do_not_specialize or parameter.do_not_specialize_on_alignment
-            if parameter.name not in odd and not fixed:
-                attributes[(position,)] = [["tt.divisibility", 16]]
-    signature = {argument: types.get(argument, "constexpr") for argument in kernel.arg_names}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=dict(options))
+def compile_launch(launch: Launch, arch: str) -> Any:
+    """The compiled kernel, as the launch would compile it."""
+    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
+    return triton.compile(source, target=CHIPS[arch].target, options=launch.options)
 
 
-def build(specialization: Specialization, arch: str) -> Build:
+def build(launch: Launch, arch: str) -> Build:
     """Compile and measure. A build that the compiler refuses is one with a defect."""
     try:
-        compiled = compile_kernel(specialization, arch)
+        compiled = compile_launch(launch, arch)
     except (TritonError, RuntimeError) as error:
-        return Build(specialization.name, arch, 0, 0, 0, {}, f"{type(error).__name__}: {error}")
+        return Build(launch.name, arch, 0, 0, 0, {}, f"{type(error).__name__}: {error}")
     if CHIPS[arch].target.backend == "hip":
         registers, spills, loads = _read_amdgcn(compiled.asm["amdgcn"])
     else:
         registers, spills, loads = _read_cubin(compiled.asm["cubin"])
-    return Build(specialization.name, arch, registers, spills, compiled.metadata.shared, loads)
+    return Build(launch.name, arch, registers, spills, compiled.metadata.shared, loads)
 
 
 def _read_amdgcn(text: str) -> tuple[int, int, dict[int, int]]:
@@ -154,26 +115,24 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, dict[int, int]]:
         )
     (registers,) = re.findall(r"REG:(\d+)", usage)
     counts: Counter[int] = Counter()
-    for modifiers in re.findall(r"\b(?:LDG|LDGSTS)((?:\.\w+)*)", sass):
+    for modifiers in re.findall(r"\b(?:LDGSTS|LDG)((?:\.\w+)*)", sass):
         sizes = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
         counts[next((sizes[token] for token in modifiers.split(".") if token in sizes), 32)] += 1
     return int(registers), len(re.findall(r"\b(?:STL|LDL)\b", sass)), dict(counts)
 
 
-def _build_nth(arch: str, indices: Sequence[int]) -> list[Build]:
-    specializations = list(shipped(arch))
-    return [build(specializations[index], arch) for index in indices]
+def _build_named(arch: str, names: Sequence[str]) -> list[Build]:
+    return [build(launch, arch) for launch in shipped(arch) if launch.name in names]
 
 
 def build_all(wanted: Sequence[tuple[str, str]], jobs: int = 2) -> list[Build]:
-    """Builds of ``(arch, name)`` pairs, in ``jobs`` processes. Kernels cannot travel to them, names can."""
-    positions = {arch: {s.name: n for n, s in enumerate(shipped(arch))} for arch in {arch for arch, _ in wanted}}
-    groups: dict[str, list[int]] = {}
+    """Builds of ``(arch, name)`` pairs, in ``jobs`` processes. Kernels cannot be sent to them, names can."""
+    groups: dict[str, list[str]] = {}
     for arch, name in wanted:
-        groups.setdefault(arch, []).append(positions[arch][name])
-    tasks = [(arch, indices[n : n + 8]) for arch, indices in groups.items() for n in range(0, len(indices), 8)]
+        groups.setdefault(arch, []).append(name)
+    tasks = [(arch, names[n : n + 8]) for arch, names in groups.items() for n in range(0, len(names), 8)]
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-        futures = [pool.submit(_build_nth, *task) for task in tasks]
+        futures = [pool.submit(_build_named, *task) for task in tasks]
         return [one for future in futures for one in future.result()]
 
 
@@ -181,12 +140,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; 1 where a build has a defect."""
     parser = argparse.ArgumentParser(prog="python -m segmenter_fast.kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=CHIPS, default=list(CHIPS))
-    parser.add_argument("--only", default="", help="builds whose name holds this text")
+    parser.add_argument("--only", default="", help="only builds whose name contains this text")
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args(arguments)
-    if not all(hasattr(s.kernel, "create_binder") for s in shipped(options.arch[0])):
+    if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled")
-    wanted = [(arch, s.name) for arch in options.arch for s in shipped(arch) if options.only in s.name]
+    wanted = [(arch, one.name) for arch in options.arch for one in shipped(arch) if options.only in one.name]
     builds = build_all(wanted, options.jobs)
     width = max((len(one.name) for one in builds), default=0)
     print(f"{'kernel':{width}}  target  registers  spills  shared / limit   global loads (count x bits)")

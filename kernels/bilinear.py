@@ -26,7 +26,7 @@ from torch import Tensor
 class Axis(NamedTuple):
     """One axis of a resize from ``size_in`` inputs to ``size_out`` outputs, of which the first ``kept`` matter.
 
-    A tuple, because Triton kernels take it as one argument and read its fields.
+    A tuple, because Triton kernels take its fields as arguments and build it again.
     """
 
     size_in: int

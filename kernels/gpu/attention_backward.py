@@ -11,16 +11,13 @@ slices of one contiguous ``(B, N, 3, H, D)`` buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_forward import SHORT, TAIL_N, Tiles, check, load_rows, shipped_tiles, store_rows, table_arch
-from .common import LOG2_E, Specialization, device_arch, dot_precision
+from .attention_forward import SHORT, TAIL_N, Tiles, check, load_rows, qkv_strides, store_rows, table_arch
+from .common import LOG2_E, device_arch, dot_precision, launch_arguments
 
 
 @triton.jit
@@ -235,10 +232,7 @@ def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, 
         stride_grad_b=grad_out.stride(0),
         stride_grad_n=grad_out.stride(1),
         stride_grad_h=grad_out.stride(2),
-        stride_b=qkv.stride(0),
-        stride_n=qkv.stride(1),
-        stride_s=qkv.stride(2),
-        stride_h=qkv.stride(3),
+        **qkv_strides(qkv),
         seq_len=n,
         heads=heads,
         scale=scale,
@@ -250,50 +244,12 @@ def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, 
     attention_backward_queries_kernel[(triton.cdiv(n, queries.block_m) * b * heads,)](
         **shared,
         out_ptr=out,
-        BLOCK_M=queries.block_m,
-        BLOCK_N=queries.block_n,
         TAIL_N=TAIL_N,
-        num_warps=queries.num_warps,
-        num_stages=queries.num_stages,
+        **launch_arguments(queries),
     )
     attention_backward_keys_kernel[(triton.cdiv(n, keys.block_n) * b * heads,)](
         **shared,
-        BLOCK_M=keys.block_m,
-        BLOCK_N=keys.block_n,
         TAIL_M=TAIL_N,
-        num_warps=keys.num_warps,
-        num_stages=keys.num_stages,
+        **launch_arguments(keys),
     )
     return grad_qkv
-
-
-def specializations(arch: str) -> Iterator[Specialization]:
-    """Both passes; ``grad_out`` with the strides of a contiguous one."""
-    strides = ("stride_grad_b", "stride_grad_n", "stride_grad_h", "stride_b", "stride_n", "stride_s", "stride_h")
-    for name, precision, dim, (queries, keys) in shipped_tiles(arch, launch_config):
-        shared: dict[str, Any] = {
-            "HEAD_DIM": dim,
-            "PAD_DIM": triton.next_power_of_2(dim),
-            "PRECISION": precision,
-        }
-        signature = {
-            **dict.fromkeys(("grad_out_ptr", "qkv_ptr", "grad_qkv_ptr"), f"*{name}"),
-            **dict.fromkeys(("lse_ptr", "delta_ptr"), "*fp32"),
-            **dict.fromkeys(strides, "i64"),
-            **dict.fromkeys(("seq_len", "heads"), "i32"),
-            **dict.fromkeys(("scale", "scale_log2"), "fp32"),
-        }
-        yield Specialization(
-            f"attention_backward queries D={dim} {name} {precision} {tuple(queries)}",
-            attention_backward_queries_kernel,
-            {**signature, "out_ptr": f"*{name}"},
-            {**shared, "BLOCK_M": queries.block_m, "BLOCK_N": queries.block_n, "TAIL_N": TAIL_N},
-            {"num_warps": queries.num_warps, "num_stages": queries.num_stages},
-        )
-        yield Specialization(
-            f"attention_backward keys D={dim} {name} {precision} {tuple(keys)}",
-            attention_backward_keys_kernel,
-            signature,
-            {**shared, "BLOCK_M": keys.block_m, "BLOCK_N": keys.block_n, "TAIL_M": TAIL_N},
-            {"num_warps": keys.num_warps, "num_stages": keys.num_stages},
-        )

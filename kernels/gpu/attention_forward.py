@@ -13,8 +13,7 @@ it is found and used: two conversions less to round a log-sum-exp of 1e4, whose 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import HEAD_SIZES
-from .common import LOG2_E, Specialization, device_arch, dot_precision, refuse_float64
+from .common import LOG2_E, device_arch, dot_precision, launch_arguments, refuse_float64
 
 TAIL_N = 16
 SHORT = 512  # tokens
@@ -180,6 +179,11 @@ def check(qkv: Tensor) -> None:
         )
 
 
+def qkv_strides(qkv: Tensor) -> dict[str, int]:
+    """Launch arguments. Scalars annotated as int64 take fewer registers than a tuple, whose elements are int32."""
+    return dict(zip(("stride_b", "stride_n", "stride_s", "stride_h"), qkv.stride()[:4], strict=True))
+
+
 def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
     """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` and the log-sum-exp ``(B, H, N)`` to base 2, empty unless asked for."""
     check(qkv)
@@ -194,10 +198,7 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor
         qkv_ptr=qkv,
         out_ptr=out,
         lse_ptr=lse,
-        stride_b=qkv.stride(0),
-        stride_n=qkv.stride(1),
-        stride_s=qkv.stride(2),
-        stride_h=qkv.stride(3),
+        **qkv_strides(qkv),
         seq_len=n,
         heads=heads,
         scale_log2=abs(scale) * LOG2_E.value,
@@ -205,51 +206,8 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor
         WITH_LSE=with_lse,
         HEAD_DIM=dim,
         PAD_DIM=triton.next_power_of_2(dim),
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
         TAIL_N=TAIL_N,
         PRECISION=dot_precision(qkv.dtype, arch),
-        num_warps=tiles.num_warps,
-        num_stages=tiles.num_stages,
+        **launch_arguments(tiles),
     )
     return out, lse
-
-
-def shipped_tiles(
-    arch: str, config: Callable[[int, int, torch.dtype, str], Any]
-) -> Iterator[tuple[str, str, int, Any]]:
-    """Element type, precision, head size and every distinct answer of a ``launch_config``."""
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    for name, dtype in types.items():
-        for dim in HEAD_SIZES:
-            for tiles in dict.fromkeys(config(dim, seq_len, dtype, arch) for seq_len in (SHORT, SHORT + 1)):
-                for precision in ("ieee", "tf32") if name == "fp32" and arch.startswith("sm_") else ("ieee",):
-                    yield name, precision, dim, tiles
-
-
-def specializations(arch: str) -> Iterator[Specialization]:
-    """With and without the log-sum-exp; a positive scale only, as a negative one differs by a sign."""
-    for name, precision, dim, tiles in shipped_tiles(arch, launch_config):
-        for with_lse in (False, True):
-            yield Specialization(
-                f"attention_forward D={dim} {name} {precision} {tuple(tiles)}{' lse' if with_lse else ''}",
-                attention_forward_kernel,
-                {
-                    **dict.fromkeys(("qkv_ptr", "out_ptr"), f"*{name}"),
-                    "lse_ptr": "*fp32",
-                    **dict.fromkeys(("stride_b", "stride_n", "stride_s", "stride_h"), "i64"),
-                    **dict.fromkeys(("seq_len", "heads"), "i32"),
-                    "scale_log2": "fp32",
-                },
-                {
-                    "NEGATIVE": False,
-                    "WITH_LSE": with_lse,
-                    "HEAD_DIM": dim,
-                    "PAD_DIM": triton.next_power_of_2(dim),
-                    "BLOCK_M": tiles.block_m,
-                    "BLOCK_N": tiles.block_n,
-                    "TAIL_N": TAIL_N,
-                    "PRECISION": precision,
-                },
-                {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages},
-            )

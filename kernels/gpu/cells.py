@@ -8,7 +8,6 @@ clamped to 0, as in PyTorch. A backward kernel leaves each cell's share of its c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import triton
@@ -16,29 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bilinear import Axis
-from .common import LOG2_E, Specialization, cell_start
+from .common import LOG2_E
 
 SAFE_SPREAD = tl.constexpr(32.0)  # exp(-32) is far from underflow
 PADDING = tl.constexpr(-3e38)  # of classes that do not exist; finite, because 0 * inf is NaN
 
-GEOMETRY = ["height", "width", "step_y", "offset_y", "denominator_y", "kept_y"]
-GEOMETRY += ["step_x", "offset_x", "denominator_x", "kept_x"]
+GEOMETRY = [f"{field}_{axis}" for axis in "yx" for field in Axis._fields]
 
 
 def geometry(ys: Axis, xs: Axis) -> dict[str, int]:
-    """The launch arguments named in ``GEOMETRY``."""
-    values: dict[str, int] = {"height": ys.size_in, "width": xs.size_in}
-    for name, axis in (("y", ys), ("x", xs)):
-        values |= {f"{field}_{name}": getattr(axis, field) for field in ("step", "offset", "denominator", "kept")}
-    return values
+    """The launch arguments ``GEOMETRY``. They are scalars, because Triton specialises each element of a tuple."""
+    return dict(zip(GEOMETRY, (*ys, *xs), strict=True))
 
 
-def strides(prefix: str, axes: str, tensor: Tensor) -> dict[str, int]:
-    """The launch arguments ``prefix`` + axis, a letter for each axis."""
-    return {prefix + axis: stride for axis, stride in zip(axes, tensor.stride(), strict=True)}
-
-
-class Launch(NamedTuple):
+class Tiles(NamedTuple):
     """Outputs and classes of a tile, classes of a walk along the corners alone, and how a program runs them."""
 
     block_y: int
@@ -48,16 +38,8 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
-    def blocks(self) -> dict[str, int]:
-        """The launch arguments BLOCK_Y, BLOCK_X, BLOCK_K and BLOCK_C."""
-        return {f"BLOCK_{axis}": getattr(self, f"block_{axis.lower()}") for axis in "YXKC"}
 
-    def options(self) -> dict[str, int]:
-        """The launch options."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
-
-
-def fit_tile(num_classes: int, longest_y: int, longest_x: int, most: int) -> Launch:
+def fit_tile(num_classes: int, longest_y: int, longest_x: int, most: int) -> Tiles:
     """Tiles of at most ``most`` logits, 8 to a thread (one warp takes 512), and the widest block that pads little."""
     block_y, block_x = (min(triton.next_power_of_2(longest), 16) for longest in (longest_y, longest_x))
     pixels, padded = block_y * block_x, max(triton.next_power_of_2(num_classes), 8)
@@ -66,7 +48,7 @@ def fit_tile(num_classes: int, longest_y: int, longest_x: int, most: int) -> Lau
     taken = {block: -(-num_classes // block) * block for block in choices}
     block_k = max(block for block in choices if 10 * taken[block] <= 11 * min(taken.values()))
     num_warps = pixels * block_k // 256 if pixels * block_k > 512 else 1
-    return Launch(block_y, block_x, block_k, min(padded, 256), num_warps, num_stages=1)
+    return Tiles(block_y, block_x, block_k, min(padded, 256), num_warps, num_stages=1)
 
 
 def splits_of(ys: Axis, xs: Axis, batch: int, block_y: int, block_x: int) -> int:
@@ -76,44 +58,91 @@ def splits_of(ys: Axis, xs: Axis, batch: int, block_y: int, block_x: int) -> int
 
 
 @triton.jit
-def cell_outputs(cell, step, offset, denominator, kept):
-    """First kept output of ``cell`` and one past its last."""
-    first = tl.where(cell == 0, 0, cell_start(cell, step, offset, denominator, kept))
-    return first, cell_start(cell + 1, step, offset, denominator, kept)
+def cell_start(cell, axis):
+    """``Axis.start``: the first kept output of ``cell`` (int64, so that the products cannot overflow)."""
+    step = tl.maximum(axis.step, 1)
+    return tl.minimum((tl.maximum(cell * axis.denominator - axis.offset, 0) + step - 1) // step, axis.kept)
 
 
 @triton.jit
-def upper_weights(outputs, end, cell, step, offset, denominator, dtype: tl.constexpr):
+def upper_weights(outputs, end, cell, axis, dtype: tl.constexpr):
     """Weight of input ``cell + 1`` at ``outputs`` of ``cell``; past its ``end``, that of its last one."""
-    numerator = tl.minimum(outputs, end - 1) * step + offset - cell * denominator
-    return tl.maximum(numerator, 0).to(dtype) / denominator
+    numerator = tl.minimum(outputs, end - 1) * axis.step + axis.offset - cell * axis.denominator
+    return tl.maximum(numerator, 0).to(dtype) / axis.denominator
 
 
 @triton.jit
-def bounds(corner_ptrs, offs_c, stride_k, num_classes, dtype: tl.constexpr, BLOCK_C: tl.constexpr):
-    """The largest corner of all classes, and the largest of the classes' smallest ones: no pixel's maximum is lower."""
+def open_cell(ys, xs, splits, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
+    """The program's cell: index among all cells, image, rows, columns; the program's split of the cell's tiles.
+
+    Rows and columns are each the cell's index along the axis, its first output and one past its last.
+    """
+    pid = tl.program_id(0).to(tl.int64)
+    split = pid % splits
+    cell = pid // splits  # (B, h, w)
+    cell_x = cell % xs.size_in
+    cell_y = cell // xs.size_in % ys.size_in
+    b = cell // xs.size_in // ys.size_in
+    rows = cell_y, tl.where(cell_y == 0, 0, cell_start(cell_y, ys)), cell_start(cell_y + 1, ys)
+    cols = cell_x, tl.where(cell_x == 0, 0, cell_start(cell_x, xs)), cell_start(cell_x + 1, xs)
+    tiles = tl.cdiv(rows[2] - rows[1], BLOCK_Y) * tl.cdiv(cols[2] - cols[1], BLOCK_X)
+    return cell, b, rows, cols, split, tiles
+
+
+@triton.jit
+def open_tile(tile, rows, cols, ys, xs, dtype: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
+    """Outputs of a tile, which of them exist ``(BLOCK_Y, BLOCK_X)``, and their upper weights along y and x."""
+    cell_y, first_y, end_y = rows
+    cell_x, first_x, end_x = cols
+    tiles_x = tl.cdiv(end_x - first_x, BLOCK_X)
+    offs_y = first_y + tile // tiles_x * BLOCK_Y + tl.arange(0, BLOCK_Y)
+    offs_x = first_x + tile % tiles_x * BLOCK_X + tl.arange(0, BLOCK_X)
+    mask = (offs_y < end_y)[:, None] & (offs_x < end_x)[None, :]
+    weights = upper_weights(offs_y, end_y, cell_y, ys, dtype), upper_weights(offs_x, end_x, cell_x, xs, dtype)
+    return offs_y, offs_x, mask, weights
+
+
+@triton.jit
+def cell_softmax(
+    masks_ptr, masks_strides, num_classes, b, cell_y, cell_x, ys, xs, dtype: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """A cell as ``logits`` takes it, and ``far``: each pixel is shifted by its own maximum, the base is 0.
+
+    Otherwise the base is the largest corner, which no logit exceeds. The largest of the classes' smallest corners
+    bounds every pixel's maximum from below; where it lies far below the largest corner, exponentials could underflow.
+    """
+    stride_mb, stride_mk, stride_mh, stride_mw = masks_strides
+    top_ptr = masks_ptr + b * stride_mb + cell_y * stride_mh
+    bottom_ptr = masks_ptr + b * stride_mb + tl.minimum(cell_y + 1, ys.size_in - 1) * stride_mh
+    left, right = cell_x * stride_mw, tl.minimum(cell_x + 1, xs.size_in - 1) * stride_mw
+    ptrs = top_ptr + left, top_ptr + right, bottom_ptr + left, bottom_ptr + right
+    offs_c = tl.arange(0, BLOCK_C)
     highest = tl.full((BLOCK_C,), -float("inf"), dtype)
     lowest = tl.full((BLOCK_C,), -float("inf"), dtype)
     for start in range(0, num_classes, BLOCK_C):
         k = start + offs_c
         mask = k < num_classes
-        offsets = k.to(tl.int64) * stride_k
-        c00 = tl.load(corner_ptrs[0] + offsets, mask=mask, other=-float("inf")).to(dtype)
-        c01 = tl.load(corner_ptrs[1] + offsets, mask=mask, other=-float("inf")).to(dtype)
-        c10 = tl.load(corner_ptrs[2] + offsets, mask=mask, other=-float("inf")).to(dtype)
-        c11 = tl.load(corner_ptrs[3] + offsets, mask=mask, other=-float("inf")).to(dtype)
+        offsets = k.to(tl.int64) * stride_mk
+        c00 = tl.load(ptrs[0] + offsets, mask=mask, other=-float("inf")).to(dtype)
+        c01 = tl.load(ptrs[1] + offsets, mask=mask, other=-float("inf")).to(dtype)
+        c10 = tl.load(ptrs[2] + offsets, mask=mask, other=-float("inf")).to(dtype)
+        c11 = tl.load(ptrs[3] + offsets, mask=mask, other=-float("inf")).to(dtype)
         highest = tl.maximum(highest, tl.maximum(tl.maximum(c00, c01), tl.maximum(c10, c11)))
         lowest = tl.maximum(lowest, tl.minimum(tl.minimum(c00, c01), tl.minimum(c10, c11)))
-    return tl.max(highest, 0), tl.max(lowest, 0)
+    largest = tl.max(highest, 0)
+    far = (largest - tl.max(lowest, 0) > SAFE_SPREAD) | (num_classes == 1)  # of one class, exactly 1
+    return (ptrs, stride_mk, num_classes, tl.where(far, 0.0, largest)), far
 
 
 @triton.jit
-def corner_logits(corner_ptrs, offsets, mask, base, scale: tl.constexpr, dtype: tl.constexpr):
-    """The four corners minus ``base``, times ``scale``; PADDING where ``mask`` is false."""
-    c00 = (tl.load(corner_ptrs[0] + offsets, mask=mask, other=0.0).to(dtype) - base) * scale
-    c01 = (tl.load(corner_ptrs[1] + offsets, mask=mask, other=0.0).to(dtype) - base) * scale
-    c10 = (tl.load(corner_ptrs[2] + offsets, mask=mask, other=0.0).to(dtype) - base) * scale
-    c11 = (tl.load(corner_ptrs[3] + offsets, mask=mask, other=0.0).to(dtype) - base) * scale
+def corner_logits(cell, k, mask, scale: tl.constexpr, dtype: tl.constexpr):
+    """The four corners of classes ``k`` minus the base, times ``scale``; PADDING where ``mask`` is false."""
+    ptrs, stride_k, _, base = cell
+    offsets = k.to(tl.int64) * stride_k
+    c00 = (tl.load(ptrs[0] + offsets, mask=mask, other=0.0).to(dtype) - base) * scale
+    c01 = (tl.load(ptrs[1] + offsets, mask=mask, other=0.0).to(dtype) - base) * scale
+    c10 = (tl.load(ptrs[2] + offsets, mask=mask, other=0.0).to(dtype) - base) * scale
+    c11 = (tl.load(ptrs[3] + offsets, mask=mask, other=0.0).to(dtype) - base) * scale
     return (
         tl.where(mask, c00, PADDING),
         tl.where(mask, c01, PADDING),
@@ -135,10 +164,15 @@ def mix(lower, upper, weight, EXACT: tl.constexpr):
 
 
 @triton.jit
-def logits(corner_ptrs, k, stride_k, num_classes, base, weight_y, weight_x, FAR: tl.constexpr, dtype: tl.constexpr):
-    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` logits minus ``base``; unless FAR, in units of log 2."""
+def logits(cell, k, weights, FAR: tl.constexpr, dtype: tl.constexpr):
+    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` logits minus the base; unless FAR, in units of log 2.
+
+    ``cell`` holds the corners' pointers, the stride of the classes, their number and the base; ``weights`` are the
+    tile's upper weights along y and x.
+    """
     scale: tl.constexpr = 1.0 if FAR else LOG2_E
-    c00, c01, c10, c11 = corner_logits(corner_ptrs, k.to(tl.int64) * stride_k, k < num_classes, base, scale, dtype)
+    weight_y, weight_x = weights
+    c00, c01, c10, c11 = corner_logits(cell, k, k < cell[2], scale, dtype)
     # Along x first: a thread holds a column of pixels, for which that is one pair of values.
     top = mix(c00[None, :], c01[None, :], weight_x[:, None], FAR)
     bottom = mix(c10[None, :], c11[None, :], weight_x[:, None], FAR)
@@ -147,49 +181,35 @@ def logits(corner_ptrs, k, stride_k, num_classes, base, weight_y, weight_x, FAR:
 
 @triton.jit
 def log_sum_exp(
-    corner_ptrs,
-    stride_k,
-    num_classes,
-    base,
-    far,
-    weight_y,
-    weight_x,
-    dtype: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    cell, far, weights, dtype: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """``(BLOCK_Y, BLOCK_X)`` shift and log2 sum_k exp(logit - base - shift); the shift is 0 unless ``far``."""
+    num_classes = cell[2]
     offs_k = tl.arange(0, BLOCK_K)
     exp_sum = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), dtype)
     if far:
         largest = tl.full((BLOCK_Y, BLOCK_X, BLOCK_K), -float("inf"), dtype)
         for start in range(0, num_classes, BLOCK_K):
-            logit = logits(corner_ptrs, start + offs_k, stride_k, num_classes, base, weight_y, weight_x, True, dtype)
-            largest = tl.maximum(largest, logit)
+            largest = tl.maximum(largest, logits(cell, start + offs_k, weights, True, dtype))
         shift = tl.max(largest, 2)
         for start in range(0, num_classes, BLOCK_K):
-            logit = logits(corner_ptrs, start + offs_k, stride_k, num_classes, base, weight_y, weight_x, True, dtype)
+            logit = logits(cell, start + offs_k, weights, True, dtype)
             exp_sum += tl.exp2((logit - shift[:, :, None]) * LOG2_E)
     else:
         shift = tl.zeros((BLOCK_Y, BLOCK_X), dtype)
         for start in range(0, num_classes, BLOCK_K):
-            logit = logits(corner_ptrs, start + offs_k, stride_k, num_classes, base, weight_y, weight_x, False, dtype)
-            exp_sum += tl.exp2(logit)
+            exp_sum += tl.exp2(logits(cell, start + offs_k, weights, False, dtype))
     return shift, tl.log2(tl.sum(exp_sum, 2))
 
 
 @triton.jit
-def probabilities(
-    corner_ptrs, k, stride_k, num_classes, base, far, shift, log_sum, weight_y, weight_x, dtype: tl.constexpr
-):
+def probabilities(cell, k, far, shift, log_sum, weights, dtype: tl.constexpr):
     """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` softmax; far logits take more operations and fewer roundings."""
     if far:
-        logit = logits(corner_ptrs, k, stride_k, num_classes, base, weight_y, weight_x, True, dtype)
+        logit = logits(cell, k, weights, True, dtype)
         p = tl.exp2((logit - shift[:, :, None]) * LOG2_E - log_sum[:, :, None])
     else:
-        logit = logits(corner_ptrs, k, stride_k, num_classes, base, weight_y, weight_x, False, dtype)
-        p = tl.exp2(logit - log_sum[:, :, None])
+        p = tl.exp2(logits(cell, k, weights, False, dtype) - log_sum[:, :, None])
     return p
 
 
@@ -199,8 +219,9 @@ def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
 
 
 @triton.jit
-def to_corners(grad, weight_y, weight_x):
+def to_corners(grad, weights):
     """The transpose of the resize: ``(BLOCK_Y, BLOCK_X, BLOCK_K)`` -> ``(BLOCK_K,)`` for each corner."""
+    weight_y, weight_x = weights
     bottom = tl.sum(grad * weight_y[:, None, None], 0)  # (BLOCK_X, BLOCK_K)
     top = tl.sum(grad, 0) - bottom
     right = weight_x[:, None]
@@ -218,19 +239,19 @@ def add_corners(scratch_ptr, corners, k, num_classes, again):
         tl.store(ptrs, before + corners[corner], mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_classes", "height", "width", "batch", "splits"])
+@triton.jit(do_not_specialize=["batch", "num_classes", "height", "width", "splits"])
 def sum_corners_kernel(
     scratch_ptr,  # (splits, B, h, w, 4, K)
     grad_ptr,  # (B, K, h, w)
+    batch,
     num_classes,
     height,
     width,
-    batch,
     splits,
     BLOCK_K: tl.constexpr,
     BLOCK_X: tl.constexpr,
 ):
-    """BLOCK_X inputs of one row, BLOCK_K classes."""
+    """Gradients of BLOCK_X inputs of one row, for BLOCK_K classes."""
     blocks_x = tl.cdiv(width, BLOCK_X)
     blocks_k = tl.cdiv(num_classes, BLOCK_K)
     pid = tl.program_id(0).to(tl.int64)
@@ -268,26 +289,13 @@ def sum_corners(scratch: Tensor, grad: Tensor) -> Tensor:
     sum_corners_kernel[(grid,)](
         scratch_ptr=scratch,
         grad_ptr=grad,
+        batch=batch,
         num_classes=num_classes,
         height=height,
         width=width,
-        batch=batch,
         splits=scratch.shape[0],
         BLOCK_K=block_k,
         BLOCK_X=block_x,
         num_warps=4,
     )
     return grad
-
-
-def specializations(arch: str) -> Iterator[Specialization]:
-    """The builds that ``aot`` checks."""
-    for dtype in ("bf16", "fp32"):
-        yield Specialization(
-            f"sum_corners {dtype}",
-            sum_corners_kernel,
-            {"scratch_ptr": "*fp32", "grad_ptr": f"*{dtype}"}
-            | dict.fromkeys(("num_classes", "height", "width", "batch", "splits"), "i32"),
-            {"BLOCK_K": 32, "BLOCK_X": 32},
-            {"num_warps": 4},
-        )

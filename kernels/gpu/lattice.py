@@ -11,22 +11,23 @@ points, so that most of what is loaded comes from the first-level cache. Not dif
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, Specialization
+from .common import LOG2_E, launch_arguments
 
 SIZES = ["num_classes", "lattices", "height", "width"]
 
 
 @triton.jit
-def tile_outputs(height, width, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
+def tile_outputs(size, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
     """The program's rows and columns, int64, and which of them exist."""
+    height, width = size
     tiles_x = tl.cdiv(width, BLOCK_X)
     pid = tl.program_id(0).to(tl.int64)
     offs_y = pid // tiles_x * BLOCK_Y + tl.arange(0, BLOCK_Y)
@@ -44,32 +45,26 @@ def point_pair(index_ptr, weights_ptr, s, offs, mask, size):
 
 
 @triton.jit
-def lattice_logits(tables, s, k, tile, num_classes, height, width):
-    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` logits of lattice ``s``; -inf for classes that do not exist.
-
-    ``tables`` are the pointers of scores, rows, row weights, columns and column weights, ``tile`` is ``tile_outputs``.
-    """
+def lattice_logits(lattice_ptrs, s, k, tile, num_classes, size):
+    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` logits of lattice ``s``; -inf for classes that do not exist."""
+    scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr = lattice_ptrs
     offs_y, offs_x, mask_y, mask_x = tile
-    r0, r1, v = point_pair(tables[1], tables[2], s, offs_y, mask_y, height)
-    c0, c1, u = point_pair(tables[3], tables[4], s, offs_x, mask_x, width)
+    r0, r1, v = point_pair(rows_ptr, row_weights_ptr, s, offs_y, mask_y, size[0])
+    c0, c1, u = point_pair(cols_ptr, col_weights_ptr, s, offs_x, mask_x, size[1])
     mask = (mask_y[:, None] & mask_x[None, :])[:, :, None] & (k < num_classes)[None, None, :]
     v, u = v[:, None, None], u[None, :, None]
-    p00 = tables[0] + ((r0[:, None] + c0[None, :]) * num_classes)[:, :, None] + k[None, None, :]
-    p01 = tables[0] + ((r0[:, None] + c1[None, :]) * num_classes)[:, :, None] + k[None, None, :]
+    p00 = scores_ptr + ((r0[:, None] + c0[None, :]) * num_classes)[:, :, None] + k[None, None, :]
+    p01 = scores_ptr + ((r0[:, None] + c1[None, :]) * num_classes)[:, :, None] + k[None, None, :]
     top = tl.load(p00, mask=mask, other=0.0) * (1 - u) + tl.load(p01, mask=mask, other=0.0) * u
-    p10 = tables[0] + ((r1[:, None] + c0[None, :]) * num_classes)[:, :, None] + k[None, None, :]
-    p11 = tables[0] + ((r1[:, None] + c1[None, :]) * num_classes)[:, :, None] + k[None, None, :]
+    p10 = scores_ptr + ((r1[:, None] + c0[None, :]) * num_classes)[:, :, None] + k[None, None, :]
+    p11 = scores_ptr + ((r1[:, None] + c1[None, :]) * num_classes)[:, :, None] + k[None, None, :]
     bottom = tl.load(p10, mask=mask, other=0.0) * (1 - u) + tl.load(p11, mask=mask, other=0.0) * u
     return tl.where((k < num_classes)[None, None, :], top * (1 - v) + bottom * v, -float("inf"))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def lattice_log_sum_kernel(
-    scores_ptr,  # (N, K)
-    rows_ptr,  # (S, 2, H)
-    row_weights_ptr,  # (S, H)
-    cols_ptr,  # (S, 2, W)
-    col_weights_ptr,  # (S, W)
+    lattice_ptrs,  # scores (N, K), rows (S, 2, H), row weights (S, H), columns (S, 2, W), column weights (S, W)
     out_ptr,  # (S, 2, H, W)
     num_classes,
     lattices,
@@ -80,21 +75,19 @@ def lattice_log_sum_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Largest logit, and log2 of the sum of the exponentials, of one tile of one lattice."""
-    dtype: tl.constexpr = scores_ptr.dtype.element_ty
-    tables = (scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr)
-    tile = tile_outputs(height, width, BLOCK_Y, BLOCK_X)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    size = height, width
+    tile = tile_outputs(size, BLOCK_Y, BLOCK_X)
     offs_y, offs_x, mask_y, mask_x = tile
     s = tl.program_id(1).to(tl.int64)
     largest = tl.full((BLOCK_Y, BLOCK_X, BLOCK_K), -float("inf"), dtype)
     for start in range(0, num_classes, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        logit = lattice_logits(tables, s, k, tile, num_classes, height, width)
+        logit = lattice_logits(lattice_ptrs, s, start + tl.arange(0, BLOCK_K), tile, num_classes, size)
         largest = tl.maximum(largest, logit)
     shift = tl.max(largest, 2)
     exp_sum = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), dtype)
     for start in range(0, num_classes, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        logit = lattice_logits(tables, s, k, tile, num_classes, height, width)
+        logit = lattice_logits(lattice_ptrs, s, start + tl.arange(0, BLOCK_K), tile, num_classes, size)
         exp_sum += tl.exp2((logit - shift[:, :, None]) * LOG2_E)
     mask = mask_y[:, None] & mask_x[None, :]
     out_ptrs = out_ptr + (s * 2 * height + offs_y[:, None]) * width + offs_x[None, :]
@@ -103,27 +96,16 @@ def lattice_log_sum_kernel(
 
 
 @triton.jit
-def lattice_votes(
-    tables,
-    log_sum_ptr,
-    k,
-    tile,
-    num_classes,
-    lattices,
-    height,
-    width,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def lattice_votes(lattice_ptrs, log_sum_ptr, k, tile, num_classes, lattices, size):
     """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` sum over the lattices of the softmaxes."""
     offs_y, offs_x, mask_y, mask_x = tile
-    votes = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), tables[0].dtype.element_ty)
+    height, width = size
+    votes = tl.zeros((offs_y.shape[0], offs_x.shape[0], k.shape[0]), log_sum_ptr.dtype.element_ty)
     mask = mask_y[:, None] & mask_x[None, :]
     ptrs = log_sum_ptr + offs_y[:, None] * width + offs_x[None, :]
     plane = height.to(tl.int64) * width
     for s in range(lattices):
-        logit = lattice_logits(tables, s, k, tile, num_classes, height, width)
+        logit = lattice_logits(lattice_ptrs, s, k, tile, num_classes, size)
         shift = tl.load(ptrs + 2 * s * plane, mask=mask, other=0.0)
         log_sum = tl.load(ptrs + (2 * s + 1) * plane, mask=mask, other=0.0)
         votes += tl.exp2((logit - shift[:, :, None]) * LOG2_E - log_sum[:, :, None])
@@ -132,12 +114,8 @@ def lattice_votes(
 
 @triton.jit(do_not_specialize=SIZES)
 def lattice_argmax_kernel(
-    scores_ptr,
-    rows_ptr,
-    row_weights_ptr,
-    cols_ptr,
-    col_weights_ptr,
-    log_sum_ptr,  # (S, 2, H, W), of no use to a single lattice
+    lattice_ptrs,
+    log_sum_ptr,  # (S, 2, H, W), unused by a single lattice
     labels_ptr,  # (H, W)
     num_classes,
     lattices,
@@ -149,20 +127,18 @@ def lattice_argmax_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Labels of one tile, by the logits of a SINGLE lattice or by the votes of all."""
-    tables = (scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr)
-    tile = tile_outputs(height, width, BLOCK_Y, BLOCK_X)
+    size = height, width
+    tile = tile_outputs(size, BLOCK_Y, BLOCK_X)
     offs_y, offs_x, mask_y, mask_x = tile
-    best = tl.full((BLOCK_Y, BLOCK_X, BLOCK_K), -float("inf"), scores_ptr.dtype.element_ty)
+    best = tl.full((BLOCK_Y, BLOCK_X, BLOCK_K), -float("inf"), log_sum_ptr.dtype.element_ty)
     # Each lane holds the best of its classes; the first one, until another exceeds it.
     label = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), tl.int32) + tl.arange(0, BLOCK_K)[None, None, :]
     for start in range(0, num_classes, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         if SINGLE:
-            value = lattice_logits(tables, 0, k, tile, num_classes, height, width)
+            value = lattice_logits(lattice_ptrs, 0, k, tile, num_classes, size)
         else:
-            value = lattice_votes(
-                tables, log_sum_ptr, k, tile, num_classes, lattices, height, width, BLOCK_Y, BLOCK_X, BLOCK_K
-            )
+            value = lattice_votes(lattice_ptrs, log_sum_ptr, k, tile, num_classes, lattices, size)
         # A NaN wins against every number, and nothing against a NaN.
         wins = ~(value <= best) & (best == best) & (k < num_classes)[None, None, :]
         best = tl.where(wins, value, best)
@@ -171,17 +147,13 @@ def lattice_argmax_kernel(
     largest = tl.max(tl.where(best == best, best, -float("inf")), 2)
     first = tl.where((lanes_nan > 0)[:, :, None], best != best, best == largest[:, :, None])
     label = tl.min(tl.where(first, label, num_classes), 2)
-    ptrs = labels_ptr + offs_y[:, None] * width + offs_x[None, :]
+    ptrs = labels_ptr + offs_y[:, None] * size[1] + offs_x[None, :]
     tl.store(ptrs, label.to(labels_ptr.dtype.element_ty), mask=mask_y[:, None] & mask_x[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
 def lattice_softmax_kernel(
-    scores_ptr,
-    rows_ptr,
-    row_weights_ptr,
-    cols_ptr,
-    col_weights_ptr,
+    lattice_ptrs,
     log_sum_ptr,  # (S, 2, H, W)
     out_ptr,  # (K, H, W)
     num_classes,
@@ -193,18 +165,15 @@ def lattice_softmax_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Mean probabilities of one tile."""
-    tables = (scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr)
-    tile = tile_outputs(height, width, BLOCK_Y, BLOCK_X)
+    size = height, width
+    tile = tile_outputs(size, BLOCK_Y, BLOCK_X)
     offs_y, offs_x, mask_y, mask_x = tile
     mask = mask_y[:, None] & mask_x[None, :]
     for start in range(0, num_classes, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
-        votes = (
-            lattice_votes(tables, log_sum_ptr, k, tile, num_classes, lattices, height, width, BLOCK_Y, BLOCK_X, BLOCK_K)
-            / lattices
-        )
-        offs_r = k.to(tl.int64)[:, None] * height + offs_y[None, :]
-        ptrs = out_ptr + offs_r[:, :, None] * width + offs_x[None, None, :]
+        votes = lattice_votes(lattice_ptrs, log_sum_ptr, k, tile, num_classes, lattices, size) / lattices
+        offs_r = k.to(tl.int64)[:, None] * size[0] + offs_y[None, :]
+        ptrs = out_ptr + offs_r[:, :, None] * size[1] + offs_x[None, None, :]
         tl.store(ptrs, votes.permute(2, 0, 1), mask=(k < num_classes)[:, None, None] & mask[None, :, :])
 
 
@@ -216,9 +185,6 @@ class Tiles(NamedTuple):
     block_k: int
     num_warps: int
 
-    def constants(self) -> dict[str, int]:
-        return {"BLOCK_Y": self.block_y, "BLOCK_X": self.block_x, "BLOCK_K": self.block_k}
-
 
 def launch_config(num_classes: int) -> Tiles:
     """32 pixels, and 4 logits to a thread: with 8 of them the softmax spills on sm_100."""
@@ -226,72 +192,43 @@ def launch_config(num_classes: int) -> Tiles:
     return Tiles(4, 8, block_k, num_warps=max(32 * block_k // 128, 1))
 
 
-def _launch(kernel, results: dict[str, Tensor], tensors: tuple[Tensor, ...], lattices: int = 1, **constants) -> None:
-    """``kernel`` over all tiles, and over ``lattices`` where each has programs of its own."""
-    scores, rows, row_weights, cols, col_weights = tensors
+def _launch(kernel: Any, lattice: Sequence[Tensor], programs: int = 1, **arguments: Any) -> None:
+    """Launch ``kernel`` on all tiles, with ``programs`` for each. ``lattice`` is what the ops take."""
+    scores, rows, _, cols, _ = lattice
     tiles = launch_config(scores.shape[1])
     height, width = rows.shape[2], cols.shape[2]
-    kernel[(-(-height // tiles.block_y) * -(-width // tiles.block_x), lattices)](
-        scores_ptr=scores,
-        rows_ptr=rows,
-        row_weights_ptr=row_weights,
-        cols_ptr=cols,
-        col_weights_ptr=col_weights,
-        **results,
+    kernel[(-(-height // tiles.block_y) * -(-width // tiles.block_x), programs)](
+        lattice_ptrs=lattice,
         num_classes=scores.shape[1],
         lattices=len(rows),
         height=height,
         width=width,
-        **tiles.constants(),
-        **constants,
-        num_warps=tiles.num_warps,
+        **arguments,
+        **launch_arguments(tiles),
     )
 
 
-def _log_sum(*tensors: Tensor) -> Tensor:
-    scores, rows, _, cols, _ = tensors
+def _log_sum(lattice: Sequence[Tensor]) -> Tensor:
+    scores, rows, _, cols, _ = lattice
     out = scores.new_empty((len(rows), 2, rows.shape[2], cols.shape[2]))
-    _launch(lattice_log_sum_kernel, {"out_ptr": out}, tensors, lattices=len(rows))
+    _launch(lattice_log_sum_kernel, lattice, programs=len(rows), out_ptr=out)
     return out
 
 
 def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
     """``(H, W)`` labels, uint8 where K <= 256 and int32 otherwise."""
-    tensors = scores, rows, row_weights, cols, col_weights
+    lattice = scores, rows, row_weights, cols, col_weights
     single = len(rows) == 1
-    log_sum = scores if single else _log_sum(*tensors)
-    kind = torch.uint8 if scores.shape[1] <= 256 else torch.int32
-    labels = scores.new_empty((rows.shape[2], cols.shape[2]), dtype=kind)
-    _launch(lattice_argmax_kernel, {"log_sum_ptr": log_sum, "labels_ptr": labels}, tensors, SINGLE=single)
+    log_sum = scores if single else _log_sum(lattice)
+    dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
+    labels = scores.new_empty((rows.shape[2], cols.shape[2]), dtype=dtype)
+    _launch(lattice_argmax_kernel, lattice, log_sum_ptr=log_sum, labels_ptr=labels, SINGLE=single)
     return labels
 
 
 def lattice_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
     """``(K, H, W)``: the mean over S of the softmaxes."""
-    tensors = scores, rows, row_weights, cols, col_weights
+    lattice = scores, rows, row_weights, cols, col_weights
     out = scores.new_empty((scores.shape[1], rows.shape[2], cols.shape[2]))
-    _launch(lattice_softmax_kernel, {"log_sum_ptr": _log_sum(*tensors), "out_ptr": out}, tensors)
+    _launch(lattice_softmax_kernel, lattice, log_sum_ptr=_log_sum(lattice), out_ptr=out)
     return out
-
-
-def specializations(arch: str) -> Iterator[Specialization]:
-    """The builds that ``aot`` checks: blocks of 2 and of 32 classes."""
-    pointers = {f"{name}_ptr": "*fp32" for name in ("scores", "row_weights", "col_weights")}
-    shared = pointers | {"rows_ptr": "*i64", "cols_ptr": "*i64"} | dict.fromkeys(SIZES, "i32")
-    votes = shared | {"log_sum_ptr": "*fp32"}
-    for num_classes, label in ((2, "*u8"), (150, "*u8"), (1000, "*i32")):
-        tiles = launch_config(num_classes)
-        name = f"K={num_classes} fp32"
-        for words, kernel, signature, constants in (
-            ("log_sum", lattice_log_sum_kernel, shared | {"out_ptr": "*fp32"}, {}),
-            ("argmax of one", lattice_argmax_kernel, votes | {"labels_ptr": label}, {"SINGLE": True}),
-            ("argmax of votes", lattice_argmax_kernel, votes | {"labels_ptr": label}, {"SINGLE": False}),
-            ("softmax", lattice_softmax_kernel, votes | {"out_ptr": "*fp32"}, {}),
-        ):
-            yield Specialization(
-                f"lattice_{words} {name}",
-                kernel,
-                signature,
-                tiles.constants() | constants,
-                {"num_warps": tiles.num_warps},
-            )

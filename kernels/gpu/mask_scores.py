@@ -16,7 +16,6 @@ the norm needs whole projected rows on the chip, D x 64 float32 values a tile: 1
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,25 +23,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Specialization, device_arch, dot_precision, refuse_float64
+from .common import device_arch, dot_precision, launch_arguments, refuse_float64
 
 
 @triton.jit
 def _cosines(
-    patches_ptr, classes_ptr, stride_pn, stride_pd, stride_ck, stride_cd, offs_n, offs_k, num_patches, num_classes, dim,
+    patches_ptr, classes_ptr, patches_strides, classes_strides, offs_n, offs_k, num_patches, num_classes, dim,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of s ``(BLOCK_N, BLOCK_K)`` and the inverse norms of its patches and classes; zero norms give NaN."""
     dots = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     patch_norms = tl.zeros((BLOCK_N,), tl.float32)
     class_norms = tl.zeros((BLOCK_K,), tl.float32)
+    _, stride_pn, stride_pd = patches_strides
+    _, stride_ck, stride_cd = classes_strides
     patches_ptr += offs_n.to(tl.int64)[:, None] * stride_pn
     classes_ptr += offs_k.to(tl.int64)[:, None] * stride_ck
     for start in range(0, dim, BLOCK_D):
         offs_d = start + tl.arange(0, BLOCK_D)
         mask_d = (offs_d < dim)[None, :]
-        p = tl.load(patches_ptr + offs_d[None, :] * stride_pd, mask=(offs_n < num_patches)[:, None] & mask_d, other=0.0)
-        c = tl.load(classes_ptr + offs_d[None, :] * stride_cd, mask=(offs_k < num_classes)[:, None] & mask_d, other=0.0)
+        p_ptrs = patches_ptr + offs_d.to(tl.int64)[None, :] * stride_pd
+        c_ptrs = classes_ptr + offs_d.to(tl.int64)[None, :] * stride_cd
+        p = tl.load(p_ptrs, mask=(offs_n < num_patches)[:, None] & mask_d, other=0.0)
+        c = tl.load(c_ptrs, mask=(offs_k < num_classes)[:, None] & mask_d, other=0.0)
         dots = tl.dot(p, c.T, dots, input_precision=PRECISION)
         p, c = p.to(tl.float32), c.to(tl.float32)
         patch_norms += tl.sum(p * p, 1)
@@ -62,15 +65,15 @@ def _merge(count, mean, square, scores, valid, num_valid):
     return total, mean + delta * (num_valid / total), square
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_patches"])
 def mask_scores_kernel(
     patches_ptr,  # (B, N, D)
     classes_ptr,  # (B, K, D)
     weight_ptr,  # (K,)
     bias_ptr,  # (K,)
     out_ptr,  # (B, N, K), contiguous
-    stride_pb: tl.int64, stride_pn: tl.int64, stride_pd: tl.int64,
-    stride_cb: tl.int64, stride_ck: tl.int64, stride_cd: tl.int64,
+    patches_strides,
+    classes_strides,
     num_patches, num_classes, dim, eps,
     ONE_BLOCK: tl.constexpr,  # all classes fit one block, which is then computed once
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -78,8 +81,8 @@ def mask_scores_kernel(
     tiles = tl.cdiv(num_patches, BLOCK_N)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     offs_n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
-    patches_ptr += b * stride_pb
-    classes_ptr += b * stride_cb
+    patches_ptr += b * patches_strides[0]
+    classes_ptr += b * classes_strides[0]
     out_ptr += (b * num_patches + offs_n.to(tl.int64))[:, None] * num_classes
     mask_n = (offs_n < num_patches)[:, None]
 
@@ -90,7 +93,7 @@ def mask_scores_kernel(
     for start in range(0, num_classes, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         scores, _, _ = _cosines(
-            patches_ptr, classes_ptr, stride_pn, stride_pd, stride_ck, stride_cd, offs_n, offs_k,
+            patches_ptr, classes_ptr, patches_strides, classes_strides, offs_n, offs_k,
             num_patches, num_classes, dim, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
         )  # fmt: skip
         valid = (offs_k < num_classes)[None, :]
@@ -102,7 +105,7 @@ def mask_scores_kernel(
         offs_k = start + tl.arange(0, BLOCK_K)
         if not ONE_BLOCK:
             scores, _, _ = _cosines(
-                patches_ptr, classes_ptr, stride_pn, stride_pd, stride_ck, stride_cd, offs_n, offs_k,
+                patches_ptr, classes_ptr, patches_strides, classes_strides, offs_n, offs_k,
                 num_patches, num_classes, dim, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
             )  # fmt: skip
         mask_k = offs_k < num_classes
@@ -112,7 +115,7 @@ def mask_scores_kernel(
         tl.store(out_ptr + offs_k[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_n & mask_k[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_patches"])
 def mask_scores_backward_kernel(
     grad_ptr,  # (B, N, K)
     patches_ptr,  # (B, N, D)
@@ -121,9 +124,9 @@ def mask_scores_backward_kernel(
     u_ptr,  # (B, N, K), contiguous: ds / (|p| |c|)
     patch_factor_ptr,  # (B, N): (sum_K ds s) / |p|^2
     sums_ptr,  # (B * tiles, 3, K): sums over the tile's patches of g x, g and ds s / |c|^2
-    stride_gb: tl.int64, stride_gn: tl.int64, stride_gk: tl.int64,
-    stride_pb: tl.int64, stride_pn: tl.int64, stride_pd: tl.int64,
-    stride_cb: tl.int64, stride_ck: tl.int64, stride_cd: tl.int64,
+    grad_strides,
+    patches_strides,
+    classes_strides,
     num_patches, num_classes, dim, eps,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -133,8 +136,9 @@ def mask_scores_backward_kernel(
     offs_n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < num_patches
     rows = b * num_patches + offs_n.to(tl.int64)
-    patches_ptr += b * stride_pb
-    classes_ptr += b * stride_cb
+    patches_ptr += b * patches_strides[0]
+    classes_ptr += b * classes_strides[0]
+    stride_gb, stride_gn, stride_gk = grad_strides
     grad_ptr += b * stride_gb + offs_n.to(tl.int64)[:, None] * stride_gn
     sums_ptr += tile * 3 * num_classes
 
@@ -152,7 +156,7 @@ def mask_scores_backward_kernel(
             mask_k = offs_k < num_classes
             mask = mask_n[:, None] & mask_k[None, :]
             scores, inverse_p, inverse_c = _cosines(
-                patches_ptr, classes_ptr, stride_pn, stride_pd, stride_ck, stride_cd, offs_n, offs_k,
+                patches_ptr, classes_ptr, patches_strides, classes_strides, offs_n, offs_k,
                 num_patches, num_classes, dim, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
             )  # fmt: skip
             if sweep == 0:
@@ -196,8 +200,10 @@ def launch_config(num_classes: int, dtype: torch.dtype, backward: bool, arch: st
     """The forward holds up to 256 classes at once; the backward, which has more tiles alive, 64, and 32 on gfx942."""
     block_k = max(triton.next_power_of_2(num_classes), 16)
     if backward:
-        block_k = min(block_k, 64 if arch.startswith("sm_") else 32)
-        return Tiles(32, block_k, 32, 4 if block_k <= 32 else 8, 1)
+        nvidia = arch.startswith("sm_")
+        block_k = min(block_k, 64 if nvidia else 32)
+        few_warps = block_k <= 32 and not (nvidia and dtype == torch.float32)  # with four warps float32 spills on sm_90
+        return Tiles(32, block_k, 32, 4 if few_warps else 8, 1)
     if num_classes > 256:
         return Tiles(32, 64, 32, 8, 2) if dtype == torch.float32 else Tiles(64, 128, 32, 8, 2)
     return Tiles(32 if block_k == 256 else 64, block_k, 32, 4 if block_k <= 64 else 8, 2)
@@ -218,14 +224,15 @@ def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, 
         weight_ptr=weight.contiguous(),
         bias_ptr=bias.contiguous(),
         out_ptr=out,
-        **_strides("p", patches),
-        **_strides("c", classes, "k"),
+        patches_strides=patches.stride(),
+        classes_strides=classes.stride(),
         num_patches=n,
         num_classes=k,
         dim=dim,
         eps=eps,
         ONE_BLOCK=k <= tiles.block_k,
-        **_tile_arguments(tiles, dot_precision(patches.dtype, arch)),
+        PRECISION=dot_precision(patches.dtype, arch),
+        **launch_arguments(tiles),
     )
     return out
 
@@ -252,14 +259,15 @@ def mask_scores_backward(
         u_ptr=u,
         patch_factor_ptr=patch_factor,
         sums_ptr=sums,
-        **_strides("g", grad, last="k"),
-        **_strides("p", patches),
-        **_strides("c", classes, "k"),
+        grad_strides=grad.stride(),
+        patches_strides=patches.stride(),
+        classes_strides=classes.stride(),
         num_patches=n,
         num_classes=k,
         dim=dim,
         eps=eps,
-        **_tile_arguments(tiles, dot_precision(patches.dtype, arch)),
+        PRECISION=dot_precision(patches.dtype, arch),
+        **launch_arguments(tiles),
     )
     sums = sums.sum(1)  # (B, 3, K)
     grad_patches = (u @ classes).sub_(patches * patch_factor.unsqueeze(-1))
@@ -270,54 +278,3 @@ def mask_scores_backward(
         sums[:, 0].sum(0).to(weight.dtype),
         sums[:, 1].sum(0).to(bias.dtype),
     )
-
-
-def _strides(name: str, tensor: Tensor, rows: str = "n", last: str = "d") -> dict[str, int]:
-    return dict(zip((f"stride_{name}b", f"stride_{name}{rows}", f"stride_{name}{last}"), tensor.stride(), strict=True))
-
-
-def _tile_arguments(tiles: Tiles, precision: str) -> dict[str, int | str]:
-    return {
-        "BLOCK_N": tiles.block_n,
-        "BLOCK_K": tiles.block_k,
-        "BLOCK_D": tiles.block_d,
-        "PRECISION": precision,
-        "num_warps": tiles.num_warps,
-        "num_stages": tiles.num_stages,
-    }
-
-
-def specializations(arch: str) -> Iterator[Specialization]:
-    """The builds that ``aot`` checks: both kernels, 19, 150 and 1000 classes, bfloat16 and float32."""
-    pointers = ("patches_ptr", "classes_ptr", "weight_ptr")
-    sizes = dict.fromkeys(("num_patches", "num_classes", "dim"), "i32")
-    strides = ("stride_pb", "stride_pn", "stride_cb", "stride_ck")
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for classes in (19, 150, 1000):
-            common = {
-                **dict.fromkeys(pointers, f"*{name}"),
-                **dict.fromkeys(strides, "i64"),
-                **sizes,
-                "eps": "fp32",
-            }
-            for backward in (False, True):
-                tiles = launch_config(classes, dtype, backward, arch)
-                constexprs = {**_tile_arguments(tiles, "ieee"), "stride_pd": 1, "stride_cd": 1}
-                options = {key: int(constexprs.pop(key)) for key in ("num_warps", "num_stages")}
-                label = f"{'backward' if backward else 'forward'} K={classes} {name}"
-                if backward:
-                    signature = common | {"grad_ptr": f"*{name}", "u_ptr": f"*{name}"}
-                    signature |= {
-                        "patch_factor_ptr": "*fp32",
-                        "sums_ptr": "*fp32",
-                        "stride_gb": "i64",
-                        "stride_gn": "i64",
-                    }
-                    constexprs["stride_gk"] = 1
-                    kernel = mask_scores_backward_kernel
-                    odd = frozenset({"stride_gb", "stride_gn"})
-                else:
-                    signature = common | {"bias_ptr": f"*{name}", "out_ptr": f"*{name}"}
-                    constexprs["ONE_BLOCK"] = classes <= tiles.block_k
-                    kernel, odd = mask_scores_kernel, frozenset()
-                yield Specialization(f"mask_scores {label}", kernel, signature, constexprs, options, odd)

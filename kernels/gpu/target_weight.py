@@ -7,15 +7,12 @@ asked for the value, so that a CUDA graph can hold the launch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .cells import strides
-from .common import Specialization
+from ..loss_options import LossOptions
 
 TARGET_BLOCK = 512
 
@@ -25,9 +22,7 @@ def target_weight_kernel(
     target_ptr,  # (B, H', W')
     weight_ptr,  # (K,) or None
     partial_ptr,  # (B * H',)
-    stride_tb,
-    stride_th,
-    stride_tw,
+    target_strides,
     num_classes,
     rows,
     columns,
@@ -36,6 +31,7 @@ def target_weight_kernel(
 ):
     """Summed class weights of one row of the target; NaN where a target is no class."""
     dtype: tl.constexpr = partial_ptr.dtype.element_ty
+    stride_tb, stride_th, stride_tw = target_strides
     pid = tl.program_id(0).to(tl.int64)
     target_ptr += pid // rows * stride_tb + pid % rows * stride_th
     acc = tl.zeros((BLOCK,), dtype)
@@ -52,35 +48,21 @@ def target_weight_kernel(
     tl.store(partial_ptr + pid, tl.sum(acc, 0))
 
 
-def target_weight(
-    target: Tensor, ignore_index: int, weight: Tensor | None, num_classes: int, dtype: torch.dtype
-) -> Tensor:
+def target_weight(target: Tensor, options: LossOptions, num_classes: int, dtype: torch.dtype) -> Tensor:
     """Summed class weights of all pixels that count, float64 on the target's device."""
     batch, rows, columns = target.shape
     partial = target.new_empty(batch * rows, dtype=dtype)
     if batch:
         target_weight_kernel[(batch * rows,)](
             target_ptr=target,
-            weight_ptr=weight,
+            weight_ptr=options.weight,
             partial_ptr=partial,
-            **strides("stride_t", "bhw", target),
+            target_strides=target.stride(),
             num_classes=num_classes,
             rows=rows,
             columns=columns,
-            ignore_index=ignore_index,
+            ignore_index=options.ignore_index,
             BLOCK=TARGET_BLOCK,
             num_warps=4,
         )
     return partial.sum(dtype=torch.float64)
-
-
-def specializations(arch: str) -> Iterator[Specialization]:
-    """The builds that ``aot`` checks."""
-    yield Specialization(
-        "target_weight",
-        target_weight_kernel,
-        {"target_ptr": "*i64", "partial_ptr": "*fp32", "weight_ptr": "*fp32"}
-        | dict.fromkeys(("stride_tb", "stride_th", "num_classes", "rows", "columns", "ignore_index"), "i32"),
-        {"stride_tw": 1, "BLOCK": TARGET_BLOCK},
-        {"num_warps": 4},
-    )

@@ -13,7 +13,8 @@ is pruned: a NaN wins, as in torch.argmax. Not differentiable, nothing is saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,8 +23,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bilinear import Axis
-from .cells import GEOMETRY, geometry, strides, upper_weights
-from .common import Specialization, cell_start
+from .cells import GEOMETRY, cell_start, geometry, upper_weights
+from .common import launch_arguments
+
+TILING = ["cells_y", "parts_y", "groups_x", "parts_x"]
 
 
 @triton.jit
@@ -48,36 +51,22 @@ def class_range(ptrs, offsets, mask, wy, wx, dtype: tl.constexpr):
     return tl.where(mask, lower, -float("inf")), upper, ((c00 + c01) + (c10 + c11)) * 0.0
 
 
-@triton.jit(do_not_specialize=["num_classes", "cells_y", "groups_x", "parts_y", "parts_x", *GEOMETRY])
+@triton.jit(do_not_specialize=["num_classes", *TILING, *GEOMETRY])
 def upsample_argmax_kernel(
     masks_ptr,  # (B, K, h, w)
     labels_ptr,  # (B, H', W'), contiguous
-    stride_mb,
-    stride_mk,
-    stride_mh,
-    stride_mw,
+    masks_strides,
     num_classes,
-    height,
-    width,
-    step_y,
-    offset_y,
-    denominator_y,
-    kept_y,
-    step_x,
-    offset_x,
-    denominator_x,
-    kept_x,
-    cells_y,
-    groups_x,  # of CELLS cells
-    parts_y,  # tiles of a cell
-    parts_x,
-    CELLS: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y,
+    size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x,
+    cells_y, parts_y, groups_x, parts_x,  # parts: tiles of a cell; groups: of CELLS cells
+    CELLS: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """One tile of each of CELLS neighbouring cells; the first cell of a row or column is -1."""
     dtype: tl.constexpr = tl.float64 if masks_ptr.dtype.element_ty == tl.float64 else tl.float32
+    ys = Axis(size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y)
+    xs = Axis(size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x)
+    stride_mb, stride_mk, stride_mh, stride_mw = masks_strides
     pid = tl.program_id(0)
     part_x = pid % parts_x
     group_x = pid // parts_x % groups_x
@@ -86,34 +75,34 @@ def upsample_argmax_kernel(
     b = (pid // parts_x // groups_x // parts_y // cells_y).to(tl.int64)
     cells_x = (group_x * CELLS + tl.arange(0, CELLS)).to(tl.int64) - 1  # (CELLS,)
 
-    begin_y = cell_start(cell_y, step_y, offset_y, denominator_y, kept_y) + part_y * BLOCK_Y
-    begin_x = cell_start(cells_x, step_x, offset_x, denominator_x, kept_x) + part_x * BLOCK_X
-    end_y = cell_start(cell_y + 1, step_y, offset_y, denominator_y, kept_y)
-    end_x = cell_start(cells_x + 1, step_x, offset_x, denominator_x, kept_x)
+    begin_y = cell_start(cell_y, ys) + part_y * BLOCK_Y
+    begin_x = cell_start(cells_x, xs) + part_x * BLOCK_X
+    end_y = cell_start(cell_y + 1, ys)
+    end_x = cell_start(cells_x + 1, xs)
     filled = (begin_x < end_x) & (begin_y < end_y)
     if tl.max(filled.to(tl.int32), 0) == 0:
         return
 
     # Outputs before the first centre take their weights from cell 0, as in PyTorch: clamped to 0.
     top = tl.maximum(cell_y, 0)
-    left = tl.minimum(tl.maximum(cells_x, 0), width - 1)
+    left = tl.minimum(tl.maximum(cells_x, 0), xs.size_in - 1)
     offs_y = begin_y + tl.arange(0, BLOCK_Y)
     offs_x = begin_x[:, None] + tl.arange(0, BLOCK_X)[None, :]  # (CELLS, BLOCK_X)
-    wy = upper_weights(offs_y, end_y, top, step_y, offset_y, denominator_y, dtype)
-    wx = upper_weights(offs_x, end_x[:, None], left[:, None], step_x, offset_x, denominator_x, dtype)
+    wy = upper_weights(offs_y, end_y, top, ys, dtype)
+    wx = upper_weights(offs_x, end_x[:, None], left[:, None], xs, dtype)
     last_y, last_x = begin_y + BLOCK_Y - 1, begin_x + BLOCK_X - 1
     wy_range = (
-        upper_weights(begin_y, end_y, top, step_y, offset_y, denominator_y, dtype),
-        upper_weights(last_y, end_y, top, step_y, offset_y, denominator_y, dtype),
+        upper_weights(begin_y, end_y, top, ys, dtype),
+        upper_weights(last_y, end_y, top, ys, dtype),
     )
     wx_range = (
-        upper_weights(begin_x, end_x, left, step_x, offset_x, denominator_x, dtype)[:, None],
-        upper_weights(last_x, end_x, left, step_x, offset_x, denominator_x, dtype)[:, None],
+        upper_weights(begin_x, end_x, left, xs, dtype)[:, None],
+        upper_weights(last_x, end_x, left, xs, dtype)[:, None],
     )
 
     # Without a change of size there is no second input, as in PyTorch: 0 * inf would be NaN.
-    bottom = tl.minimum(top + (step_y != denominator_y).to(tl.int64), height - 1)
-    right = tl.minimum(left + (step_x != denominator_x).to(tl.int64), width - 1)
+    bottom = tl.minimum(top + (ys.step != ys.denominator).to(tl.int64), ys.size_in - 1)
+    right = tl.minimum(left + (xs.step != xs.denominator).to(tl.int64), xs.size_in - 1)
     upper_row = masks_ptr + b * stride_mb + top * stride_mh
     lower_row = masks_ptr + b * stride_mb + bottom * stride_mh
     p00, p01 = upper_row + left * stride_mw, upper_row + right * stride_mw  # (CELLS,)
@@ -155,7 +144,7 @@ def upsample_argmax_kernel(
             label = tl.where(wins, k[None, :, None], label)
             k = tl.min(tl.where(candidates > k[:, None], candidates, num_classes), 1)
 
-    ptrs_out = labels_ptr + (b * kept_y + offs_y[:, None, None]) * kept_x + offs_x[None]
+    ptrs_out = labels_ptr + (b * ys.kept + offs_y[:, None, None]) * xs.kept + offs_x[None]
     mask_out = (offs_y < end_y)[:, None, None] & (offs_x < end_x[:, None])[None]
     tl.store(ptrs_out, label.to(labels_ptr.dtype.element_ty), mask=mask_out)
 
@@ -180,10 +169,6 @@ def launch_config(rows: int, cols: int, num_classes: int) -> Tiles:
     return Tiles(cells, block_y, block_x, min(triton.next_power_of_2(num_classes), 256 // cells), num_warps=1)
 
 
-def _constants(tiles: Tiles) -> dict[str, int]:
-    return {"CELLS": tiles.cells, "BLOCK_Y": tiles.block_y, "BLOCK_X": tiles.block_x, "BLOCK_K": tiles.block_k}
-
-
 def upsample_argmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool) -> Tensor:
     """``(B, K, h, w)`` -> ``(B, H', W')``, uint8 where K <= 256 and int32 otherwise."""
     batch, num_classes, h, w = masks.shape
@@ -192,42 +177,15 @@ def upsample_argmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], ali
         return labels.zero_()
     ys, xs = (Axis.make(*axis, align_corners) for axis in zip((h, w), size, crop, strict=True))
     tiles = launch_config(ys.longest_cell, xs.longest_cell, num_classes)
-    groups_x = -(-xs.cells // tiles.cells)
     parts_y, parts_x = -(-ys.longest_cell // tiles.block_y), -(-xs.longest_cell // tiles.block_x)
-    upsample_argmax_kernel[(batch * ys.cells * parts_y * groups_x * parts_x,)](
+    tiling = ys.cells, parts_y, -(-xs.cells // tiles.cells), parts_x
+    upsample_argmax_kernel[(batch * math.prod(tiling),)](
         masks_ptr=masks,
         labels_ptr=labels,
-        **strides("stride_m", "bkhw", masks),
+        masks_strides=masks.stride(),
         num_classes=num_classes,
         **geometry(ys, xs),
-        cells_y=ys.cells,
-        groups_x=groups_x,
-        parts_y=parts_y,
-        parts_x=parts_x,
-        **_constants(tiles),
-        num_warps=tiles.num_warps,
+        **dict(zip(TILING, tiling, strict=True)),
+        **launch_arguments(tiles),
     )
     return labels
-
-
-def specializations(arch: str) -> Iterator[Specialization]:
-    """Cells of 1 to 16 outputs a side, channels-last as decoders leave them, and contiguous masks."""
-    strides_of = dict.fromkeys(("stride_mb", "stride_mk", "stride_mh", "stride_mw"), "i32")
-    sizes = dict.fromkeys(("num_classes", "cells_y", "groups_x", "parts_y", "parts_x", *GEOMETRY), "i32")
-    for side in (1, 2, 4, 8, 16):
-        for num_classes in (19, 150, 1000):
-            for dtype in ("bf16", "fp32"):
-                for unit in ("stride_mk", "stride_mw"):
-                    tiles = launch_config(side, side, num_classes)
-                    label_type = "*u8" if num_classes <= 256 else "*i32"
-                    signature = {"masks_ptr": f"*{dtype}", "labels_ptr": label_type, **strides_of, **sizes}
-                    del signature[unit]
-                    layout = "channels-last" if unit == "stride_mk" else "contiguous"
-                    yield Specialization(
-                        f"upsample_argmax {side}x{side} K={num_classes} {dtype} {layout}",
-                        upsample_argmax_kernel,
-                        signature,
-                        {unit: 1, **_constants(tiles)},
-                        {"num_warps": tiles.num_warps},
-                        frozenset({"stride_mw"} if unit == "stride_mk" else ()),
-                    )

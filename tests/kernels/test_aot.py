@@ -1,10 +1,12 @@
-"""Every kernel compiles for every target without a spill and within the chip's shared memory."""
+"""Every kernel compiles as its launches do, for every target, without a spill and within the chip's shared memory."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
-import types
+import pkgutil
+from typing import Any
 
 import pytest
 
@@ -15,23 +17,32 @@ if not HAS_TRITON:
 if INTERPRET:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled", allow_module_level=True)
 
-from segmenter_fast.kernels import aot
-from segmenter_fast.kernels.gpu.common import Specialization
+import triton
+from triton.compiler import make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from segmenter_fast.kernels import aot, gpu
+from segmenter_fast.kernels.gpu.launches import Launch, record, representative_calls
+
+SM_90 = aot.CHIPS["sm_90"].target
 
 
-def largest_tile(specialization: Specialization) -> int:
-    sizes = (value for name, value in specialization.constexprs.items() if name.startswith("BLOCK"))
-    return math.prod(value for value in sizes if isinstance(value, int))
+def constant(launch: Launch, name: str) -> Any:
+    return launch.constants[launch.kernel.arg_names.index(name),]
+
+
+def largest_tile(launch: Launch) -> int:
+    return math.prod(constant(launch, name) for name in launch.kernel.arg_names if name.startswith("BLOCK"))
 
 
 def samples(arch: str) -> list[str]:
     """Of each kernel the build with the largest tiles."""
-    largest: dict[str, Specialization] = {}
-    for specialization in aot.shipped(arch):
-        kernel = specialization.kernel.__name__
-        if kernel not in largest or largest_tile(specialization) > largest_tile(largest[kernel]):
-            largest[kernel] = specialization
-    return [specialization.name for specialization in largest.values()]
+    largest: dict[str, Launch] = {}
+    for launch in aot.shipped(arch):
+        kernel = launch.kernel.__name__
+        if kernel not in largest or largest_tile(launch) > largest_tile(largest[kernel]):
+            largest[kernel] = launch
+    return [launch.name for launch in largest.values()]
 
 
 def hold(wanted: list[tuple[str, str]]) -> None:
@@ -50,41 +61,88 @@ def test_the_largest_builds_ship_without_spills() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", aot.CHIPS)
 def test_every_build_ships_without_spills(arch) -> None:
-    hold([(arch, specialization.name) for specialization in aot.shipped(arch)])
+    hold([(arch, launch.name) for launch in aot.shipped(arch)])
 
 
-def argmax(**changes) -> Specialization:
-    first = next(s for s in aot.shipped("sm_90") if s.name.startswith("upsample_argmax"))
-    return first._replace(**changes)
+def kernels() -> set[str]:
+    """Names of all functions in ``kernels.gpu`` that are launched."""
+    modules = [importlib.import_module(f"{gpu.__name__}.{info.name}") for info in pkgutil.iter_modules(gpu.__path__)]
+    functions = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
+    return {function.__name__ for function in functions if function.__name__.endswith("_kernel")}
 
 
-def test_a_launch_and_a_build_see_the_same_divisibility() -> None:
-    # A stride divisible by 16 shows as an attribute of the argument; an odd one, or a size that varies, does not.
-    text = aot.compile_kernel(argmax(), "sm_90").asm["ttir"]
-    arguments = text[text.index("tt.func public") :].split("attributes {")[0]
-    divisible = {part.split(":")[0].strip(" %") for part in arguments.split(", %") if "tt.divisibility = 16" in part}
-    names = {name.split("(")[-1].strip(" %") for name in divisible}
-    assert {"labels_ptr", "stride_mb", "stride_mh"} <= names
-    assert not {"stride_mw", "num_classes", "height"} & names
+@pytest.mark.parametrize("arch", aot.CHIPS)
+def test_builds_are_what_launches_bind(arch, monkeypatch) -> None:
+    """Bind the arguments of each launch by Triton's binder: all kernels, signatures, constants and attributes."""
+    target = aot.CHIPS[arch].target
+    backend = make_backend(target)
+    bound: dict[str, list[tuple[Any, ...]]] = {}
+    run = JITFunction.run
+
+    def bind(kernel: Any, *args: Any, **kwargs: Any) -> Any:
+        arguments = {name: value for name, value in kwargs.items() if name not in ("grid", "warmup")}
+        binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+        values, specialization, options = binder(**arguments)
+        options, *build = kernel._pack_args(backend, arguments, values, specialization, options)
+        bound.setdefault(kernel.__name__, []).append((*build, options.num_warps, options.num_stages))
+        return run(kernel, *args, **kwargs)
+
+    monkeypatch.setattr(JITFunction, "run", bind)
+    launches = aot.shipped(arch)
+    assert {launch.kernel.__name__ for launch in launches} == set(bound) == kernels()
+    for launch in launches:
+        build = (launch.signature, launch.constants, launch.attributes, *launch.options.values())
+        assert build in bound[launch.kernel.__name__]
+
+
+def test_the_tiles_are_those_of_the_architecture() -> None:
+    tiles = {arch: {one.name for one in aot.shipped(arch) if "forward D=64 bf16" in one.name} for arch in aot.CHIPS}
+    assert "attention_forward D=64 bf16 ieee (64, 64, 4, 3)" in tiles["sm_90"]
+    assert "attention_forward D=64 bf16 ieee (64, 128, 4, 2)" in tiles["sm_100"]
+    assert "attention_forward D=64 bf16 ieee (64, 64, 4, 2)" in tiles["gfx942"]
+
+
+def test_unit_strides_are_constants() -> None:
+    launches = [launch for launch in aot.shipped("sm_90") if launch.name.startswith("mask_scores")]
+    assert {launch.kernel.__name__ for launch in launches} == {"mask_scores_kernel", "mask_scores_backward_kernel"}
+    for launch in launches:
+        strides = [kinds for name, kinds in launch.signature.items() if name.endswith("_strides")]
+        assert len(strides) >= 2
+        assert all(kinds[-1] == "constexpr" for kinds in strides)
+
+
+def test_recording_leaves_triton_as_it_was() -> None:
+    aot.shipped("sm_90")
+    assert triton.knobs.runtime.jit_cache_hook is None
+    assert triton.runtime.driver._active is None
+
+
+def argmax() -> Launch:
+    return next(launch for launch in aot.shipped("sm_90") if launch.name.startswith("upsample_argmax"))
+
+
+def test_divisible_arguments_are_marked() -> None:
+    """A stride divisible by 16 is marked; an odd one, or a size that varies, is not."""
+    text = aot.compile_launch(argmax(), "sm_90").asm["ttir"]
+    arguments = text[text.index("tt.func public") :].split("attributes {")[0].split(", %")
+    divisible = [number for number, part in enumerate(arguments) if "tt.divisibility = 16" in part]
+    assert divisible == [0, 1, 2, 3]  # masks_ptr, labels_ptr, stride_mb, stride_mh; not stride_mw or num_classes
 
 
 def test_addresses_are_64_bit() -> None:
-    text = aot.compile_kernel(argmax(), "sm_90").asm["ttir"]
+    text = aot.compile_launch(argmax(), "sm_90").asm["ttir"]
     additions = [line for line in text.splitlines() if "tt.addptr" in line]
     assert additions
     assert all(line.split(" loc(")[0].rstrip().endswith(("i64", "i64>")) for line in additions), additions
 
 
-def test_one_name_is_one_build(monkeypatch) -> None:
-    same, other = argmax(), argmax(options={"num_warps": 8})
-    module = types.SimpleNamespace(specializations=lambda arch: iter(builds))
-    monkeypatch.setattr(aot, "MODULES", ("one",))
-    monkeypatch.setattr(aot.importlib, "import_module", lambda *_: module)
-    builds = [same, same]
-    assert list(aot.shipped("sm_90")) == [same]
-    builds = [same, other]
-    with pytest.raises(ValueError, match=r"two different builds for sm_90 are called 'upsample_argmax"):
-        list(aot.shipped("sm_90"))
+def test_one_name_is_one_build() -> None:
+    layouts = {label: call for label, call in representative_calls() if label.startswith("1x1 K=150")}
+    narrow, wide = layouts["1x1 K=150 bf16 channels-last"], layouts["1x1 K=150 fp32 channels-last"]
+    twice = record(SM_90, iter([("label", narrow), ("other label", narrow)]))
+    assert [launch.name for launch in twice] == ["upsample_argmax label (1, 1, 128, 1, 3)"]
+    with pytest.raises(ValueError, match=r"have one name: upsample_argmax label \(1, 1, 128, 1, 3\)"):
+        record(SM_90, iter([("label", narrow), ("label", wide)]))
 
 
 def test_defects_are_named() -> None:
@@ -106,21 +164,18 @@ def test_amd_loads_are_counted_by_width() -> None:
         .vgpr_spill_count: 3
         .sgpr_spill_count: 2
     """
-    assert aot._read_amdgcn(text) == (
-        72,
-        3,
-        {128: 2, 32: 1, 16: 2},
-    )  # scalar registers spill into vector ones, not memory
+    # Scalar registers spill into vector ones, not memory.
+    assert aot._read_amdgcn(text) == (72, 3, {128: 2, 32: 1, 16: 2})
+
+
+def test_asynchronous_copies_are_counted_by_width() -> None:
+    (name,) = (one.name for one in aot.shipped("sm_90") if one.name.startswith("mask_scores K=150 bf16"))
+    (measured,) = aot.build_all([("sm_90", name)])
+    assert measured.loads[128] == 8  # patches and classes, 16 bytes at a time
 
 
 def test_a_kernel_that_does_not_compile_is_a_defect() -> None:
-    constexprs = argmax().constexprs | {"BLOCK_K": 3}  # no power of two
-    failed = aot.build(argmax(constexprs=constexprs), "sm_90")
+    launch = argmax()
+    constants = launch.constants | {(launch.kernel.arg_names.index("BLOCK_K"),): 3}  # no power of two
+    failed = aot.build(launch._replace(constants=constants), "sm_90")
     assert "power of 2" in failed.defect
-
-
-def test_a_forgotten_argument_is_an_error() -> None:
-    signature = dict(argmax().signature)
-    del signature["width"]
-    with pytest.raises(ValueError, match=r"wrong: \['width'\]"):
-        aot.compile_kernel(argmax(signature=signature), "sm_90")

@@ -1,0 +1,182 @@
+"""Launches of every kernel with representative tensors, recorded instead of run: what ``aot`` compiles.
+
+Triton itself binds and specialises the arguments, for a driver that stands for a GPU of the wanted architecture, and
+hands what it would compile to a hook. The tensors are on the meta device: nothing is allocated or computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from ..loss_options import LossOptions
+from ..registry import HEAD_SIZES
+from .attention_backward import attention_backward
+from .attention_forward import SHORT, attention_forward
+from .lattice import lattice_argmax, lattice_softmax
+from .mask_scores import mask_scores, mask_scores_backward
+from .upsample_argmax import upsample_argmax
+from .upsample_cross_entropy import pixel_backward, upsample_cross_entropy
+from .upsample_softmax import upsample_softmax, upsample_softmax_backward
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+BATCH, HEADS, GRID = 8, 12, 32
+
+empty = partial(torch.empty, device="meta")
+
+
+class Launch(NamedTuple):
+    """What Triton compiles for one launch, in the terms of ``triton.compiler.ASTSource``."""
+
+    name: str
+    kernel: Any
+    signature: dict[str, Any]  # argument -> type, nested for tuples; "constexpr" where the value is compiled in
+    constants: dict[tuple[int, ...], Any]  # position -> value
+    attributes: dict[tuple[int, ...], Any]  # position -> divisibility and the like
+    options: dict[str, int]
+
+
+def record(target: GPUTarget, calls: Iterator[tuple[str, Callable[[], object]]]) -> list[Launch]:
+    """The launches of labelled ``calls`` on a GPU that is ``target``, each build once.
+
+    Raises:
+        ValueError: two different builds have one name.
+    """
+    bound: list[tuple[Any, dict[str, Any]]] = []
+    found: dict[str, Launch] = {}  # by everything but the name
+
+    def keep(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        bound.append((fn.jit_function, compile))
+        return True  # Triton then neither compiles nor launches
+
+    stand_in: Any = SimpleNamespace(
+        get_current_target=lambda: target,
+        get_current_device=lambda: f"{target.backend} {target.arch}",
+        get_current_stream=lambda device: 0,
+    )
+    precision = torch.backends.cuda.matmul.fp32_precision
+    triton.runtime.driver.set_active(stand_in)
+    try:
+        with triton.knobs.runtime.scope():
+            triton.knobs.runtime.jit_cache_hook = keep
+            for label, call in calls:
+                bound.clear()
+                call()
+                for launch in (_launch(label, *one) for one in bound):
+                    found.setdefault(repr(launch[1:]), launch)
+    finally:
+        triton.runtime.driver.set_active(None)  # Triton finds its own driver again at the next launch
+        torch.backends.cuda.matmul.fp32_precision = precision
+    names = [launch.name for launch in found.values()]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"different builds for {target} have one name: {', '.join(sorted(twice))}")
+    return list(found.values())
+
+
+def _launch(label: str, kernel: Any, bound: dict[str, Any]) -> Launch:
+    """What Triton's hook was given. The name is the kernel's, the call's and the tile's: blocks, warps, stages."""
+    options = {"num_warps": bound["num_warps"], "num_stages": bound["num_stages"]}
+    constants = {kernel.arg_names[path[0]]: value for path, value in bound["constants"].items()}
+    tile = [value for name, value in constants.items() if name.startswith("BLOCK")]
+    name = f"{kernel.__name__.removesuffix('_kernel')} {label} {(*tile, *options.values())}"
+    return Launch(name, kernel, bound["signature"], bound["constants"], bound["configs"][0], options)
+
+
+def representative_calls() -> Iterator[tuple[str, Callable[[], object]]]:
+    """A label and a call of a launcher, for every op, dtype, layout and tile configuration that ships."""
+    yield from _attention()
+    yield from _lattice()
+    yield from _mask_scores()
+    yield from _upsample_argmax()
+    yield from _upsample_softmax()
+    yield from _upsample_cross_entropy()
+
+
+def _attention() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Only positive scales: a negative one negates the queries, no more."""
+    for name, dtype in DTYPES.items():
+        for dim in HEAD_SIZES:
+            for seq_len in (SHORT, SHORT + 1):
+                qkv = empty(BATCH, seq_len, 3, HEADS, dim, dtype=dtype)
+                out, lse = empty(BATCH, seq_len, HEADS, dim, dtype=dtype), empty(BATCH, HEADS, seq_len)
+                for precision in ("ieee", "tf32") if name == "fp32" else ("ieee",):
+                    torch.backends.cuda.matmul.fp32_precision = precision
+                    label = f"D={dim} {name} {precision}"
+                    yield label, partial(attention_forward, qkv, 0.125, False)
+                    yield f"{label} lse", partial(attention_forward, qkv, 0.125, True)
+                    yield label, partial(attention_backward, out, qkv, out, lse, 0.125)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+def _lattice() -> Iterator[tuple[str, Callable[[], object]]]:
+    for num_classes in (2, 150, 1000):
+        scores = empty(4096, num_classes)
+
+        def lattice(count: int, scores: Tensor = scores) -> tuple[Tensor, ...]:
+            index, weights = empty(count, 2, 512, dtype=torch.int64), empty(count, 512)
+            return scores, index, weights, index, weights
+
+        label = f"K={num_classes} fp32"
+        yield label, partial(lattice_softmax, *lattice(2))
+        yield f"of one {label}", partial(lattice_argmax, *lattice(1))
+        yield f"of votes {label}", partial(lattice_argmax, *lattice(2))
+
+
+def _mask_scores() -> Iterator[tuple[str, Callable[[], object]]]:
+    for name in ("bf16", "fp32"):
+        for num_classes in (19, 150, 1000):
+            sizes = (BATCH, GRID**2, 768), (BATCH, num_classes, 768), (num_classes,), (num_classes,)
+            tensors = [empty(size, dtype=DTYPES[name]) for size in sizes]
+            grad = empty(BATCH, GRID**2, num_classes, dtype=DTYPES[name])
+            yield f"K={num_classes} {name}", partial(mask_scores, *tensors, 1e-5)
+            yield f"K={num_classes} {name}", partial(mask_scores_backward, grad, *tensors, 1e-5)
+
+
+def _masks(num_classes: int, name: str, channels_last: bool = True) -> Tensor:
+    """``(B, K, h, w)``, by default channels-last as decoders leave them. No K here is a multiple of 16."""
+    if channels_last:
+        return empty(BATCH, GRID, GRID, num_classes, dtype=DTYPES[name]).permute(0, 3, 1, 2)
+    return empty(BATCH, num_classes, GRID, GRID, dtype=DTYPES[name])
+
+
+def _upsample_argmax() -> Iterator[tuple[str, Callable[[], object]]]:
+    for patch in (1, 2, 4, 8, 16):
+        size = (GRID * patch, GRID * patch)
+        for num_classes in (19, 150, 1000):
+            for name in ("bf16", "fp32"):
+                for layout in ("channels-last", "contiguous"):
+                    masks = _masks(num_classes, name, layout == "channels-last")
+                    label = f"{patch}x{patch} K={num_classes} {name} {layout}"
+                    yield label, partial(upsample_argmax, masks, size, size, False)
+
+
+def _upsample_softmax() -> Iterator[tuple[str, Callable[[], object]]]:
+    cases = [("bf16", num_classes, patch) for num_classes in (19, 150, 1000) for patch in (4, 16)]
+    for name, num_classes, patch in (*cases, ("fp32", 150, 16)):
+        label, masks, size = f"K={num_classes} P={patch} {name}", _masks(num_classes, name), (GRID * patch,) * 2
+        probabilities = empty(BATCH, num_classes, *size, dtype=DTYPES[name])
+        yield label, partial(upsample_softmax, masks, size, size, False)
+        yield label, partial(upsample_softmax_backward, probabilities, probabilities, (GRID, GRID), size, False)
+
+
+def _upsample_cross_entropy() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Letters of a label: g a gradient, w class weights, s smoothing; "pixels" is reduction "none"."""
+    cases = [("bf16", num_classes, patch, "g") for num_classes in (19, 150, 1000) for patch in (4, 8, 16)]
+    cases += [("fp32", 150, 16, "g"), ("fp32", 150, 16, "wsg"), ("bf16", 150, 16, "")]
+    for name, num_classes, patch, present in cases:
+        masks, size = _masks(num_classes, name), (GRID * patch, GRID * patch)
+        target = empty(BATCH, *size, dtype=torch.int64)
+        weight, smoothing = empty(num_classes) if "w" in present else None, 0.1 if "s" in present else 0.0
+        options = LossOptions(size, 255, weight, smoothing, "mean", align_corners=False)
+        label = f"K={num_classes} P={patch} {name} {present}".strip()
+        yield label, partial(upsample_cross_entropy, masks, target, options, "g" in present)
+    options = options._replace(reduction="none")
+    yield f"{label} pixels", partial(upsample_cross_entropy, masks, target, options, False)
+    yield f"{label} g pixels", partial(pixel_backward, empty(target.shape), masks, target, options)
