@@ -1,4 +1,4 @@
-"""``segmenter-fast convert`` and ``push``."""
+"""``segmenter-fast info``, ``variants``, ``convert`` and ``push``."""
 
 from __future__ import annotations
 
@@ -7,15 +7,32 @@ from typing import Any
 
 import huggingface_hub.hub_mixin
 import pytest
-from typer.testing import CliRunner, Result
 
-from segmenter_fast.cli import app
+import segmenter_fast as sf
+from segmenter_fast.config import PUBLISHED_MIOU
 from segmenter_fast.weights.reading import read_torch
 from support.checkpoints import GOLDEN, RecordingHub, official_folder, same, small_model
+from support.predict import call
 
 
-def call(*arguments: object) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+def test_info_says_what_a_checkpoint_is() -> None:
+    result = call("info", GOLDEN / "official_deit_linear")
+    assert result.exit_code == 0
+    for fact in ("the official program", "class, distillation", "64 x 64, patches of 16", "linear", "0.485", "7: "):
+        assert fact in result.output
+    parameters = sum(parameter.numel() for parameter in sf.load(GOLDEN / "official_deit_linear").parameters())
+    assert f"{parameters:,}" in result.output
+
+
+def test_variants_lists_all_with_the_published_figures() -> None:
+    result = call("variants")
+    assert result.exit_code == 0
+    rows = {cells[1].strip(): cells for line in result.output.splitlines() if len(cells := line.split("│")) > 3}
+    assert set(sf.VARIANTS) == set(rows)
+    for name, figures in PUBLISHED_MIOU.items():
+        assert " / ".join(map(str, figures)) in rows[name][4]
+    assert "6.7 M" in rows["seg_t_mask_16"][2]
+    assert "authors" in result.output
 
 
 def test_official_to_ours_and_back(tmp_path: Path) -> None:
