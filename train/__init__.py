@@ -1,1 +1,1 @@
-"""Training: data sets and augmentation, a plain PyTorch loop on one process or many, checkpoints, logs, evaluation."""
+"""Training: data sets, augmentation, a plain PyTorch loop in one process or many, checkpoints, logs, evaluation."""

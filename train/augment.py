@@ -1,6 +1,6 @@
 """Augmentation of images and labels together: mmsegmentation's pipeline, which Segmenter is trained with.
 
-In its order: resize by a random ratio, random crop in which no class fills too much, mirror, photometric distortion,
+Its order: resize by a random ratio, random crop in which no class fills too much, mirror, photometric distortion,
 normalise, pad. Sources: mmsegmentation's ``Resize``, ``RandomCrop``, ``RandomFlip``, ``PhotoMetricDistortion`` and
 ``Pad`` with the official program's settings. As there, images are resized bilinearly without antialiasing, labels to
 the nearest; colours are not rounded to integers between the steps, and the longer side has no limit.
@@ -24,12 +24,12 @@ except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision's oper
     ) from error
 
 CROPS = 10
-"""How many crops are tried for one in which no class fills too much; the next is taken as it is."""
+"""Crops that are tried to find one in which no class fills too much; the next is taken as it is."""
 BRIGHTNESS = 32 / 255
-"""The most that is added to colours within 0 to 1."""
+"""Largest number that is added to colours within 0 to 1."""
 CONTRAST = SATURATION = (0.5, 1.5)
 HUE = 18 / 180
-"""The most that hues are turned by, in whole turns."""
+"""Largest turn of hues, in whole turns."""
 
 
 @dataclass(frozen=True)
@@ -42,39 +42,31 @@ class TrainTransform:
     resize: int
     """Pixels of the smaller side at ratio 1."""
     crop: int
-    """Pixels of a side of what comes out."""
+    """Side of the result in pixels."""
     mean: Sequence[float]
     std: Sequence[float]
     """Of colours within 0 to 1, as in the model's configuration."""
     ratios: tuple[float, float] = (0.5, 2.0)
     """The ratio is uniform between these two."""
     max_share: float = 0.75
-    """Of one class among a crop's labelled pixels; 1 takes the first crop."""
+    """Largest share of one class among a crop's labelled pixels; 1 takes the first crop."""
     flip: bool = True
     """Whether half of the images are mirrored."""
     photometric: bool = True
     ignore_index: int = 255
-    """The label of pixels beyond the image; their colour is the mean."""
-
-    def __post_init__(self) -> None:
-        for name in ("resize", "crop"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1 pixel, got {getattr(self, name)}")
-        low, high = self.ratios
-        if not 0 < low <= high < float("inf"):
-            raise ValueError(f"ratios must be two positive numbers, the smaller first, got {low} and {high}")
-        if not 0 < self.max_share <= 1:
-            raise ValueError(f"max_share must be above 0 and at most 1, got {self.max_share}")
+    """Label of pixels outside the image; their colour is the mean."""
 
     def __call__(self, image: np.ndarray, labels: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         size = resized(labels.shape, max(1, int(self.resize * _uniform(*self.ratios, generator))))
-        target = resize_labels(_tensor(labels), size)
+        target = resize_labels(torch.from_numpy(np.require(labels, requirements=["C", "W"])), size)
         top, left = random_crop(target, self.crop, self.max_share, self.ignore_index, generator)
-        target = TF.crop_image(target, top, left, *_cropped(size, self.crop))
+        crop = top, left, min(size[0], self.crop), min(size[1], self.crop)
+        target = TF.crop_image(target, *crop)
 
-        pixels = _tensor(image).permute(2, 0, 1)  # channels-last memory, in which uint8 resizing is fastest
+        pixels = torch.from_numpy(np.require(image, requirements=["C", "W"]))
+        pixels = pixels.permute(2, 0, 1)  # channels-last memory, in which uint8 resizing is fastest
         pixels = TF.resize_image(pixels, list(size), InterpolationMode.BILINEAR, antialias=False)
-        pixels = TF.crop_image(pixels, top, left, *_cropped(size, self.crop))
+        pixels = TF.crop_image(pixels, *crop)
         if self.flip and _coin(generator):
             pixels, target = TF.horizontal_flip_image(pixels), TF.horizontal_flip_image(target)
         colors = pixels.contiguous().to(torch.float32).div_(255)
@@ -82,15 +74,15 @@ class TrainTransform:
             colors = photometric(colors, generator)
         colors = TF.normalize_image(colors, list(self.mean), list(self.std), inplace=True)
 
-        beyond = [0, 0, self.crop - target.shape[1], self.crop - target.shape[0]]  # left, top, right, bottom
-        if any(beyond):
-            colors = TF.pad_image(colors, beyond, fill=0)
-            target = TF.pad_image(target[None], beyond, fill=self.ignore_index)[0]
+        padding = [0, 0, self.crop - target.shape[1], self.crop - target.shape[0]]  # left, top, right, bottom
+        if any(padding):
+            colors = TF.pad_image(colors, padding, fill=0)
+            target = TF.pad_image(target[None], padding, fill=self.ignore_index)[0]
         return colors, target.to(torch.int64)
 
 
 def resized(size: Sequence[int], smaller_side: int) -> tuple[int, int]:
-    """``(H, W)`` scaled so that the smaller side is this; the other is rounded, to at least a pixel."""
+    """Scale ``(H, W)`` to this smaller side; the other is rounded, to at least a pixel."""
     factor = smaller_side / min(size)
     height, width = (max(1, int(side * factor + 0.5)) for side in size)
     return height, width
@@ -108,10 +100,10 @@ def resize_labels(labels: Tensor, size: tuple[int, int]) -> Tensor:
 def random_crop(
     labels: Tensor, crop: int, max_share: float, ignore_index: int, generator: torch.Generator
 ) -> tuple[int, int]:
-    """Top and left of a crop in which no class fills ``max_share`` of the labelled pixels, if ``CROPS`` draws find one.
+    """Draw top and left of a crop in which no class fills ``max_share`` of the labelled pixels, in ``CROPS`` attempts.
 
-    One class alone, and no labelled pixel, count as too much. Where the image is no larger than the crop there is one
-    place only, and nothing is tried.
+    One class alone, and no labelled pixel, count as too much. Where the image is no larger than the crop there is only
+    one place, and nothing is tried.
     """
     margins = [max(side - crop, 0) for side in labels.shape]
     top, left = (_below(margin + 1, generator) for margin in margins)
@@ -127,42 +119,32 @@ def random_crop(
 
 
 def photometric(colors: Tensor, generator: torch.Generator) -> Tensor:
-    """``(3, H, W)`` within 0 to 1: brightness, contrast, saturation and hue changed, each in half of the cases.
+    """Change brightness, contrast, saturation and hue of ``(3, H, W)`` within 0 to 1, each in half of the cases.
 
     Contrast, which is a factor, comes before saturation and hue or after them, with equal odds.
     """
     if _coin(generator):
         colors = colors.add(_uniform(-BRIGHTNESS, BRIGHTNESS, generator)).clamp_(0, 1)
     contrast_first = _coin(generator)
-    if contrast_first:
-        colors = _contrast(colors, generator)
+    if contrast_first and _coin(generator):
+        colors = colors.mul(_uniform(*CONTRAST, generator)).clamp_(0, 1)
     if _coin(generator):
         colors = saturate(colors, _uniform(*SATURATION, generator))
     if _coin(generator):
         colors = TF.adjust_hue_image(colors, _uniform(-HUE, HUE, generator))
-    return colors if contrast_first else _contrast(colors, generator)
+    if not contrast_first and _coin(generator):
+        colors = colors.mul(_uniform(*CONTRAST, generator)).clamp_(0, 1)
+    return colors
 
 
 def saturate(colors: Tensor, factor: float) -> Tensor:
-    """Multiplies the saturation of HSV, up to 1, without the way through HSV.
+    """Multiply the saturation of HSV, up to 1, without a conversion to HSV.
 
     There a channel is ``value * (1 - saturation * weight)`` with a weight that depends on the hue alone.
     """
     value, least = colors.amax(0), colors.amin(0)
     most = value / (value - least).clamp_(min=1e-6)  # the factor that makes the saturation 1
     return value - (value - colors) * most.clamp_(max=factor)
-
-
-def _contrast(colors: Tensor, generator: torch.Generator) -> Tensor:
-    return colors.mul(_uniform(*CONTRAST, generator)).clamp_(0, 1) if _coin(generator) else colors
-
-
-def _cropped(size: tuple[int, int], crop: int) -> tuple[int, int]:
-    return min(size[0], crop), min(size[1], crop)
-
-
-def _tensor(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.require(array, requirements=["C", "W"]))
 
 
 def _uniform(low: float, high: float, generator: torch.Generator) -> float:

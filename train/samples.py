@@ -123,7 +123,7 @@ def read_batches(
     loader: DataLoader[Batch | Exception] = DataLoader(
         samples,
         batch_size=None,
-        sampler=keys,  # type: ignore[arg-type]
+        sampler=keys,
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=StopRequest.ignore,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -210,19 +209,3 @@ def test_photometric_distortion_leaves_its_input_alone() -> None:
     before = colors.clone()
     assert any(not torch.equal(photometric(colors, generator(seed)), before) for seed in range(4))
     assert torch.equal(colors, before)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"resize": 0}, "resize must be at least 1 pixel, got 0"),
-        ({"crop": -3}, "crop must be at least 1 pixel, got -3"),
-        ({"ratios": (2.0, 0.5)}, "ratios must be two positive numbers, the smaller first, got 2.0 and 0.5"),
-        ({"ratios": (0.0, 0.5)}, "ratios must be two positive numbers"),
-        ({"max_share": 0.0}, "max_share must be above 0 and at most 1, got 0.0"),
-    ],
-)
-def test_settings_are_checked(fields: dict[str, Any], message: str) -> None:
-    make: Callable[..., TrainTransform] = TrainTransform
-    with pytest.raises(ValueError, match=message):
-        make(**{"resize": 8, "crop": 8, "mean": (0.5,) * 3, "std": (0.5,) * 3, **fields})
