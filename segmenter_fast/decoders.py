@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from . import kernels
 from .config import Pair, SegmenterConfig
-from .vit import make_blocks
+from .vit import make_blocks, padded_size
 
 
 def upsampled_size(config: SegmenterConfig, size: Sequence[int]) -> Pair:
     """(height, width) in pixels that the masks of an image of ``size`` are upsampled to, before the crop to it."""
-    step = config.patch_size if config.upsample_to == "padded" else 1
-    return -(-size[0] // step) * step, -(-size[1] // step) * step
+    return padded_size(size, config.patch_size if config.upsample_to == "padded" else 1)
 
 
 class LinearDecoder(nn.Module):

@@ -6,6 +6,7 @@ Parameter names are those of timm and of the official Segmenter program.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -24,11 +25,17 @@ def check_images(images: Tensor, uint8: bool = False) -> None:
         raise TypeError(f"images must be {allowed}, got {images.dtype}; segmenter_fast.predict takes uint8 images")
 
 
+def padded_size(size: Sequence[int], patch_size: int) -> Pair:
+    """(height, width) in pixels rounded up to whole patches."""
+    return -(-size[0] // patch_size) * patch_size, -(-size[1] // patch_size) * patch_size
+
+
 def pad_to_patches(images: Tensor, patch_size: int) -> Tensor:
-    """``(B, 3, H, W)`` zero-padded at the bottom and right to multiples of the patch size."""
+    """``(B, 3, H, W)`` zero-padded at the bottom and right to whole patches."""
     height, width = images.shape[2:]
-    if height % patch_size or width % patch_size:
-        images = F.pad(images, (0, -width % patch_size, 0, -height % patch_size))
+    padded = padded_size((height, width), patch_size)
+    if padded != (height, width):
+        images = F.pad(images, (0, padded[1] - width, 0, padded[0] - height))
     return images
 
 

@@ -66,6 +66,17 @@ def test_compiled_in_one_graph_and_again_for_another_batch(family: str) -> None:
             torch.testing.assert_close(fast(pixels), model(images), rtol=0, atol=2e-4)
 
 
+def test_compiles_for_many_image_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the second size on, the compiler takes sizes for symbols, whole patches or not."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    model = sf.create_model("seg_t_linear_16", image_size=32, num_classes=2, depth=1).eval()
+    fast = model.optimize(torch.float32)
+    with torch.no_grad():
+        for size in ((32, 40), (48, 56), (128, 33)):
+            images = torch.randn(1, 3, *size)
+            torch.testing.assert_close(fast(images), model(images), rtol=0, atol=2e-4)
+
+
 def test_many_models_compile_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The compiler's limit of recompilations is one model's, not shared by all."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
