@@ -89,6 +89,7 @@ def predict(
         remaining = [job for job in jobs if not (resume and job.finished)]
         report = PredictionReport(skipped=len(jobs) - len(remaining))
         world.begin(len(remaining))
+        done, total = world.counts() or (0, len(remaining))
         try:
             if remaining:
                 world.use_own_gpu()
@@ -102,7 +103,7 @@ def predict(
                 settings = Settings.of(config, window, stride, scale_factors, flip, batch_size)
             start = time.perf_counter()
             with _bars(leads) as bars:
-                images = bars.add_task("segmenting", total=len(remaining), unit="images/s")
+                images = bars.add_task("segmenting", completed=done, total=total, unit="images/s")
                 windows = bars.add_task("", total=None, visible=False, unit="windows/s")
 
                 def show() -> None:
@@ -111,7 +112,6 @@ def predict(
                     done, total = world.counts() or own
                     bars.update(images, completed=done, total=total)
 
-                show()
                 for job in remaining:
                     bars.reset(windows, description=job.source.name, visible=False)
                     progress = functools.partial(bars.update, windows, visible=True)

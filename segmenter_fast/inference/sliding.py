@@ -135,14 +135,15 @@ def slide_rows(
     op = kernels.lattice_argmax if output == "labels" else kernels.lattice_softmax
     while start < size[0]:
         if band is None:
-            views[0].advance(start, start + 1, report)
+            views[0].advance(views[0].down.needed(start, start + 1), report)
             classes = views[0].held[0].shape[2]
             points = sum((len(view.down.start) - 1) * (len(view.across.start) - 1) for view in views)
             elements = points * classes / size[0] + size[1] * (classes if output == "probabilities" else 1)
             band = max(int(_BAND_ELEMENTS / elements), 8)
         end = min(start + band, size[0])
-        for view in views:
-            view.advance(start, end, report)
+        needed = [view.down.needed(start, end) for view in views]
+        for view, ranges in zip(views, needed, strict=True):
+            view.advance(ranges, report)
         yield start, op(*_lattice(views, start, end))
         start = end
 
@@ -161,12 +162,11 @@ class ImageView:
         self.held: list[Tensor] = []  # (grid, columns * grid, K): masks of rows of windows, from the first needed one
         self.strip_row, self.strip = -1, torch.empty(0)  # row of windows whose pixels were read last, and the pixels
 
-    def advance(self, first: int, last: int, report: Callable[[], None]) -> None:
-        """Hold the masks of all windows that outputs ``[first, last)`` need, and none above them."""
-        before = self.needed[1]
-        self.needed = self.down.needed(first, last)
-        rows = self.needed[1]
-        del self.held[: rows.start - before.start]
+    def advance(self, needed: tuple[range, range], report: Callable[[], None]) -> None:
+        """Hold the masks of the needed rows of windows, and none above them; see ``Lattice.needed``."""
+        rows = needed[1]
+        del self.held[: rows.start - self.needed[1].start]
+        self.needed = needed
         # Leave out whole batches that no output needs. The others give, to the bit, the masks of a run from the top.
         if (skipped := rows.start * self.columns // self.batch_size * self.batch_size - self.done) > 0:
             self.done += skipped
