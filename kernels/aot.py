@@ -1,4 +1,4 @@
-"""Compile every shipped kernel and launch configuration ahead of time, for targets that need not be at hand.
+"""Compile every kernel and launch configuration for every target, without a GPU.
 
 ``python -m segmenter_fast.kernels.aot`` prints registers, spills, shared memory and global loads by width, and exits
 with 1 where a kernel spills or asks for more shared memory than a block of the chip can have. A build is what Triton
@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -30,12 +30,9 @@ from triton.errors import TritonError
 from .gpu.launches import Launch, record, representative_calls
 
 
-@dataclass(frozen=True)
-class Chip:
-    """A target and the shared memory, in bytes, that one block can have."""
-
+class Chip(NamedTuple):
     target: GPUTarget
-    shared_limit: int
+    shared_limit: int  # bytes of shared memory that one block can have
 
 
 CHIPS = {
@@ -48,7 +45,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Build:
-    """What the disassembly of one build says. ``spills`` counts vector registers (AMD) or local accesses (NVIDIA)."""
+    """Figures of one build. ``spills`` counts vector registers (AMD) or accesses to local memory (NVIDIA)."""
 
     name: str
     arch: str
@@ -60,7 +57,7 @@ class Build:
 
     @property
     def defect(self) -> str:
-        """Why the build must not ship, or nothing."""
+        """Reason not to ship the build, or an empty text."""
         if self.error:
             return self.error
         limit = CHIPS[self.arch].shared_limit
@@ -70,7 +67,7 @@ class Build:
 
 
 def shipped(arch: str) -> list[Launch]:
-    """Every launch that ships, as recorded on ``arch``."""
+    """All launches on ``arch``, as recorded."""
     return record(CHIPS[arch].target, representative_calls())
 
 
@@ -137,7 +134,7 @@ def build_all(wanted: Sequence[tuple[str, str]], jobs: int = 2) -> list[Build]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 where a build has a defect."""
+    """Print the table; return 1 if a build has a defect."""
     parser = argparse.ArgumentParser(prog="python -m segmenter_fast.kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=CHIPS, default=list(CHIPS))
     parser.add_argument("--only", default="", help="only builds whose name contains this text")

@@ -3,10 +3,10 @@
 With p = exp(q k^T * scale - lse), by exp2, dO = ``grad_out`` and O = ``out`` (shapes as in ``attention_forward``):
     delta_i = dO_i . O_i        ds = p * (dO v^T - delta)
     dv = p^T dO                 dk = ds^T q * scale              dq = ds k * scale
-Two passes, each of which owns what it writes, so that there are no atomics and equal input gives equal bits. The first
-owns BLOCK_M queries, forms delta (saved for the second) and walks the keys for dq; the second owns BLOCK_N keys and
-walks the queries for dk and dv. Both rebuild p from the saved log-sum-exp. The three gradients are written as the
-slices of one contiguous ``(B, N, 3, H, D)`` buffer.
+Two passes without atomics: each program owns what it writes, so that equal input gives equal bits. A program of the
+first pass owns BLOCK_M queries, computes delta (saved for the second) and visits the keys for dq; one of the second
+owns BLOCK_N keys and visits the queries for dk and dv. Both compute p again from the saved log-sum-exp. The gradients
+are the three slices of one contiguous ``(B, N, 3, H, D)`` buffer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def _add_keys(
     dq, q, grad_out, lse, delta, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
     ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dq`` plus what ROWS keys add to it, not yet scaled."""
+    """Add to ``dq``, not yet scaled, the share of ROWS keys."""
     k = load_rows(k_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     v = load_rows(v_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])  # (BLOCK_M, ROWS)
@@ -40,7 +40,7 @@ def _add_queries(
     dk, dv, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, start, stride_n, stride_grad_n, seq_len, scale_log2,
     ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``dk`` (not yet scaled) and ``dv`` plus what ROWS queries add to them."""
+    """Add to ``dk``, not yet scaled, and ``dv`` the share of ROWS queries."""
     q = load_rows(q_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     grad_out = load_rows(grad_out_ptr, start, stride_grad_n, seq_len, ROWS, DIM, PAD, EDGE)
     offs_m = start + tl.arange(0, ROWS)
@@ -66,24 +66,15 @@ def attention_backward_queries_kernel(
     lse_ptr,  # (B, H, N), contiguous, to base 2
     delta_ptr,  # (B, H, N), contiguous, written
     grad_qkv_ptr,  # (B, N, 3, H, D), contiguous; the queries' slice is written
-    stride_grad_b: tl.int64,
-    stride_grad_n: tl.int64,
-    stride_grad_h: tl.int64,
-    stride_b: tl.int64,
-    stride_n: tl.int64,
-    stride_s: tl.int64,
-    stride_h: tl.int64,
+    stride_grad_b: tl.int64, stride_grad_n: tl.int64, stride_grad_h: tl.int64,
+    stride_b: tl.int64, stride_n: tl.int64, stride_s: tl.int64, stride_h: tl.int64,
     seq_len,
     heads,
     scale,
     scale_log2,  # scale * log2(e), rounded as in the forward
-    HEAD_DIM: tl.constexpr,
-    PAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(seq_len, BLOCK_M)
     head_index = (tl.program_id(0) // blocks).to(tl.int64)
     start_m = (tl.program_id(0) % blocks) * BLOCK_M
@@ -128,24 +119,15 @@ def attention_backward_keys_kernel(
     lse_ptr,  # (B, H, N), contiguous, to base 2
     delta_ptr,  # (B, H, N), contiguous
     grad_qkv_ptr,  # (B, N, 3, H, D), contiguous; the slices of keys and values are written
-    stride_grad_b: tl.int64,
-    stride_grad_n: tl.int64,
-    stride_grad_h: tl.int64,
-    stride_b: tl.int64,
-    stride_n: tl.int64,
-    stride_s: tl.int64,
-    stride_h: tl.int64,
+    stride_grad_b: tl.int64, stride_grad_n: tl.int64, stride_grad_h: tl.int64,
+    stride_b: tl.int64, stride_n: tl.int64, stride_s: tl.int64, stride_h: tl.int64,
     seq_len,
     heads,
     scale,
     scale_log2,  # scale * log2(e), rounded as in the forward
-    HEAD_DIM: tl.constexpr,
-    PAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_M: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAIL_M: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(seq_len, BLOCK_N)
     head_index = (tl.program_id(0) // blocks).to(tl.int64)
     start_n = (tl.program_id(0) % blocks) * BLOCK_N
@@ -180,7 +162,7 @@ def attention_backward_keys_kernel(
     store_rows(dv_ptr, dv, start_n, 3 * stride_out, seq_len, BLOCK_N, HEAD_DIM, PAD_DIM)
 
 
-# As in the forward: short and long sequences, each with the tiles of the queries' pass and of the keys' pass.
+# As in the forward, short and long sequences; each has the tiles of the queries' pass and of the keys' pass.
 _HALF = {
     ("sm_80", False): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)), (Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))),
     ("sm_80", True): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)), (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2))),
@@ -206,14 +188,14 @@ _FLOAT_GFX = {
 
 
 def launch_config(head_dim: int, seq_len: int, dtype: torch.dtype, arch: str) -> tuple[Tiles, Tiles]:
-    """The tiles of the queries' and of the keys' pass, chosen as in the forward."""
+    """Tiles of the queries' pass and of the keys' pass, chosen as in the forward."""
     if dtype == torch.float32:
         return (_FLOAT_GFX if arch.startswith("gfx") else _FLOAT)[triton.next_power_of_2(head_dim)]
     return _HALF[table_arch(arch), head_dim > 64][seq_len > SHORT]
 
 
 def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """Gradient of ``qkv`` as one contiguous ``(B, N, 3, H, D)`` buffer. A ``grad_out`` with a last stride is copied."""
+    """Gradient of ``qkv``, ``(B, N, 3, H, D)``, contiguous. A ``grad_out`` whose last stride is not 1 is copied."""
     check(qkv)
     b, n, _, heads, dim = qkv.shape
     grad_qkv = qkv.new_empty(qkv.shape)

@@ -2,13 +2,13 @@
 
 For each head of ``qkv (B, N, 3, H, D)``, with s = q k^T * scale of shape (N, N):
     lse_i = log sum_j exp(s_ij)        out_i = sum_j exp(s_ij - lse_i) v_j
-One program owns BLOCK_M queries of one head and walks the keys with an online softmax in base 2: the statistics are
-kept in units of log 2, so that ``exp2(q k^T * (scale * log2 e) - max)`` is one fused multiply-add and one exponential.
-Full key blocks run without masks. What is left of a ragged sequence (2^k + 1 tokens: one key) is walked in blocks of
-TAIL_N = 16 keys, the narrowest that a matrix product takes.
+One program owns BLOCK_M queries of one head and visits the keys with an online softmax in base 2: the statistics are
+in units of log 2, so that ``exp2(q k^T * (scale * log2 e) - max)`` is one fused multiply-add and one exponential.
+Full key blocks run without masks. The rest of a ragged sequence (2^k + 1 tokens: one key) runs in blocks of
+TAIL_N = 16 keys, the smallest size of a matrix product.
 
-Saved for the backward, only where a gradient is needed: ``lse (B, H, N)`` in float32 and in units of log 2, in which
-it is found and used: two conversions less to round a log-sum-exp of 1e4, whose last place is a thousandth of p.
+Saved for the backward, only where a gradient is needed: ``lse (B, H, N)``, float32. It stays in units of log 2 to avoid
+two roundings: the last place of a log-sum-exp of 1e4 is a thousandth of p.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SHORT = 512  # tokens
 def load_rows(
     ptr, start, stride_n, seq_len, ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr
 ):
-    """Rows ``start`` to ``start + ROWS`` of one head, ``(ROWS, PAD)``; zeros past DIM and, at an EDGE, past the end."""
+    """Load rows ``start`` to ``start + ROWS`` of one head, ``(ROWS, PAD)``; zeros past DIM and, at an EDGE, the end."""
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, PAD)[None, :]
     ptrs = ptr + start * stride_n + rows.to(tl.int64)[:, None] * stride_n + cols
@@ -45,7 +45,7 @@ def load_rows(
 
 @triton.jit
 def store_rows(ptr, tile, start, stride_n, seq_len, ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr):
-    """The inverse of ``load_rows`` at an edge, in the dtype of ``ptr``."""
+    """Store what ``load_rows`` loads at an edge, in the dtype of ``ptr``."""
     rows = tl.arange(0, ROWS)
     cols = tl.arange(0, PAD)[None, :]
     ptrs = ptr + start * stride_n + rows.to(tl.int64)[:, None] * stride_n + cols
@@ -57,7 +57,7 @@ def _attend(
     q, acc, row_max, row_sum, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
     ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take ROWS keys into the online softmax. ``row_max`` is scaled; every exponent sees the same rounding of it."""
+    """Add ROWS keys to the online softmax. ``row_max`` is scaled once, so that all exponents round it alike."""
     k = load_rows(k_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     scores = tl.dot(q, k.T, input_precision=PRECISION)  # (BLOCK_M, ROWS)
     if EDGE:
@@ -78,22 +78,15 @@ def attention_forward_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     out_ptr,  # (B, N, H, D), contiguous
     lse_ptr,  # (B, H, N), contiguous
-    stride_b: tl.int64,
-    stride_n: tl.int64,
-    stride_s: tl.int64,
-    stride_h: tl.int64,
+    stride_b: tl.int64, stride_n: tl.int64, stride_s: tl.int64, stride_h: tl.int64,
     seq_len,
     heads,
     scale_log2,  # |scale| * log2(e)
-    NEGATIVE: tl.constexpr,  # the sign of the scale: the maximum of the scaled scores needs a positive factor
+    NEGATIVE: tl.constexpr,  # the scale is negative; the maximum of the scaled scores needs a positive factor
     WITH_LSE: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TAIL_N: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    TAIL_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     blocks = tl.cdiv(seq_len, BLOCK_M)
     head_index = (tl.program_id(0) // blocks).to(tl.int64)  # of all B * H heads; neighbours share keys in the cache
     start_m = (tl.program_id(0) % blocks) * BLOCK_M
@@ -130,7 +123,7 @@ def attention_forward_kernel(
 
 
 class Tiles(NamedTuple):
-    """Queries and keys of a tile, and how a program runs it."""
+    """Queries and keys of a tile, warps and pipeline stages of a program."""
 
     block_m: int
     block_n: int
@@ -149,13 +142,14 @@ _HALF = {
     ("gfx942", False): (Tiles(64, 64, 4, 2), Tiles(128, 64, 4, 2)),
     ("gfx942", True): (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
 }
-# float32, by padded head size: without TF32 its products run on the FMA units, whose operands fill the registers.
+# float32, by padded head size: without TF32 the products run on the FMA units, and their operands fill the registers.
 _FLOAT = {16: Tiles(64, 32, 8, 2), 32: Tiles(64, 32, 8, 2), 64: Tiles(32, 32, 4, 2), 128: Tiles(16, 32, 8, 2)}
 
 
 def launch_config(head_dim: int, seq_len: int, dtype: torch.dtype, arch: str) -> Tiles:
-    """The tiles of a launch. No table was measured: tiles are the largest that aot builds without spills, except that
-    up to SHORT tokens 64 queries leave fewer empty rows behind a 2^k + 1 sequence than 128.
+    """Tiles of a launch: the largest that aot builds without spills; no table was measured.
+
+    Up to SHORT tokens tiles have 64 queries, because 128 leave more empty rows after a 2^k + 1 sequence.
     """
     if dtype == torch.float32:
         return _FLOAT[triton.next_power_of_2(head_dim)]
@@ -163,7 +157,7 @@ def launch_config(head_dim: int, seq_len: int, dtype: torch.dtype, arch: str) ->
 
 
 def table_arch(arch: str) -> str:
-    """The row of the launch tables for any chip; sm_80's tiles fit the 99 KB of shared memory of sm_86, 89 and 120."""
+    """Row of the launch tables for any chip; sm_80's tiles fit the 99 KB of shared memory of sm_86, 89 and 120."""
     if arch.startswith("gfx"):
         return "gfx942"
     return "sm_100" if arch.startswith("sm_10") else arch if arch == "sm_90" else "sm_80"
@@ -180,7 +174,7 @@ def check(qkv: Tensor) -> None:
 
 
 def qkv_strides(qkv: Tensor) -> dict[str, int]:
-    """Launch arguments. Scalars annotated as int64 take fewer registers than a tuple, whose elements are int32."""
+    """Launch arguments: int64 scalars, because a tuple's int32 elements spill (sm_90, float32, D = 16, backward)."""
     return dict(zip(("stride_b", "stride_n", "stride_s", "stride_h"), qkv.stride()[:4], strict=True))
 
 

@@ -2,8 +2,8 @@
 
 Cell (cy, cx) of ``h x w`` holds the outputs that mix inputs (cy, cx), (cy, cx + 1), (cy + 1, cx), (cy + 1, cx + 1),
 its corners, clamped at the far border. Outputs before the first centre belong to cell 0, where their upper weight is
-clamped to 0, as in PyTorch. A backward kernel leaves each cell's share of its corners' gradients in a float scratch
-``(splits, B, h, w, 4, K)``; ``sum_corners`` adds up what meets at an input, always in the same order: no atomics.
+clamped to 0, as in PyTorch. A backward kernel stores each cell's share of its corners' gradients in a float scratch
+``(splits, B, h, w, 4, K)``; ``sum_corners`` adds the shares of an input, always in the same order and without atomics.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ GEOMETRY = [f"{field}_{axis}" for axis in "yx" for field in Axis._fields]
 
 
 def geometry(ys: Axis, xs: Axis) -> dict[str, int]:
-    """The launch arguments ``GEOMETRY``. They are scalars, because Triton specialises each element of a tuple."""
+    """Launch arguments named in ``GEOMETRY``: scalars, because Triton compiles again for new values in a tuple."""
     return dict(zip(GEOMETRY, (*ys, *xs), strict=True))
 
 
 class Tiles(NamedTuple):
-    """Outputs and classes of a tile, classes of a walk along the corners alone, and how a program runs them."""
+    """Outputs and classes of a tile, classes of a step along the corners alone, warps and stages of a program."""
 
     block_y: int
     block_x: int
@@ -52,14 +52,14 @@ def fit_tile(num_classes: int, longest_y: int, longest_x: int, most: int) -> Til
 
 
 def splits_of(ys: Axis, xs: Axis, batch: int, block_y: int, block_x: int) -> int:
-    """Into how many programs to split a cell: one, unless the cells are too few to fill a device."""
+    """Number of programs for a cell: one, unless the cells are too few to fill a device."""
     cell_tiles = -(-ys.longest_cell // block_y) * -(-xs.longest_cell // block_x)
     return min(cell_tiles, -(-512 // max(batch * ys.size_in * xs.size_in, 1)))
 
 
 @triton.jit
 def cell_start(cell, axis):
-    """``Axis.start``: the first kept output of ``cell`` (int64, so that the products cannot overflow)."""
+    """First kept output of ``cell``, as in ``Axis.cell_starts``; int64, so that the products cannot overflow."""
     step = tl.maximum(axis.step, 1)
     return tl.minimum((tl.maximum(cell * axis.denominator - axis.offset, 0) + step - 1) // step, axis.kept)
 
@@ -153,9 +153,10 @@ def corner_logits(cell, k, mask, scale: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def mix(lower, upper, weight, EXACT: tl.constexpr):
-    """``(1 - weight) * lower + weight * upper``; EXACT: rounded as PyTorch's, else one multiply-add, by the rise.
+    """``(1 - weight) * lower + weight * upper``, EXACT: with PyTorch's roundings; else as one multiply-add.
 
-    Where ``lower`` is -inf the rise is ``upper`` itself, which keeps -inf and, at weight 0, PyTorch's 0 * inf = NaN.
+    A multiply-add takes the difference of both; where ``lower`` is -inf it takes ``upper``, which keeps -inf and, at
+    weight 0, PyTorch's 0 * inf = NaN.
     """
     if EXACT:
         return (1 - weight) * lower + weight * upper
@@ -173,7 +174,7 @@ def logits(cell, k, weights, FAR: tl.constexpr, dtype: tl.constexpr):
     scale: tl.constexpr = 1.0 if FAR else LOG2_E
     weight_y, weight_x = weights
     c00, c01, c10, c11 = corner_logits(cell, k, k < cell[2], scale, dtype)
-    # Along x first: a thread holds a column of pixels, for which that is one pair of values.
+    # Along x first: a thread holds a column of pixels, which share that pair of values.
     top = mix(c00[None, :], c01[None, :], weight_x[:, None], FAR)
     bottom = mix(c10[None, :], c11[None, :], weight_x[:, None], FAR)
     return mix(top[None, :, :], bottom[None, :, :], weight_y[:, None, None], FAR)
@@ -220,7 +221,7 @@ def _add4(a0, a1, a2, a3, b0, b1, b2, b3):
 
 @triton.jit
 def to_corners(grad, weights):
-    """The transpose of the resize: ``(BLOCK_Y, BLOCK_X, BLOCK_K)`` -> ``(BLOCK_K,)`` for each corner."""
+    """Transpose of the resize: ``(BLOCK_Y, BLOCK_X, BLOCK_K)`` -> ``(BLOCK_K,)`` for each corner."""
     weight_y, weight_x = weights
     bottom = tl.sum(grad * weight_y[:, None, None], 0)  # (BLOCK_X, BLOCK_K)
     top = tl.sum(grad, 0) - bottom
@@ -231,7 +232,7 @@ def to_corners(grad, weights):
 
 @triton.jit
 def add_corners(scratch_ptr, corners, k, num_classes, again):
-    """Store ``(BLOCK_K,)`` for each corner in a cell's ``(4, K)`` scratch, or ``again``: add."""
+    """Store ``(BLOCK_K,)`` for each corner in a cell's ``(4, K)`` scratch; ``again``: add to what is there."""
     mask = k < num_classes
     for corner in tl.static_range(4):
         ptrs = scratch_ptr + num_classes.to(tl.int64) * corner + k
@@ -243,14 +244,9 @@ def add_corners(scratch_ptr, corners, k, num_classes, again):
 def sum_corners_kernel(
     scratch_ptr,  # (splits, B, h, w, 4, K)
     grad_ptr,  # (B, K, h, w)
-    batch,
-    num_classes,
-    height,
-    width,
-    splits,
-    BLOCK_K: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-):
+    batch, num_classes, height, width, splits,
+    BLOCK_K: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
     """Gradients of BLOCK_X inputs of one row, for BLOCK_K classes."""
     blocks_x = tl.cdiv(width, BLOCK_X)
     blocks_k = tl.cdiv(num_classes, BLOCK_K)
@@ -265,7 +261,7 @@ def sum_corners_kernel(
     acc = tl.zeros((BLOCK_X, BLOCK_K), scratch_ptr.dtype.element_ty)
     for split in range(splits):
         base = scratch_ptr + (split * batch.to(tl.int64) + b) * image
-        for lower in tl.static_range(2):  # the corner of its cell that this row is: 1 is the lower edge
+        for lower in tl.static_range(2):  # 1: the row is the lower edge of its cell
             for right in tl.static_range(2):
                 # The last row is both edges of the last cell, the last column likewise.
                 for last_row in tl.static_range(lower + 1):

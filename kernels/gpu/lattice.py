@@ -1,12 +1,12 @@
-"""Labels and mean probabilities of pixels that mix four lattice points, in Triton; the logits never reach memory.
+"""Labels and mean probabilities of pixels that mix four lattice points, in Triton; the logits are never written.
 
 With S lattices of points (N, K), of which pixel (y, x) mixes four in each, the weights separable in y and x:
     l_s(y, x) = sum over i, j of  v_si(y) u_sj(x) scores[rows_si(y) + cols_sj(x)]
     votes = 1 / S sum_s softmax_k(l_s)       label = argmax_k votes, of one lattice argmax_k l
-A first kernel leaves the softmax's shift max_k l_s and log2 sum_k 2^((l_s - shift) / ln 2) of each pixel and lattice,
-(S, 2, H, W). The second one walks the classes in blocks, all lattices for each, and keeps the best class, or stores the
+A first kernel stores the softmax's shift max_k l_s and log2 sum_k 2^((l_s - shift) / ln 2) of each pixel and lattice,
+(S, 2, H, W). The second one visits blocks of classes, all lattices for each, and keeps the best class or stores the
 probabilities. Labels of one lattice need no first kernel. One program owns BLOCK_Y x BLOCK_X pixels; neighbours share
-points, so that most of what is loaded comes from the first-level cache. Not differentiable, nothing is saved.
+points, so that most loads hit the first-level cache. Not differentiable, nothing is saved.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIZES = ["num_classes", "lattices", "height", "width"]
 
 @triton.jit
 def tile_outputs(size, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
-    """The program's rows and columns, int64, and which of them exist."""
+    """Rows and columns of the program, int64, and masks of those that exist."""
     height, width = size
     tiles_x = tl.cdiv(width, BLOCK_X)
     pid = tl.program_id(0).to(tl.int64)
@@ -66,14 +66,9 @@ def lattice_logits(lattice_ptrs, s, k, tile, num_classes, size):
 def lattice_log_sum_kernel(
     lattice_ptrs,  # scores (N, K), rows (S, 2, H), row weights (S, H), columns (S, 2, W), column weights (S, W)
     out_ptr,  # (S, 2, H, W)
-    num_classes,
-    lattices,
-    height,
-    width,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    num_classes, lattices, height, width,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Largest logit, and log2 of the sum of the exponentials, of one tile of one lattice."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     size = height, width
@@ -117,15 +112,10 @@ def lattice_argmax_kernel(
     lattice_ptrs,
     log_sum_ptr,  # (S, 2, H, W), unused by a single lattice
     labels_ptr,  # (H, W)
-    num_classes,
-    lattices,
-    height,
-    width,
+    num_classes, lattices, height, width,
     SINGLE: tl.constexpr,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Labels of one tile, by the logits of a SINGLE lattice or by the votes of all."""
     size = height, width
     tile = tile_outputs(size, BLOCK_Y, BLOCK_X)
@@ -156,14 +146,9 @@ def lattice_softmax_kernel(
     lattice_ptrs,
     log_sum_ptr,  # (S, 2, H, W)
     out_ptr,  # (K, H, W)
-    num_classes,
-    lattices,
-    height,
-    width,
-    BLOCK_Y: tl.constexpr,
-    BLOCK_X: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    num_classes, lattices, height, width,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """Mean probabilities of one tile."""
     size = height, width
     tile = tile_outputs(size, BLOCK_Y, BLOCK_X)
@@ -178,7 +163,7 @@ def lattice_softmax_kernel(
 
 
 class Tiles(NamedTuple):
-    """Pixels of a tile and classes at a time."""
+    """Pixels of a tile, classes of a step, warps of a program."""
 
     block_y: int
     block_x: int
@@ -187,7 +172,7 @@ class Tiles(NamedTuple):
 
 
 def launch_config(num_classes: int) -> Tiles:
-    """32 pixels, and 4 logits to a thread: with 8 of them the softmax spills on sm_100."""
+    """Tiles of 32 pixels, 4 logits to a thread: with 8 the softmax spills on sm_100."""
     block_k = min(triton.next_power_of_2(num_classes), 32)
     return Tiles(4, 8, block_k, num_warps=max(32 * block_k // 128, 1))
 

@@ -1,7 +1,7 @@
 """Launches of every kernel with representative tensors, recorded instead of run: what ``aot`` compiles.
 
-Triton itself binds and specialises the arguments, for a driver that stands for a GPU of the wanted architecture, and
-hands what it would compile to a hook. The tensors are on the meta device: nothing is allocated or computed.
+Triton itself binds and specialises the arguments, under a driver that stands for a GPU of the wanted architecture, and
+gives a hook what it would compile. The tensors are on the meta device: nothing is allocated or computed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ empty = partial(torch.empty, device="meta")
 
 
 class Launch(NamedTuple):
-    """What Triton compiles for one launch, in the terms of ``triton.compiler.ASTSource``."""
+    """A kernel and what Triton compiles it for, in the terms of ``triton.compiler.ASTSource``."""
 
     name: str
     kernel: Any
@@ -81,7 +81,7 @@ def record(target: GPUTarget, calls: Iterator[tuple[str, Callable[[], object]]])
 
 
 def _launch(label: str, kernel: Any, bound: dict[str, Any]) -> Launch:
-    """What Triton's hook was given. The name is the kernel's, the call's and the tile's: blocks, warps, stages."""
+    """Launch from the arguments of Triton's hook, named by kernel, call and tile (blocks, warps, stages)."""
     options = {"num_warps": bound["num_warps"], "num_stages": bound["num_stages"]}
     constants = {kernel.arg_names[path[0]]: value for path, value in bound["constants"].items()}
     tile = [value for name, value in constants.items() if name.startswith("BLOCK")]
@@ -100,7 +100,7 @@ def representative_calls() -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _attention() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Only positive scales: a negative one negates the queries, no more."""
+    """Calls with a positive scale; a negative one would only negate the queries."""
     for name, dtype in DTYPES.items():
         for dim in HEAD_SIZES:
             for seq_len in (SHORT, SHORT + 1):

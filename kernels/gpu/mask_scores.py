@@ -1,16 +1,16 @@
 """Class scores of patches in Triton: cosine similarity and LayerNorm over the classes in one pass.
 
-With p (N, D), c (K, D), rows' norms |p|, |c|, and everything below for each image:
+For each image, with p (N, D), c (K, D) and the norms |p|, |c| of their rows:
     s = p c^T / (|p| |c|)                  x = (s - mean_K s) / sqrt(var_K s + eps)          out = x * weight + bias
-The norms are taken on the way through D, so the division comes after the matrix product, in float32.
+The norms are summed along with the matrix product, so the division comes after it, in float32.
 Backward, from the output's gradient g, with h = g * weight:
     ds = (h - mean_K h - x mean_K (h x)) / sqrt(var + eps)
     dp = ds (c / |c|) / |p| - p (sum_K ds s) / |p|^2        dc = ds^T (p / |p|) / |c| - c (sum_N ds s) / |c|^2
-The kernel computes s again and leaves u = ds / (|p| |c|) in the dtype of the patches; dp and dc are then one matrix
-product each, u c and u^T p, less a multiple of p and c. Sums over N are left per tile and added up afterwards, so that
-the same input gives the same bits. Nothing but the inputs is saved.
+The kernel computes s again and stores u = ds / (|p| |c|) in the dtype of the patches; dp and dc are then one matrix
+product each, u c and u^T p, minus a multiple of p and c. Sums over N are stored per tile and added up afterwards, so
+that the same input gives the same bits. Only the inputs are saved.
 
-Not fused: the projections before. They would save 4 N D bytes an image (3 MB at N 1024, D 768: 1 us at 3 TB/s), but
+The projections before are not fused. That would save 4 N D bytes an image (3 MB at N 1024, D 768: 1 us at 3 TB/s), but
 the norm needs whole projected rows on the chip, D x 64 float32 values a tile: 196 KB at D 768, most of a register file.
 """
 
@@ -27,16 +27,17 @@ from .common import device_arch, dot_precision, launch_arguments, refuse_float64
 
 
 @triton.jit
-def _cosines(
-    patches_ptr, classes_ptr, patches_strides, classes_strides, offs_n, offs_k, num_patches, num_classes, dim,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile of s ``(BLOCK_N, BLOCK_K)`` and the inverse norms of its patches and classes; zero norms give NaN."""
-    dots = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    patch_norms = tl.zeros((BLOCK_N,), tl.float32)
-    class_norms = tl.zeros((BLOCK_K,), tl.float32)
+def _cosines(inputs, offs_n, offs_k, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """Tile of s ``(BLOCK_N, BLOCK_K)`` and the inverse norms of its patches and classes; zero norms give NaN.
+
+    ``inputs`` are pointers and strides of an image's patches and classes, then N, K and D.
+    """
+    patches_ptr, patches_strides, classes_ptr, classes_strides, num_patches, num_classes, dim = inputs
     _, stride_pn, stride_pd = patches_strides
     _, stride_ck, stride_cd = classes_strides
+    dots = tl.zeros((offs_n.shape[0], offs_k.shape[0]), tl.float32)
+    patch_norms = tl.zeros(offs_n.shape, tl.float32)
+    class_norms = tl.zeros(offs_k.shape, tl.float32)
     patches_ptr += offs_n.to(tl.int64)[:, None] * stride_pn
     classes_ptr += offs_k.to(tl.int64)[:, None] * stride_ck
     for start in range(0, dim, BLOCK_D):
@@ -56,7 +57,7 @@ def _cosines(
 
 @triton.jit
 def _merge(count, mean, square, scores, valid, num_valid):
-    """Take a block of scores into the running mean and sum of squared deviations of its rows."""
+    """Update the running mean and sum of squared deviations of the rows by a block of scores."""
     block_mean = tl.sum(tl.where(valid, scores, 0.0), 1) / num_valid
     centred = tl.where(valid, scores - block_mean[:, None], 0.0)
     total = count + num_valid
@@ -75,7 +76,7 @@ def mask_scores_kernel(
     patches_strides,
     classes_strides,
     num_patches, num_classes, dim, eps,
-    ONE_BLOCK: tl.constexpr,  # all classes fit one block, which is then computed once
+    ONE_BLOCK: tl.constexpr,  # all classes fit one block: compute it once
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tiles = tl.cdiv(num_patches, BLOCK_N)
@@ -83,6 +84,7 @@ def mask_scores_kernel(
     offs_n = (tl.program_id(0) % tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
     patches_ptr += b * patches_strides[0]
     classes_ptr += b * classes_strides[0]
+    inputs = patches_ptr, patches_strides, classes_ptr, classes_strides, num_patches, num_classes, dim
     out_ptr += (b * num_patches + offs_n.to(tl.int64))[:, None] * num_classes
     mask_n = (offs_n < num_patches)[:, None]
 
@@ -92,10 +94,7 @@ def mask_scores_kernel(
     square = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, num_classes, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
-        scores, _, _ = _cosines(
-            patches_ptr, classes_ptr, patches_strides, classes_strides, offs_n, offs_k,
-            num_patches, num_classes, dim, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
-        )  # fmt: skip
+        scores, _, _ = _cosines(inputs, offs_n, offs_k, BLOCK_D, PRECISION)
         valid = (offs_k < num_classes)[None, :]
         count, mean, square = _merge(
             count, mean, square, scores, valid, tl.minimum(num_classes - start, BLOCK_K).to(tl.float32)
@@ -104,10 +103,7 @@ def mask_scores_kernel(
     for start in range(0, num_classes, BLOCK_K):
         offs_k = start + tl.arange(0, BLOCK_K)
         if not ONE_BLOCK:
-            scores, _, _ = _cosines(
-                patches_ptr, classes_ptr, patches_strides, classes_strides, offs_n, offs_k,
-                num_patches, num_classes, dim, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
-            )  # fmt: skip
+            scores, _, _ = _cosines(inputs, offs_n, offs_k, BLOCK_D, PRECISION)
         mask_k = offs_k < num_classes
         weight = tl.load(weight_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
         bias = tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(tl.float32)
@@ -138,6 +134,7 @@ def mask_scores_backward_kernel(
     rows = b * num_patches + offs_n.to(tl.int64)
     patches_ptr += b * patches_strides[0]
     classes_ptr += b * classes_strides[0]
+    inputs = patches_ptr, patches_strides, classes_ptr, classes_strides, num_patches, num_classes, dim
     stride_gb, stride_gn, stride_gk = grad_strides
     grad_ptr += b * stride_gb + offs_n.to(tl.int64)[:, None] * stride_gn
     sums_ptr += tile * 3 * num_classes
@@ -155,10 +152,7 @@ def mask_scores_backward_kernel(
             offs_k = start + tl.arange(0, BLOCK_K)
             mask_k = offs_k < num_classes
             mask = mask_n[:, None] & mask_k[None, :]
-            scores, inverse_p, inverse_c = _cosines(
-                patches_ptr, classes_ptr, patches_strides, classes_strides, offs_n, offs_k,
-                num_patches, num_classes, dim, BLOCK_N, BLOCK_K, BLOCK_D, PRECISION,
-            )  # fmt: skip
+            scores, inverse_p, inverse_c = _cosines(inputs, offs_n, offs_k, BLOCK_D, PRECISION)
             if sweep == 0:
                 num_valid = tl.minimum(num_classes - start, BLOCK_K).to(tl.float32)
                 count, mean, square = _merge(count, mean, square, scores, mask_k[None, :], num_valid)
@@ -187,7 +181,7 @@ def mask_scores_backward_kernel(
 
 
 class Tiles(NamedTuple):
-    """Patches, classes and channels of a tile, and how a program runs it."""
+    """Patches, classes and channels of a tile, warps and pipeline stages of a program."""
 
     block_n: int
     block_k: int
@@ -197,7 +191,7 @@ class Tiles(NamedTuple):
 
 
 def launch_config(num_classes: int, dtype: torch.dtype, backward: bool, arch: str) -> Tiles:
-    """The forward holds up to 256 classes at once; the backward, which has more tiles alive, 64, and 32 on gfx942."""
+    """Tiles of up to 256 classes forward and 64 backward (32 on gfx942), where more tiles are alive."""
     block_k = max(triton.next_power_of_2(num_classes), 16)
     if backward:
         nvidia = arch.startswith("sm_")

@@ -5,10 +5,9 @@
 All outputs of a tile inside one cell are convex combinations of the four interpolated values at the tile's own
 corners. So lower_k <= logit_k <= upper_k there, with the smallest and the largest of these four, and a class with
 upper_k < max_j lower_j cannot win anywhere in the tile. One program owns a tile of a cell, or of CELLS cells side by
-side. A first walk over the classes finds the bound, a second one visits the classes that reach it in rising order and
-compares their logits (BLOCK_Y, CELLS, BLOCK_X); a block of classes without any costs no more than its bounds. On smooth
-maps hardly more than one class is left; nothing but the labels is written. Where a corner is NaN or infinite, nothing
-is pruned: a NaN wins, as in torch.argmax. Not differentiable, nothing is saved.
+side. A first pass over the classes computes the bound; a second compares the logits (BLOCK_Y, CELLS, BLOCK_X) of the
+classes that reach it, in rising order. On smooth maps few tiles have more than one. Only the labels are written. Where
+a corner is NaN or infinite, nothing is pruned: a NaN wins, as in torch.argmax. Not differentiable, nothing is saved.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ TILING = ["cells_y", "parts_y", "groups_x", "parts_x"]
 
 @triton.jit
 def class_range(ptrs, offsets, mask, wy, wx, dtype: tl.constexpr):
-    """Smallest and largest logit of ``(CELLS, BLOCK_K)`` classes in the tiles; and 0, or NaN where not all is finite.
+    """Smallest and largest logit of ``(CELLS, BLOCK_K)`` classes in the tiles; and 0, or NaN if any is not finite.
 
     ``wy`` and ``wx`` are pairs: the upper weights of the tiles' first and last outputs.
     """
@@ -125,21 +124,21 @@ def upsample_argmax_kernel(
         offs_k = start + tl.arange(0, BLOCK_K)[None, :]
         mask = (offs_k < num_classes) & filled[:, None]
         _, upper, _ = class_range(ptrs, offs_k.to(tl.int64) * stride_mk, mask, wy_range, wx_range, dtype)
-        # Not upper >= bound, which a NaN would fail. Classes out of the race become num_classes.
+        # A NaN must pass, so not upper >= bound. Other classes become num_classes.
         candidates = tl.where(mask & ~(upper < bound[:, None]), offs_k, num_classes)
         k = tl.min(candidates, 1)  # (CELLS,)
         while tl.min(k, 0) < num_classes:
-            racing = k < num_classes
+            candidate = k < num_classes
             offsets = k.to(tl.int64) * stride_mk
-            c00 = tl.load(p00 + offsets, mask=racing, other=0.0).to(dtype)[None, :]
-            c01 = tl.load(p01 + offsets, mask=racing, other=0.0).to(dtype)[None, :]
-            c10 = tl.load(p10 + offsets, mask=racing, other=0.0).to(dtype)[None, :]
-            c11 = tl.load(p11 + offsets, mask=racing, other=0.0).to(dtype)[None, :]
+            c00 = tl.load(p00 + offsets, mask=candidate, other=0.0).to(dtype)[None, :]
+            c01 = tl.load(p01 + offsets, mask=candidate, other=0.0).to(dtype)[None, :]
+            c10 = tl.load(p10 + offsets, mask=candidate, other=0.0).to(dtype)[None, :]
+            c11 = tl.load(p11 + offsets, mask=candidate, other=0.0).to(dtype)[None, :]
             left_edge = c00 * (1 - wy[:, None]) + c10 * wy[:, None]  # (BLOCK_Y, CELLS)
             right_edge = c01 * (1 - wy[:, None]) + c11 * wy[:, None]
             value = left_edge[:, :, None] * (1 - wx[None]) + right_edge[:, :, None] * wx[None]
             # A NaN wins against every number, and nothing against a NaN.
-            wins = ~(value <= best) & (best == best) & racing[None, :, None]
+            wins = ~(value <= best) & (best == best) & candidate[None, :, None]
             best = tl.where(wins, value, best)
             label = tl.where(wins, k[None, :, None], label)
             k = tl.min(tl.where(candidates > k[:, None], candidates, num_classes), 1)
@@ -150,7 +149,7 @@ def upsample_argmax_kernel(
 
 
 class Tiles(NamedTuple):
-    """What one program works on: cells, their outputs, classes at a time."""
+    """Cells of a program, outputs of each, classes of a step, warps."""
 
     cells: int
     block_y: int
@@ -162,7 +161,7 @@ class Tiles(NamedTuple):
 def launch_config(rows: int, cols: int, num_classes: int) -> Tiles:
     """Tiles for cells of at most ``rows x cols`` outputs: one warp, up to 256 outputs, 256 corners at a time.
 
-    Small cells go in pairs. More of them to a warp spill: four cells of 4x4 outputs do on sm_80 and sm_90.
+    Small cells go in pairs: four cells of 4x4 outputs to a warp spill on sm_80 and sm_90.
     """
     block_y, block_x = (min(triton.next_power_of_2(size), 16) for size in (rows, cols))
     cells = 2 if block_y * block_x <= 16 else 1

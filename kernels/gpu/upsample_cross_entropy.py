@@ -3,10 +3,11 @@
 With logits l (B, K, H', W'), target t, class weights v, smoothing e, V = sum_k v_k and a loss gradient g per pixel:
     loss = (1 - e) v_t (lse - l_t) + e / K (V lse - sum_k v_k l_k)
     grad_k = g (((1 - e) v_t + e V / K) softmax_k - (1 - e) v_t [k = t] - e v_k / K)      both 0 where ignored
-One program owns the outputs of one cell, which mix the same four corners (cells.py). The largest corner is a shift
-that no logit of the cell exceeds. Where it lies far above the cell's maxima, they are computed instead: else far
-pixels would underflow. A first walk over the classes sums the exponentials, a second turns them into the gradient of
-the corners. The linear terms, sum_k v_k l_k and its gradient, are rank one and stay outside the tile.
+The mean divides by the sum of v_t over the pixels that count, which a kernel of its own computes. It stays on the
+device, so that a CUDA graph can hold the launches. A target that is no class makes it NaN, and so loss and gradient.
+One program owns the outputs of one cell, which mix the same four corners (cells.py). A first pass over the classes sums
+the exponentials, a second computes the gradient of the corners. The linear terms, sum_k v_k l_k and its gradient, are
+rank one and stay outside the tile.
 
 Saved for the backward: the gradient of the masks, float32 (B, K, h, w), for reductions "mean" and "sum"; it is only
 scaled there. "none" has one gradient per pixel: its backward runs the same kernel again.
@@ -40,7 +41,34 @@ from .cells import (
     to_corners,
 )
 from .common import LOG2_E, launch_arguments
-from .target_weight import target_weight
+
+
+@triton.jit(do_not_specialize=["num_classes", "rows", "columns", "ignore_index"])
+def target_weight_kernel(
+    target_ptr,  # (B, H', W')
+    weight_ptr,  # (K,) or None
+    partial_ptr,  # (B * H',)
+    target_strides,
+    num_classes, rows, columns, ignore_index,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Summed class weights of one row of the target; NaN where a target is no class."""
+    dtype: tl.constexpr = partial_ptr.dtype.element_ty
+    stride_tb, stride_th, stride_tw = target_strides
+    pid = tl.program_id(0).to(tl.int64)
+    target_ptr += pid // rows * stride_tb + pid % rows * stride_th
+    acc = tl.zeros((BLOCK,), dtype)
+    for start in range(0, columns, BLOCK):
+        offs = start + tl.arange(0, BLOCK)
+        mask = offs < columns
+        target = tl.load(target_ptr + offs.to(tl.int64) * stride_tw, mask=mask, other=0).to(tl.int64)
+        mask &= target != ignore_index
+        is_class = (target >= 0) & (target < num_classes)
+        weight = tl.full((BLOCK,), 1.0, dtype)
+        if weight_ptr is not None:
+            weight = tl.load(weight_ptr + target, mask=mask & is_class, other=0.0)
+        acc += tl.where(mask, tl.where(is_class, weight, float("nan")), 0.0)
+    tl.store(partial_ptr + pid, tl.sum(acc, 0))
 
 
 @triton.jit
@@ -173,8 +201,28 @@ def linear_terms(cell, weight_ptr, dtype: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 def launch_config(num_classes: int, longest_y: int, longest_x: int) -> Tiles:
-    """Eight warps at most: with more, a build with weights and smoothing spills."""
+    """Tiles of at most eight warps: with more, a build with weights and smoothing spills."""
     return fit_tile(num_classes, longest_y, longest_x, most=2048)
+
+
+def target_weight(target: Tensor, options: LossOptions, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """Summed class weights of all pixels that count, float64 on the target's device."""
+    batch, rows, columns = target.shape
+    partial = target.new_empty(batch * rows, dtype=dtype)
+    if batch:
+        target_weight_kernel[(batch * rows,)](
+            target_ptr=target,
+            weight_ptr=options.weight,
+            partial_ptr=partial,
+            target_strides=target.stride(),
+            num_classes=num_classes,
+            rows=rows,
+            columns=columns,
+            ignore_index=options.ignore_index,
+            BLOCK=512,
+            num_warps=4,
+        )
+    return partial.sum(dtype=torch.float64)
 
 
 def upsample_cross_entropy(
@@ -202,7 +250,7 @@ def pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, options: Lo
 def _launch(
     masks: Tensor, target: Tensor, grad_loss: Tensor | None, grad: Tensor, options: LossOptions, per_pixel: bool
 ) -> Tensor:
-    """The losses, per pixel or in partial sums; ``grad``, where there is a ``grad_loss``, is written."""
+    """Losses, per pixel or in partial sums; ``grad``, where there is a ``grad_loss``, is written."""
     (batch, num_classes, *grid), dtype = masks.shape, statistics_dtype(masks.dtype)
     sizes = zip(grid, options.size, target.shape[1:], strict=True)
     ys, xs = (Axis.make(*axis, options.align_corners) for axis in sizes)

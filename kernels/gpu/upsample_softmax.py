@@ -1,10 +1,10 @@
-"""Softmax over the classes of bilinearly upsampled masks in Triton; the logits never reach memory.
+"""Softmax over the classes of bilinearly upsampled masks in Triton; the logits are never written.
 
 With logits l (B, K, H', W'), the resize R of the masks (B, K, h, w) to a size, of which a crop is kept:
     p = softmax_k(l), l = R masks            grad_masks = R^T (p (g - sum_k p g)) for a gradient g of p
-One program owns the outputs of one cell, which mix the same four corners (cells.py): a first walk over the classes
-sums the exponentials, a second computes them again and writes the probabilities. The backward walks p and g twice
-likewise, for sum_k p g and for the share of the cell in the gradients of its corners.
+One program owns the outputs of one cell, which mix the same four corners (cells.py). A first pass over the classes
+sums the exponentials, a second computes them again and writes the probabilities. The backward also takes two passes
+over p and g: for sum_k p g, and for the cell's share of the gradients of its corners.
 
 Saved for the backward: p, the result.
 """
@@ -116,7 +116,7 @@ def load_classes(ptrs, stride_k, k, num_classes, mask, dtype: tl.constexpr):
 
 
 def launch_config(num_classes: int, longest_y: int, longest_x: int) -> Tiles:
-    """Sixteen warps at most."""
+    """Tiles of at most sixteen warps."""
     return fit_tile(num_classes, longest_y, longest_x, most=4096)
 
 
