@@ -156,16 +156,23 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
-    def in_first(self, action: Callable[..., None], *arguments: Any) -> None:
-        """Run an action in the first process. All processes raise its OSError or ValueError, so that none waits."""
+    def in_first(self, action: Callable[..., T], *arguments: Any) -> T | None:
+        """Run an action in the first process and return its result; the others return None.
+
+        All processes raise its OSError or ValueError, so that none waits for one that has stopped.
+        """
+        result: T | None = None
         error: Exception | None = None
         if self.rank == 0:
             try:
-                action(*arguments)
+                result = action(*arguments)
             except (OSError, ValueError) as raised:
                 error = raised
-        if (error := self.broadcast(error)) is not None:
+        if self.size > 1:
+            error = self.broadcast(error)
+        if error is not None:
             raise error
+        return result
 
 
 @contextmanager

@@ -109,6 +109,7 @@ def test_a_process_on_its_own_needs_no_group() -> None:
     def fail(reason: str) -> None:
         raise OSError(reason)
 
+    assert World().in_first(max, 3, 4) == 4
     with pytest.raises(OSError, match="no space left"):
         World().in_first(fail, "no space left")
 

@@ -7,9 +7,10 @@ and an interrupted and resumed run equals the uninterrupted one: on a CPU bit fo
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -122,11 +123,15 @@ class _Run:
 
     def go(self, resume: bool) -> TrainResult:
         """Train from the start, or from the last checkpoint, to the end or until a signal."""
-        problems = self._open_folder(resume)
         stepper, recipe = self.stepper, self.recipe
+        opened = self.world.in_first(run_folder.open_run, self.out, recipe, stepper.model, self.length, resume)
+        content, problems = opened or (None, [])
+        if self.world.broadcast(content is not None):
+            stepper.load_state_dict(content)
+            self.summary = self.world.broadcast(run_folder.read_scores(self.out, stepper.steps))
         folder = self.out if self.world.rank == 0 else None
         log = RunLog(folder, self.total_steps, recipe.batch_size, stepper.steps, self.world.device)
-        with log as self.log, recomputed(stepper.model, recipe.activation_checkpointing):
+        with log as self.log, recomputed(stepper.model) if recipe.activation_checkpointing else nullcontext():
             if stepper.steps:
                 log.event("resumed", f"from the checkpoint of step {stepper.steps}")
             for problem in problems:
@@ -138,28 +143,6 @@ class _Run:
             if not finished:
                 log.event("stopped", f"by a signal after step {stepper.steps}; all of it is saved")
         return TrainResult(stepper.steps, finished, self.skipped, self.summary, self.scores)
-
-    def _open_folder(self, resume: bool) -> list[str]:
-        """Open the run's folder and restore its last checkpoint; return why later ones cannot be read."""
-        content: dict[str, Any] | None = None
-        problems: list[str] = []
-        model = self.stepper.model
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-
-        def open_run() -> None:
-            nonlocal content, problems
-            if run_folder.open_run(self.out, self.recipe, model.config, self.length, resume):
-                content, problems = run_folder.read_latest(self.out)
-            if content is not None:  # the process may have been killed between checkpoint and model
-                run_folder.export_last(self.out, model.config, content)
-            trained = sum(size for size, trains in sizes if trains)
-            run_folder.require_room(self.out, self.recipe, sum(size for size, _ in sizes), trained)
-
-        self.world.in_first(open_run)
-        if self.world.broadcast(content is not None):
-            self.stepper.load_state_dict(content)
-            self.summary = self.world.broadcast(run_folder.read_scores(self.out, self.stepper.steps))
-        return problems
 
     def _loop(self) -> bool:
         """Take all steps that are left; return False where a signal ended them."""

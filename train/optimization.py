@@ -101,9 +101,9 @@ def _factor(recipe: Recipe, total_steps: int, step: int) -> float:
 
 
 @contextmanager
-def recomputed(model: Segmenter, wanted: bool) -> Iterator[None]:
-    """Inside the block, if wanted, the layers keep no activations and run once more in the backward pass."""
-    blocks = [*model.encoder.blocks, *getattr(model.decoder, "blocks", [])] if wanted else []
+def recomputed(model: Segmenter) -> Iterator[None]:
+    """Inside the block the layers keep no activations, and run once more in the backward pass."""
+    blocks = [*model.encoder.blocks, *getattr(model.decoder, "blocks", [])]
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     try:

@@ -18,18 +18,6 @@ _CHOICES = {
     "broken": ("skip", "raise"),
 }
 _AT_LEAST_ONE = ("batch_size", "accumulate", "crop", "resize", "window", "stride", "keep", "log_every", "max_bad_steps")
-_AT_LEAST_ZERO = (
-    "min_lr",
-    "power",
-    "warmup",
-    "weight_decay",
-    "clip",
-    "evaluate_every",
-    "save_every",
-    "workers",
-    "pictures",
-    "freeze_layers",
-)
 _RATES = ("momentum", "beta1", "beta2", "drop_path", "dropout", "decoder_dropout", "label_smoothing", "ema")
 # Fields that may change when a run goes on, because they do not change its result, up to rounding.
 _FREE = {
@@ -116,17 +104,16 @@ class Recipe:
             _require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", repr(getattr(self, name)))
         for name in _AT_LEAST_ONE:
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in _AT_LEAST_ZERO:
-            _require(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
         for name in _RATES:
             _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
-        _require(self.steps >= 0 and self.epochs >= 0, "epochs, steps", "at least 0", (self.epochs, self.steps))
         _require(self.steps or self.epochs, "epochs, steps", "above 0, one of them", (self.epochs, self.steps))
         _require(self.lr > 0 and self.lr >= self.min_lr, "lr", f"positive and at least min_lr={self.min_lr}", self.lr)
         fits = 0 < self.min_ratio <= self.max_ratio
         _require(fits, "min_ratio, max_ratio", "positive and in this order", (self.min_ratio, self.max_ratio))
         _require(0 < self.max_share <= 1, "max_share", "in (0, 1]", self.max_share)
         _require(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
+        for name, value in vars(self).items():
+            _require(isinstance(value, str) or value >= 0, name, "at least 0", value)
 
     def replace(self, **fields: Any) -> Recipe:
         """Return a copy with other values for some fields."""

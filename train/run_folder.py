@@ -34,6 +34,7 @@ import torch
 
 from ..config import SegmenterConfig
 from ..io.atomic import atomic_files, atomic_path
+from ..segmenter import Segmenter
 from ..weights.hub import write_folder
 from ..weights.reading import CheckpointError, read_json, read_torch
 from .presets import Recipe
@@ -59,18 +60,20 @@ class EvaluationSummary:
         return EvaluationSummary(step, miou, *best)
 
 
-def open_run(run: Path, recipe: Recipe, config: SegmenterConfig, samples: int, resume: bool) -> bool:
-    """Make the folder of a new run, or accept that of one to go on with.
+def open_run(
+    run: Path, recipe: Recipe, model: Segmenter, samples: int, resume: bool
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """Make the folder of a new run, or open that of one to go on with.
 
     Returns:
-        Whether there is a run to go on with: one that has a checkpoint.
+        The last readable checkpoint, None for a new run; why later ones cannot be read.
 
     Raises:
         FileExistsError: the folder holds a run and ``resume`` is False.
-        ValueError: the run there has another recipe, model or data; names the differences.
-        OSError: the folder cannot be written.
+        ValueError: the run there has another recipe, model or data, or no checkpoint of it can be read.
+        OSError: the folder cannot be written, or has too little room.
     """
-    steps = checkpoint_steps(run)
+    steps, config = checkpoint_steps(run), model.config
     if steps and not resume:
         raise FileExistsError(
             f"{run} holds a run, its last checkpoint is of step {steps[-1]}; go on with it by --resume auto, or choose "
@@ -78,10 +81,12 @@ def open_run(run: Path, recipe: Recipe, config: SegmenterConfig, samples: int, r
         )
     if steps and (run / RUN).exists():
         before = read_json(run / RUN)
-        model, now = before.get("model", {}), json.loads(json.dumps(config.to_dict()))
+        fields, now = before.get("model", {}), json.loads(json.dumps(config.to_dict()))
         different = recipe.differences(before.get("recipe", {}))
         different += [
-            f"the model's {name} is {now[name]}, was {model.get(name)}" for name in now if now[name] != model.get(name)
+            f"the model's {name} is {now[name]}, was {fields.get(name)}"
+            for name in now
+            if now[name] != fields.get(name)
         ]
         if samples != before.get("samples"):
             different.append(f"the data has {samples} samples, had {before.get('samples')}")
@@ -104,7 +109,12 @@ def open_run(run: Path, recipe: Recipe, config: SegmenterConfig, samples: int, r
         _write_json(run / RUN, description)
     except OSError as error:
         raise OSError(f"the run's folder {run} cannot be written: {error.strerror or error}") from error
-    return bool(steps)
+    content, problems = read_latest(run)
+    if content is not None:  # the process may have been killed between checkpoint and model
+        export_last(run, config, content)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    require_room(run, recipe, sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains))
+    return content, problems
 
 
 def require_room(run: Path, recipe: Recipe, parameters: int, trained: int) -> None:

@@ -167,7 +167,7 @@ class Batches:
     def between(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches from one step to before another, read ahead by the recipe's workers, of which each gets a core."""
         keys = keys_by_step(self.length, self.share, self.recipe.seed, start, stop, self.world)
-        workers = min(self.recipe.workers, usable_cores())
+        workers = self.recipe.workers and min(self.recipe.workers, usable_cores())
         return read_batches(self.samples, keys, workers, self.world.device.type == "cuda")
 
     def names(self, step: int) -> list[str]:

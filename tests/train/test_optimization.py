@@ -100,7 +100,7 @@ def test_layers_are_recomputed_inside_the_block_only() -> None:
     calls = []
     model.encoder.blocks[0].norm1.register_forward_hook(lambda *_: calls.append(1))
     torch.manual_seed(0)
-    with recomputed(model, True):
+    with recomputed(model):
         model.eval()
         model.loss(images, target).backward()
     assert len(calls) == 2

@@ -52,21 +52,26 @@ def test_a_disk_without_room_is_refused_at_the_start(tmp_path: Path, monkeypatch
 
 
 def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
-    assert not run_folder.open_run(tmp_path, RECIPE, CONFIG, 10, resume=True)
+    model = small_model()
+    assert run_folder.open_run(tmp_path, RECIPE, model, 10, resume=True) == (None, [])
     left = tmp_path / "checkpoints" / ".saving-abc"
     left.mkdir()
     (left / "step-0000004.pt").touch()
-    assert not run_folder.open_run(tmp_path, RECIPE, CONFIG, 10, resume=False), "there is nothing to lose yet"
+    opened = run_folder.open_run(tmp_path, RECIPE, model, 10, resume=False)
+    assert opened == (None, []), "there is nothing to lose yet"
     left.mkdir()
-    (tmp_path / "checkpoints" / "step-0000002.pt").touch()
-    assert run_folder.open_run(tmp_path, RECIPE, CONFIG, 10, resume=True)
+    save_checkpoint(tmp_path, state(2))
+    content, problems = run_folder.open_run(tmp_path, RECIPE, model, 10, resume=True)
+    assert content is not None
+    assert (content["step"], problems) == (2, [])
     assert not left.exists()
+    assert sf.load(tmp_path / "last").config == model.config
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match=r"the run's folder .*file/run cannot be written: "):
-        run_folder.open_run(tmp_path / "file" / "run", RECIPE, CONFIG, 10, resume=False)
+        run_folder.open_run(tmp_path / "file" / "run", RECIPE, small_model(), 10, resume=False)
 
 
 def test_the_summary_knows_the_best_and_leaves_out_later_steps(tmp_path: Path) -> None:

@@ -58,12 +58,13 @@ class PairedFiles:
             ValueError: a value of the label file is neither a class nor ignored.
         """
         pair = self.pairs[index]
-        image, values = read_pixels(pair.image), read_values(pair.labels)
-        if message := differing_sizes(pair, image, values):
-            raise SampleError(message)
+        values, image = read_values(pair.labels), read_pixels(pair.image)
+        if image.shape[:2] != values.shape:
+            raise SampleError(differing_sizes(pair, image, values))
         counts = np.bincount(values.reshape(-1), minlength=len(self.table))
-        if invalid := self.invalid(counts):
-            raise ValueError(f"labels {pair.labels} hold {invalid}; segmenter-fast dataset check finds all such files")
+        if len(counts) > len(self.table) or counts[self.table == INVALID].any():
+            hint = "segmenter-fast dataset check finds all such files"
+            raise ValueError(f"labels {pair.labels} hold {self.invalid(counts)}; {hint}")
         return image, self.table.astype(np.uint8)[values]
 
     def invalid(self, counts: np.ndarray) -> str:
