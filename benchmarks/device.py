@@ -1,6 +1,6 @@
-"""What was measured on: the device record and its measured ceilings.
+"""The record of the device and software behind a result, and the device's measured ceilings.
 
-``python -m segmenter_fast.benchmarks.device [auto | cpu | cuda]`` prints the record; ``slug`` names the results folder.
+``python -m segmenter_fast.benchmarks.device [auto | cpu | cuda]`` prints the record.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ from typing import Any
 
 import torch
 
-from segmenter_fast.devices import usable_cores
+from segmenter_fast.devices import choose_device, usable_cores
 
 from .timing import Timing, available_memory, measure, own_stream
-
-_ROOT = Path(__file__).resolve().parent.parent
 
 
 @dataclass(frozen=True)
 class DeviceRecord:
-    """The machine and the software that produced a result. ``slug`` names its folder below ``results``."""
+    """The machine and the software that produced a result. ``slug`` names its folder below ``results``.
+
+    ``dirty`` tells that tracked files differed from the commit; it is None without git.
+    """
 
     name: str
     slug: str
@@ -58,23 +59,10 @@ class Ceilings:
         return f"copy {self.copy_gb_s:.4g} GB/s, matrix product {rates}"
 
 
-def resolve(name: str) -> torch.device:
-    """The device of ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        ValueError: another name, or ``cuda`` where PyTorch sees no GPU.
-    """
-    if name not in {"auto", "cpu", "cuda"}:
-        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("device cuda was asked for, but PyTorch sees no GPU; use --device cpu")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
-
-
 def describe(device: torch.device) -> DeviceRecord:
-    """The record of this machine, for results measured on ``device``."""
+    """Describe this machine for results measured on ``device``."""
+    git = ("git", "-C", str(Path(__file__).parent))
+    changed = _output(*git, "status", "--porcelain", "-uno", "--", ":/", ":/!benchmarks/results")
     cpu, threads = _cpu_name(), torch.get_num_threads()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -100,8 +88,8 @@ def describe(device: torch.device) -> DeviceRecord:
         torch=torch.__version__,
         triton=_version("triton"),
         package=_version("segmenter-fast") or "not installed",
-        commit=_output("git", "-C", str(_ROOT), "rev-parse", "HEAD"),
-        dirty=_dirty(),
+        commit=_output(*git, "rev-parse", "HEAD"),
+        dirty=None if changed is None else bool(changed),
         platform=platform.platform(),
     )
 
@@ -162,14 +150,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _dirty() -> bool | None:
-    """Whether tracked files differ from the commit; results of earlier runs do not count. None without git."""
-    changed = _output("git", "-C", str(_ROOT), "status", "--porcelain", "-uno", "--", ".", ":!benchmarks/results")
-    return None if changed is None else bool(changed)
-
-
 def _output(*command: str) -> str | None:
-    """What a command prints, or None where it does not exist or fails."""
+    """The output of a command, or None where it does not exist or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -177,5 +159,5 @@ def _output(*command: str) -> str | None:
 
 
 if __name__ == "__main__":
-    for key, value in asdict(describe(resolve(*sys.argv[1:] or ["auto"]))).items():
+    for key, value in asdict(describe(choose_device(*sys.argv[1:]))).items():
         print(f"{key:14} {value}")

@@ -3,11 +3,11 @@
 #
 #   bash benchmarks/gpu.sh [OUT] [SECONDS]
 #
-# Installs nothing: PyTorch, Triton and pytest have to be there, segmenter-fast itself does not. Results go to
-# OUT/<device>/ (default: $OUT, else benchmarks/results), each as soon as it exists, the most valuable first.
-# SECONDS (default 480) is the time for all of it; the tests get at most a quarter.
-# DEVICE=cpu runs the same steps without a GPU on the smallest of cases and without torch.compile, to see that the script
-# itself works; its figures mean nothing, and OUT has to be given.
+# Installs nothing: PyTorch, Triton, pytest and the requirements of segmenter-fast must be installed, segmenter-fast need
+# not be. Results go to OUT/<device>/ (default: $OUT, else benchmarks/results) as soon as they exist, the most valuable
+# first. SECONDS (default 480) is the time for all of it; the tests get at most a quarter.
+# DEVICE=cpu rehearses the same steps without a GPU on very small cases and without torch.compile, to test the script
+# itself; its figures mean nothing, and OUT must be given.
 # Exit code: 0; 1 if a step failed (the others still ran); 2 without a GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 2
@@ -40,7 +40,7 @@ case $? in
         ;;
 esac
 if ! "$python" -c "import segmenter_fast.benchmarks" 2>/dev/null; then
-    # Not installed: the same layout, in links.
+    # Not installed: links give the installed layout.
     tree=$PWD/build/gpu
     rm -rf "$tree" && mkdir -p "$tree/segmenter_fast"
     ln -s "$PWD"/segmenter_fast/* "$PWD/kernels" "$PWD/train" "$PWD/benchmarks" "$tree/segmenter_fast/"
@@ -67,13 +67,13 @@ step() {
     fi
 }
 
-# bench NAME PART COMMAND...: a benchmark gets the PARTth part of what is left but half a minute, which the plots need. It
-# stops by itself after the case in which that is used up, and is stopped half a minute later.
+# bench NAME PART OPTIONS...: runs `segmenter-fast bench OPTIONS` for the PARTth part of the time that is left, less half a
+# minute for the plots. It stops by itself after the case in which the time is up, and is stopped half a minute later.
 bench() {
     local name=$1 time=$((($(left) - 30) / $2))
     shift 2
     local limit=$((time < 5 ? time : time + 30))
-    step "$name" "$limit" "$python" -m "segmenter_fast.benchmarks.$1" "${@:2}" --device "$device" --out "$out" --budget "$time"
+    step "$name" "$limit" "$python" -m segmenter_fast.cli bench "$@" --device "$device" --out "$out" --budget "$time"
 }
 
 record=$("$python" -m segmenter_fast.benchmarks.device "$device") || exit 2
@@ -89,13 +89,13 @@ else
     models=(--variant seg_t_linear_16 --size 64 --classes 7 --dtype float32 --no-compile --no-extras --seconds 0.1)
     steps=(--quick --size 64 --classes 7 --dtype float32 --no-compile)
     whole=(--model t --size 64 --classes 7 --dtype float32 --no-compile)
-    ops=(mask_scores --quick --cases 1)
+    ops=(mask_scores --quick)
     export TORCHDYNAMO_DISABLE=1
 fi
-# What nobody has measured is worth most: whole models, training steps, then the ops, attention and the loss first.
+# Whole models and training steps first, then the ops, beginning with attention and the loss.
 step tests $((budget / 4)) "$python" -m pytest "${tests[@]}" -q --junitxml "$results/tests.xml"
-bench throughput 3 throughput "${models[@]}"
-bench training 3 training "${steps[@]}"
+bench throughput 3 "${models[@]}"
+bench training 3 train "${steps[@]}"
 step profile $((($(left) - 30) / 3)) "$python" -m segmenter_fast.benchmarks.profiler --device "$device" --out "$out" "${whole[@]}"
 bench kernels 1 kernels "${ops[@]}"
 step plots 60 "$python" -m segmenter_fast.benchmarks.plots "$results"

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
-from .cases import Row
-from .results import Result, read
+from .case import Row
+from .results import CaseRows, Result, read
 
+MODELS = ("throughput", "split", "classes")
 UPSAMPLE = ("upsample_argmax", "upsample_softmax", "upsample_cross_entropy")
-DRAWN = (*UPSAMPLE, "attention", "training")
 COLOURS = {
     "ours": "#d62728",
     "ours compiled": "#8c1a1b",
+    "reference": "#7f7f7f",
     "eager": "#7f7f7f",
     "eager float32": "#bcbd22",
     "eager AMP": "#bcbd22",
@@ -34,7 +35,16 @@ COLOURS = {
     "SDPA math": "#8c564b",
     "xformers": "#e377c2",
     "flash-attn": "#ff7f0e",
+    "peer": "#1f77b4",
+    "peer max-autotune": "#17becf",
+    "peer cuDNN": "#2ca02c",
+    "encoder": "#4c78a8",
+    "decoder": "#f58518",
+    "upsample": "#54a24b",
 }
+MEMORY = "peak extra memory, MiB"
+LABELS = {"patch": "patch size", "size": "pixels a side"}
+MARKERS = {"t": "o", "s": "s", "b": "^", "l": "D"}
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -44,121 +54,170 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 9,
     "figure.constrained_layout.use": True,
 }
+# Low, middle and high value of a row, or None where it has none.
 Value = Callable[[Row], tuple[float, float, float] | None]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="segmenter_fast.benchmarks.plots", description=__doc__)
-    parser.add_argument("folder", type=Path, help="a folder with <op>.json files")
-    from . import throughput_plots  # has this module's style
+class Panel(NamedTuple):
+    """Lines of ``value`` over the parameter ``axis``, one for each variant."""
 
-    folder = parser.parse_args(arguments).folder
-    written = draw(folder) + throughput_plots.draw(folder)
-    for path in written:
-        print(path)
-    return 0 if written else 1
+    cases: CaseRows
+    axis: str
+    value: Value
+    ylabel: str
+    title: str
+    ceiling: float | None = None
+    yscale: str = "log"
 
 
-def draw(folder: Path, ops: tuple[str, ...] = DRAWN) -> list[Path]:
-    """Draw ``upsample.png``, ``attention.png`` and ``training.png``, as far as ``ops`` and the result files beside
-    which they go call for them; return their paths."""
-    results = {path.stem: read(path) for path in sorted(folder.glob("*.json")) if path.stem in ops}
+def draw(folder: Path, ops: Sequence[str] = ("upsample", "attention", "training", *MODELS)) -> list[Path]:
+    """Draw ``<op>.png`` from the JSON files of ``folder``, as far as they have figures; return the paths."""
+    panels_of: dict[str, Callable[[Result], list[list[Panel]]]] = {
+        "attention": _attention_panels,
+        "training": _training_panels,
+        "throughput": _throughput_panels,
+        "classes": _classes_panels,
+    }
     written = []
-    with plt.rc_context(STYLE):
-        if upsample := [results[op] for op in UPSAMPLE if op in results]:
-            written.append(_upsample(upsample, folder / "upsample.png"))
-        if "attention" in results:
-            written.append(_attention(results["attention"], folder / "attention.png"))
-        if "training" in results:
-            written.append(_training(results["training"], folder / "training.png"))
+    for op in ops:
+        results = []
+        for path in (folder / f"{name}.json" for name in (UPSAMPLE if op == "upsample" else (op,))):
+            if path.exists():
+                result = read(path)
+                result.cases = [(case, rows) for case, rows in result.cases if any(row.timing for row in rows)]
+                results += [result] if result.cases else []
+        if results:
+            with plt.rc_context(STYLE):
+                if op == "split":
+                    figure = _draw_split(results[0].cases)
+                elif op == "upsample":
+                    figure = _draw_panels([_upsample_panels(result.cases) for result in results])
+                else:
+                    figure = _draw_panels(panels_of[op](results[0]))
+                written.append(_save(figure, results[0], folder / f"{op}.png"))
     return written
 
 
-def _upsample(results: list[Result], path: Path) -> Path:
-    """One row of panels for each op: time against each axis of the grid, and memory against classes."""
-    figure, panels = plt.subplots(len(results), 4, figsize=(15, 3.4 * len(results)), squeeze=False)
-    for result, row in zip(results, panels, strict=True):
-        first = result.cases[0][0]
-        for panel, axis, label in zip(
-            row, ("classes", "patch", "size"), ("classes", "patch size", "pixels a side"), strict=False
-        ):
-            _lines(panel, result, axis, first, _milliseconds)
-            panel.set(xlabel=label, ylabel="ms", yscale="log", title=_title(first, axis))
-            panel.set_visible(len({case[axis] for case, _ in result.cases}) > 1)
-        _lines(row[3], result, "classes", first, _mebibytes)
-        row[3].set(xlabel="classes", ylabel="peak extra memory, MiB", yscale="log", title=_title(first, "classes"))
-    return _save(figure, panels[0][0], results[0], path)
+def _upsample_panels(cases: CaseRows) -> list[Panel]:
+    """Time against each axis of the grid, and memory against classes."""
+    first = cases[0][0]
+    fixed = {"classes": "{} classes", "patch": "patch {}", "size": "{} px", "batch": "batch {}"}
+    panels = []
+    for axis, value, ylabel in (
+        *((axis, _milliseconds, "ms") for axis in ("classes", "patch", "size")),
+        ("classes", _mebibytes, MEMORY),
+    ):
+        words = [text.format(first[key]) for key, text in fixed.items() if key != axis]
+        title = f"{first['op']}, {first['pass']}\n{', '.join(words)}, {first['map']}, {first['dtype']}"
+        own = _alike(cases, axis)
+        panels.append(Panel(own if len(own) > 1 else [], axis, value, ylabel, title))
+    return panels
 
 
-def _attention(result: Result, path: Path) -> Path:
+def _attention_panels(result: Result) -> list[list[Panel]]:
     """TFLOP/s against tokens: a row for each kind of batch and dtype, forward beside backward."""
-    kinds = list(dict.fromkeys((case["batch"] == 1, case["dtype"]) for case, _ in result.cases))
-    figure, panels = plt.subplots(len(kinds), 2, figsize=(11, 3.4 * len(kinds)), squeeze=False)
-    for (single, dtype), row in zip(kinds, panels, strict=True):
-        for panel, pass_ in zip(row, ("forward", "backward"), strict=True):
-            same = [c for c, _ in result.cases if (c["batch"] == 1, c["dtype"], c["pass"]) == (single, dtype, pass_)]
-            if not same:
-                panel.set_visible(False)
-                continue
-            ignored = ("tokens", "batch") if not single else ("tokens",)
-            _lines(panel, result, "tokens", same[0], _tflops, ignored)
-            batch = "batch 1" if single else "batches that fill the device"
-            panel.set(xlabel="tokens", ylabel="TFLOP/s", ylim=(0, None), title=f"{pass_}, {dtype}, {batch}")
-            if rate := result.ceilings.matmul_tflops.get(dtype):
-                panel.axhline(rate, color="black", linestyle=":", linewidth=1, label="matrix product, measured")
-    return _save(figure, panels[0][0], result, path)
+    rows = []
+    for single, dtype in dict.fromkeys((case["batch"] == 1, case["dtype"]) for case, _ in result.cases):
+        ceiling = result.ceilings.matmul_tflops.get(dtype)
+        same = [c for c in result.cases if (c[0]["batch"] == 1, c[0]["dtype"]) == (single, dtype)]
+        batch = "batch 1" if single else "batches that fill the device"
+        rows.append([])
+        for pass_ in ("forward", "backward"):
+            cases = [c for c in same if c[0]["pass"] == pass_]
+            title = f"{pass_}, {dtype}, {batch}"
+            rows[-1].append(Panel(cases, "tokens", _tflops, "TFLOP/s", title, ceiling, "linear"))
+    return rows
 
 
-def _training(result: Result, path: Path) -> Path:
+def _training_panels(result: Result) -> list[list[Panel]]:
     """Time of a step and its memory, against the patch size and against the classes."""
-    figure, panels = plt.subplots(2, 2, figsize=(9, 6.8))
     first = result.cases[0][0]
-    for column, (axis, label) in zip(panels.T, (("patch", "patch size"), ("classes", "classes")), strict=True):
-        _lines(column[0], result, axis, first, _milliseconds)
-        _lines(column[1], result, axis, first, _mebibytes)
-        fixed = f"{first['classes']} classes" if axis == "patch" else f"patch {first['patch']}"
-        model = f"{first['model']}, {fixed}, {first['size']} px, batch {first['batch']}, {first['dtype']}"
-        column[0].set(xlabel=label, ylabel="training step, ms", yscale="log", title=model)
-        column[1].set(xlabel=label, ylabel="peak extra memory, MiB", yscale="log", title=model)
-    return _save(figure, panels[0][0], result, path)
+    rows: list[list[Panel]] = [[], []]
+    for axis, words in (("patch", f"{first['classes']} classes"), ("classes", f"patch {first['patch']}")):
+        cases = _alike(result.cases, axis)
+        title = f"{first['model']}, {words}, {first['size']} px, batch {first['batch']}, {first['dtype']}"
+        rows[0].append(Panel(cases, axis, _milliseconds, "training step, ms", title))
+        rows[1].append(Panel(cases, axis, _mebibytes, MEMORY, title))
+    return rows
 
 
-def _lines(
-    panel: Axes, result: Result, axis: str, first: dict[str, Any], value: Value, ignored: tuple[str, ...] = ()
-) -> None:
-    """One line for each variant over the cases that differ from ``first`` in ``axis`` alone (or in ``ignored``)."""
-    free = {axis, *ignored}
-    points: dict[str, list[tuple[float, tuple[float, float, float]]]] = {}
-    for case, rows in result.cases:
-        if any(case[key] != first[key] for key in first if key not in free):
-            continue
+def _throughput_panels(result: Result) -> list[list[Panel]]:
+    """Images/s against patch size for each size of model, and against tokens for all of them.
+
+    Only cases that differ from the first in variant alone are drawn.
+    """
+    first, same = result.cases[0][0], _alike(result.cases, "variant", "patch", "tokens")
+    title = f"{first['size']} px, batch {first['batch']}, {first['classes']} classes, {first['dtype']}"
+    panels = []
+    for family in sorted(dict.fromkeys(_family(case) for case, _ in same), key=lambda name: "tsbl".find(name[0])):
+        own = [c for c in same if _family(c[0]) == family]
+        panels.append(Panel(own, "patch", _images_s, "images/s", f"{family.upper()}\n{title}"))
+    return [[*panels, Panel(same, "tokens", _images_s, "images/s", f"all\n{title}")]]
+
+
+def _classes_panels(result: Result) -> list[list[Panel]]:
+    case = result.cases[0][0]
+    title = f"{case['variant']}, {case['size']} px, batch {case['batch']}, {case['dtype']}, not compiled"
+    return [[Panel(result.cases, "classes", _mebibytes, MEMORY, title)]]
+
+
+def _draw_split(cases: CaseRows) -> Figure:
+    """Stacked bars of encoder, decoder and upsampling; a panel for each variant, a bar for each model."""
+    variants = list(dict.fromkeys(case["variant"] for case, _ in cases))
+    figure, panels = plt.subplots(1, len(variants), figsize=(3.4 * len(variants), 3.8), squeeze=False)
+    for variant, axes in zip(variants, panels[0], strict=True):
+        bottoms: dict[str, float] = {}
+        for case, rows in (c for c in cases if c[0]["variant"] == variant):
+            for row in (row for row in rows if row.timing):
+                bottom, part, ms = bottoms.get(row.variant, 0.0), case["part"], row.timing.median_ms
+                axes.bar(row.variant, ms, 0.6, bottom, color=COLOURS[part], label=part)
+                bottoms[row.variant] = bottom + ms
+        axes.set(title=f"{variant}, {case['size']} px, batch {case['batch']}\n{case['dtype']}, not compiled")
+    panels[0][0].set_ylabel("ms, parts measured one by one")
+    return figure
+
+
+def _alike(cases: CaseRows, *free: str) -> CaseRows:
+    """The cases that differ from the first in the ``free`` parameters alone."""
+    first = cases[0][0]
+    return [c for c in cases if all(c[0][key] == value for key, value in first.items() if key not in free)]
+
+
+def _draw_panels(rows: list[list[Panel]]) -> Figure:
+    """Draw rows of panels; one without cases stays empty."""
+    columns = max(map(len, rows))
+    size = (3.7 * columns + 0.6, 3.4 * len(rows) + 0.5)
+    figure, grid = plt.subplots(len(rows), columns, figsize=size, squeeze=False, sharey=len(rows) == 1)
+    for line, panels in zip(grid, rows, strict=True):
+        for axes, panel in zip(line, panels, strict=True):
+            axes.set_visible(bool(panel.cases))
+            if panel.cases:
+                _draw_panel(axes, panel)
+    return figure
+
+
+def _draw_panel(axes: Axes, panel: Panel) -> None:
+    lines: dict[tuple[str, str], list[tuple[float, ...]]] = {}
+    for case, rows in panel.cases:
         for row in rows:
-            figures = value(row)
-            if figures is not None:
-                points.setdefault(row.variant, []).append((case[axis], figures))
-    ticks = sorted({x for line in points.values() for x, _ in line})
-    for variant, line in points.items():
-        line.sort()
-        x, y = [x for x, _ in line], [y for _, (_, y, _) in line]
-        spread = [[y - low for _, (low, y, _) in line], [high - y for _, (_, y, high) in line]]
-        ours = variant == "ours"
-        panel.errorbar(
-            x,
-            y,
-            spread,
-            label=variant,
-            color=COLOURS.get(variant),
-            marker="o",
-            markersize=4,
-            capsize=2,
-            linewidth=2.2 if ours else 1.3,
-            zorder=3 if ours else 2,
-        )
-    panel.set_xscale("log")
-    panel.xaxis.set_major_locator(FixedLocator(ticks))
-    panel.xaxis.set_minor_locator(NullLocator())
-    panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            if found := panel.value(row):
+                lines.setdefault((row.variant, _family(case)), []).append((case[panel.axis], *found))
+    for (variant, family), line in lines.items():
+        x, low, middle, high = (list(values) for values in zip(*sorted(line), strict=True))
+        below = [m - a for m, a in zip(middle, low, strict=True)]
+        above = [b - m for m, b in zip(middle, high, strict=True)]
+        style = {"linewidth": 2.2, "zorder": 3} if variant == "ours" else {"linewidth": 1.3, "zorder": 2}
+        style |= {"label": variant, "color": COLOURS.get(variant), "marker": MARKERS.get(family[:1], "o")}
+        axes.errorbar(x, middle, [below, above], markersize=4, capsize=2, **style)
+    axes.set(xlabel=LABELS.get(panel.axis, panel.axis), ylabel=panel.ylabel, title=panel.title, yscale=panel.yscale)
+    if panel.yscale == "linear":
+        axes.set_ylim(0, None)
+    if panel.ceiling:
+        axes.axhline(panel.ceiling, color="black", linestyle=":", linewidth=1, label="matrix product, measured")
+    ticks = sorted({point[0] for line in lines.values() for point in line})
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
 def _milliseconds(row: Row) -> tuple[float, float, float] | None:
@@ -166,35 +225,48 @@ def _milliseconds(row: Row) -> tuple[float, float, float] | None:
 
 
 def _mebibytes(row: Row) -> tuple[float, float, float] | None:
-    if row.timing is None or not row.timing.peak_bytes:
-        return None
-    return (row.timing.peak_bytes / 2**20,) * 3
+    return (row.timing.peak_bytes / 2**20,) * 3 if row.timing and row.timing.peak_bytes else None
 
 
 def _tflops(row: Row) -> tuple[float, float, float] | None:
-    if row.timing is None or row.tflops is None:
+    return _rate(row, row.tflops)
+
+
+def _images_s(row: Row) -> tuple[float, float, float] | None:
+    return _rate(row, row.images_s)
+
+
+def _rate(row: Row, rate: float | None) -> tuple[float, float, float] | None:
+    """``rate`` at the median, and what it is at p80 and p20."""
+    if row.timing is None or rate is None:
         return None
-    work = row.tflops * row.timing.median_ms
-    return work / row.timing.p80_ms, row.tflops, work / row.timing.p20_ms
+    work = rate * row.timing.median_ms
+    return work / row.timing.p80_ms, rate, work / row.timing.p20_ms
 
 
-def _title(first: dict[str, Any], axis: str) -> str:
-    fixed = {"classes": "{} classes", "patch": "patch {}", "size": "{} px", "batch": "batch {}"}
-    words = [text.format(first[key]) for key, text in fixed.items() if key != axis]
-    return f"{first['op']}, {first['pass']}\n{', '.join(words)}, {first['map']}, {first['dtype']}"
+def _family(case: dict[str, Any]) -> str:
+    """ "s" of "seg_s_mask_16", "s_dinov3" of "seg_s_dinov3_mask_16"; nothing for other cases."""
+    words = case.get("variant", "").split("_")[1:-1]
+    return "_".join(word for word in words if word not in ("mask", "linear"))
 
 
-def _save(figure: Any, panel: Axes, result: Result, path: Path) -> Path:
+def _save(figure: Figure, result: Result, path: Path) -> Path:
     """Write the figure with one legend below the panels and the device as its title."""
-    handles, labels = panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 9), frameon=False)
-    commit = (result.device.commit or "unknown commit")[:10]
-    versions = f"PyTorch {result.device.torch}, Triton {result.device.triton}, {commit}"
-    figure.suptitle(f"{result.device.name}, {versions}\nmedian, bars from p20 to p80", fontsize=10)
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
+    device = result.device
+    versions = f"PyTorch {device.torch}, Triton {device.triton}, {(device.commit or 'unknown commit')[:10]}"
+    where = device.name if device.type == "cuda" else f"{device.name}, {device.threads} threads"
+    figure.suptitle(f"{where}\n{versions}\nmedian, bars from p20 to p80", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    written = draw(Path(sys.argv[1]))
+    print(*written, sep="\n")
+    sys.exit(not written)

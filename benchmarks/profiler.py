@@ -1,163 +1,115 @@
-"""Where the time of our model goes: ``python -m segmenter_fast.benchmarks.profiler``.
+"""Profile of our model: the kernels (on a CPU the operators) that take the time of an inference and a training step.
 
-``torch.profiler`` over a few inferences and a few training steps. The kernels that take the most time (on a CPU the
-operators) are printed and written to ``<out>/<device>/profile.json``. Labels have to be the argmax of our own logits,
-and loss and gradients those of the reference, or nothing is profiled.
+``python -m segmenter_fast.benchmarks.profiler`` prints PyTorch's tables and writes ``<out>/<device>/profile.json``.
+Nothing is profiled unless labels are the argmax of our own logits, and loss and gradients those of the reference.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
+import typer
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as torch_profile
 
 from segmenter_fast import Segmenter
+from segmenter_fast.devices import choose_device
 
-from .cases import OURS, TOLERANCE, Variant
-from .device import describe, name_of, resolve
-from .results import write_json
-from .run import add_options
-from .training import MODELS, Point, make_case, training_dtype
+from .case import OURS, check_variant
+from .device import describe, name_of
+from .results import RESULTS, write_json
+from .runner import DeviceOption, OutOption, run_command
+from .training import StepShape, step_case, training_dtype
 
 CALLS = 5
 SCHEMA = 1
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """One kernel, or operator of a CPU: milliseconds and launches per call, and its share of the call's busy time."""
-
-    name: str
-    ms: float
-    launches: float
-    share: float
-
-
-@dataclass(frozen=True)
-class Profile:
-    """``busy_ms`` is the time of all kernels of a call, ``kernels`` the longest of them."""
-
-    name: str
-    busy_ms: float
-    kernels: list[Kernel]
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where an output was wrong, so that nothing was written."""
-    parser = argparse.ArgumentParser(prog="segmenter_fast.benchmarks.profiler", description=__doc__)
-    parser.add_argument("--model", choices=MODELS, default="b", help="size of the model (%(default)s)")
-    parser.add_argument("--patch", type=int, default=16, help="patch size (%(default)s)")
-    parser.add_argument("--classes", type=int, default=150, help="number of classes (%(default)s)")
-    parser.add_argument("--size", type=int, default=512, help="pixels a side (%(default)s)")
-    parser.add_argument("--batch", type=int, help="images a call (8; on a CPU 1)")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--no-compile", action="store_true", help="profile both without torch.compile")
-    parser.add_argument("--top", type=int, default=25, help="how many kernels (%(default)s)")
-    add_options(parser, timed=False)
-    options = parser.parse_args(arguments)
-    try:
-        device = resolve(options.device)
-        dtype = training_dtype(options.dtype, device)
-        batch = (8 if device.type == "cuda" else 1) if options.batch is None else options.batch
-        point = Point(options.model, options.patch, options.classes, options.size, batch)
-        calls = {
-            "inference": inference(point, device, dtype, not options.no_compile),
-            "training step": training_step(point, device, dtype, not options.no_compile),
-        }
-    except ValueError as error:
-        parser.error(str(error))
-    except ArithmeticError as error:
-        print(f"refused: {error}", file=sys.stderr)
-        return 1
-    record = describe(device)
-    profiles = [take(name, call, device, options.top) for name, call in calls.items()]
+def profile(
+    model: Annotated[str, typer.Option(help="Size of the model: t, s, b or l.")] = "b",
+    patch: Annotated[int, typer.Option(help="Patch size.")] = 16,
+    classes: Annotated[int, typer.Option(help="Number of classes.")] = 150,
+    size: Annotated[int, typer.Option(help="Pixels a side.")] = 512,
+    batch: Annotated[int | None, typer.Option(help="Images a call; default 8, on a CPU 1.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
+    compile: Annotated[bool, typer.Option(help="Profile the compiled forms.")] = True,
+    top: Annotated[int, typer.Option(help="Number of kernels.")] = 25,
+    device: DeviceOption = "auto",
+    out: OutOption = RESULTS,
+) -> None:
+    """Print the kernels that take the most time and write profile.json."""
+    place = choose_device(device)
+    kind = training_dtype(dtype, place)
+    step = StepShape(model, patch, classes, size, (8 if place.type == "cuda" else 1) if batch is None else batch)
+    calls = {
+        "inference": _inference(step, place, kind, compile),
+        "training step": _training_step(step, place, kind, compile),
+    }
+    record = describe(place)
     content = {
         "schema": SCHEMA,
         "device": asdict(record),
-        "parameters": {**vars(point), "dtype": name_of(dtype), "compiled": not options.no_compile},
-        "profiles": [asdict(found) for found in profiles],
+        "parameters": {**vars(step), "dtype": name_of(kind), "compiled": compile},
+        "profiles": [_profile(name, call, place, top) for name, call in calls.items()],
     }
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140
-    for found in profiles:
-        console.print(table(found))
-    console.print(f"wrote {write_json(content, options.out / record.slug / 'profile.json')}")
-    return 0
+    print(f"wrote {write_json(content, out / record.slug / 'profile.json')}")
 
 
-def inference(point: Point, device: torch.device, dtype: torch.dtype, compiled: bool) -> Callable[[], Any]:
-    """A call that labels a batch; without a CUDA graph, whose kernels would have no names of ours around them.
-
-    Raises:
-        ArithmeticError: labels that are not the argmax of the logits.
-    """
+def _inference(step: StepShape, device: torch.device, dtype: torch.dtype, compile: bool) -> Callable[[], Any]:
+    """A call that labels a batch, without a CUDA graph, which would hide the operators around its kernels."""
     torch.manual_seed(0)
-    model = Segmenter(point.config).to(device).optimize(dtype, compile=compiled, cuda_graph=False)
-    images = torch.randn(point.batch, 3, point.size, point.size, device=device).to(dtype)
-    plain = Segmenter(point.config).to(device).optimize(dtype, compile=False, cuda_graph=False)
-    plain.load_state_dict(model.state_dict())
-    equal = (model.segment(images) == plain(images).argmax(1)).float().mean().item()
-    if not equal >= (0.999 if dtype is torch.float32 or not compiled else 0.95):
-        raise ArithmeticError(f"inference: only {equal:.2%} of the labels are the argmax of the logits")
-    return lambda: model.segment(images)
+    model = Segmenter(step.config).to(device)
+    images = torch.randn(step.batch, 3, step.size, step.size, device=device).to(dtype)
+    logits = model.optimize(dtype, compile=False, cuda_graph=False)(images)
+    fast = model.optimize(dtype, compile=compile, cuda_graph=False)
+    equal = (fast.segment(images) == logits.argmax(1)).float().mean().item()
+    if not equal >= (0.999 if dtype is torch.float32 or not compile else 0.95):
+        raise ValueError(f"inference is wrong: only {equal:.2%} of the labels are the argmax of the logits")
+    return lambda: fast.segment(images)
 
 
-def training_step(point: Point, device: torch.device, dtype: torch.dtype, compiled: bool) -> Callable[[], Any]:
-    """A call that takes a training step.
-
-    Raises:
-        ArithmeticError: a loss or gradients that are not the reference's.
-    """
-    case = make_case(device, dtype, point)
+def _training_step(step: StepShape, device: torch.device, dtype: torch.dtype, compile: bool) -> Callable[[], Any]:
+    case = step_case(device, dtype, step)
     inputs = case.make_inputs(torch.Generator(device).manual_seed(0))
-    step = case.variants[f"{OURS} compiled" if compiled else OURS]
-    assert isinstance(step, Variant)
-    call = step.bind(inputs)
-    error = case.judge(inputs)(call())
-    if not error <= TOLERANCE[dtype]:
-        raise ArithmeticError(f"training step: error {error:.2g}, allowed {TOLERANCE[dtype]:.2g}")
-    return call
+    name = f"{OURS} compiled" if compile else OURS
+    row = check_variant(case, name, inputs, case.judge(inputs))
+    if row.status != "ok":
+        raise ValueError(f"training step is wrong: {row.status}: {row.note}")
+    return case.variant(name).bind(inputs)
 
 
-def take(name: str, call: Callable[[], Any], device: torch.device, top: int) -> Profile:
-    """Profile ``CALLS`` calls after a warm-up."""
+def _profile(name: str, call: Callable[[], Any], device: torch.device, top: int) -> dict[str, Any]:
+    """Profile CALLS calls after a warm-up and print PyTorch's table.
+
+    Returns:
+        ``busy_ms``, the time of all kernels of a call, and the longest kernels: milliseconds and launches a call, and
+        the share of the busy time.
+    """
     cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     call()
-    with profile(activities=activities) as profiler:
+    with torch_profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
         for _ in range(CALLS):
             call()
         if cuda:
             torch.cuda.synchronize(device)
-    times = {}
-    for event in profiler.key_averages():
-        on_device = event.device_type != torch.autograd.DeviceType.CPU
-        microseconds = event.self_device_time_total if cuda else event.self_cpu_time_total
-        if on_device == cuda and microseconds > 0:
-            times[event.key] = (microseconds / CALLS / 1e3, event.count / CALLS)
+    averages = profiler.key_averages()
+    key = "self_device_time_total" if cuda else "self_cpu_time_total"
+    print(f"{name}, {CALLS} calls", averages.table(sort_by=key, row_limit=top, max_name_column_width=60), sep="\n")
+    times = {
+        event.key: (getattr(event, key) / CALLS / 1e3, event.count / CALLS)
+        for event in averages
+        if (event.device_type != torch.autograd.DeviceType.CPU) == cuda
+    }
     busy = sum(ms for ms, _ in times.values())
-    longest = sorted(times.items(), key=lambda item: -item[1][0])[:top]
-    return Profile(name, busy, [Kernel(key, ms, launches, ms / busy) for key, (ms, launches) in longest])
-
-
-def table(found: Profile) -> Table:
-    """The kernels of a profile, the longest first."""
-    result = Table(title=f"{found.name}: {found.busy_ms:.4g} ms of kernels a call", title_justify="left")
-    result.add_column("kernel", overflow="ellipsis", no_wrap=True, max_width=90)
-    for heading in ("ms", "launches", "share"):
-        result.add_column(heading, justify="right")
-    for kernel in found.kernels:
-        result.add_row(kernel.name, f"{kernel.ms:.4g}", f"{kernel.launches:g}", f"{kernel.share:.1%}")
-    return result
+    kernels = [
+        {"name": kernel, "ms": ms, "launches": launches, "share": ms / busy}
+        for kernel, (ms, launches) in sorted(times.items(), key=lambda item: -item[1][0])[:top]
+    ]
+    return {"name": name, "busy_ms": busy, "kernels": kernels}
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(profile)

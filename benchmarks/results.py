@@ -1,45 +1,50 @@
-"""Result files: one JSON for each op, written complete or not at all."""
+"""Result files: one JSON for each benchmark of a device."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from segmenter_fast.io.atomic import atomic_path
 
-from .cases import Row
+from .case import Row
 from .device import Ceilings, DeviceRecord
 from .timing import Timing
 
 SCHEMA = 1
+RESULTS = Path(__file__).resolve().parent / "results"
+# Each case's parameters and rows.
+CaseRows = list[tuple[dict[str, Any], list[Row]]]
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass
 class Result:
-    """What one op's benchmark found. ``refused`` cases had wrong outputs; ``not_run`` ones no time left."""
+    """The result of one benchmark. ``refused`` names cases with wrong outputs, ``not_run`` those without time."""
 
     op: str
     device: DeviceRecord
     ceilings: Ceilings
     started: str
     quick: bool
-    cases: list[tuple[dict[str, Any], list[Row]]] = field(default_factory=list)
+    cases: CaseRows = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)
 
-    def path(self, folder: Path) -> Path:
-        return folder / self.device.slug / f"{self.op}.json"
-
 
 def write(result: Result, folder: Path) -> Path:
-    """Write ``result`` below ``folder`` and return the file's path."""
+    """Write ``<folder>/<device>/<op>.json`` and return its path."""
     content = asdict(result) | {
         "schema": SCHEMA,
         "cases": [{"case": case, "rows": [asdict(row) for row in rows]} for case, rows in result.cases],
     }
-    return write_json(content, result.path(folder))
+    return write_json(content, folder / result.device.slug / f"{result.op}.json")
 
 
 def write_json(content: Any, path: Path) -> Path:
@@ -51,7 +56,7 @@ def write_json(content: Any, path: Path) -> Path:
 
 
 def read(path: Path) -> Result:
-    """The result that ``write`` wrote.
+    """Read a file of ``write``.
 
     Raises:
         ValueError: the file has another schema.
@@ -59,11 +64,10 @@ def read(path: Path) -> Result:
     content = json.loads(path.read_text())
     if content.pop("schema", None) != SCHEMA:
         raise ValueError(f"{path} must have schema {SCHEMA}; run the benchmark again")
-    cases = [(entry["case"], [_row(row) for row in entry["rows"]]) for entry in content.pop("cases")]
+    cases = [(entry["case"], [_row(**row) for row in entry["rows"]]) for entry in content.pop("cases")]
     device, ceilings = DeviceRecord(**content.pop("device")), Ceilings(**content.pop("ceilings"))
     return Result(**content, device=device, ceilings=ceilings, cases=cases)
 
 
-def _row(content: dict[str, Any]) -> Row:
-    timing = content.pop("timing")
-    return Row(**content, timing=Timing(**timing) if timing else None)
+def _row(timing: dict[str, Any] | None, **fields: Any) -> Row:
+    return Row(**fields, timing=Timing(**timing) if timing else None)

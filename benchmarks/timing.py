@@ -1,16 +1,16 @@
-"""The one clock of every benchmark: warm-up, round robin over the variants, median with p20 and p80, peak memory.
+"""Time and peak memory of calls: warm-up, variants in turns, median with p20 and p80.
 
-A variant is a list of calls without arguments, one for each input set; they take turns, so that a call does not find
-its inputs in the cache where its last one left them (``input_sets`` says how many that needs). The clocks:
+A variant is a list of calls without arguments, one for each input set. Its calls take turns, so that a call does not
+find its inputs in the cache (``input_sets`` counts the sets that this needs). Three clocks:
 
     perf_counter  CPU. A sample is as many calls as fill SAMPLE_MS.
-    cuda events   the device's own clock around the calls of a sample.
-    cuda graph    the same around replays of one graph that holds a call on every input set. Taken for all variants of
-                  a comparison as soon as one is launch-bound, i.e. the host takes longer to launch than the device to
-                  run: events would then time Python. A variant that cannot be captured keeps events, and says so.
+    cuda events   The device's clock around the calls of a sample.
+    cuda graph    The device's clock around replays of one graph with a call on every input set. All variants of a
+                  comparison use it as soon as one is launch-bound, i.e. launching takes the host longer than running
+                  takes the device: events would then time Python. A variant that cannot be captured keeps events.
 
-Peak memory is that of one call beyond what is there before it, the outputs included: the allocator's on CUDA; on Linux
-the kernel's own high-water mark of resident memory, which sees every library's scratch too; None elsewhere.
+Peak memory is what one call needs beyond what is held before it, its outputs included: the allocator's peak on CUDA;
+on Linux the high-water mark of resident memory, which counts the scratch of every library; None elsewhere.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a variant has no time. ``status`` is "out of memory" or "failed"."""
+    """The reason why a variant has no time. ``status`` is "out of memory" or "failed"."""
 
     status: str
     note: str
@@ -77,8 +77,8 @@ def measure(
 ) -> dict[str, Timing | Failure]:
     """Time the variants against each other for about ``seconds``, in rounds of one sample each.
 
-    A variant that raises is dropped from the rounds and comes back as a Failure. On CUDA call it inside
-    ``own_stream``, in which the calls were also made: a graph can only capture work of its own stream.
+    A variant that raises leaves the rounds and is returned as a Failure. On CUDA, prepare and time the calls inside
+    ``own_stream``: a graph can only capture work of its own stream.
 
     Raises:
         ValueError: a variant without a call.
@@ -92,7 +92,7 @@ def measure(
         try:
             clocks[name] = _warm_up(calls, device, seconds / 10)
             peaks[name] = peak_memory(calls[0], device)
-        except Exception as error:  # a peer may fail in any way it likes; the row says how
+        except Exception as error:  # a peer may raise anything; the row reports it
             outcomes[name] = Failure.of(error)
         release(device)
     if any(clock.launch_bound for clock in clocks.values()):
@@ -103,25 +103,26 @@ def measure(
         for round_ in range(max_samples):
             if round_ >= min_samples and time.perf_counter() > end:
                 break
-            for name in [name for name in clocks if name not in outcomes]:
+            for name, clock in clocks.items():
+                if name in outcomes:
+                    continue
                 try:
-                    samples[name].append(clocks[name].sample())
+                    samples[name].append(clock.sample())
                 except Exception as error:
                     outcomes[name] = Failure.of(error)
     for name, clock in clocks.items():
         if name not in outcomes:
             p20, median, p80 = (float(p) for p in np.percentile(samples[name], (20, 50, 80)))
-            outcomes[name] = Timing(
-                median, p20, p80, len(samples[name]), clock.calls, len(clock.thunks), clock.method, peaks[name]
-            )
+            found = len(samples[name]), clock.count, len(clock.calls), clock.method, peaks[name]
+            outcomes[name] = Timing(median, p20, p80, *found)
     return {name: outcomes[name] for name in variants}
 
 
 def input_sets(set_bytes: int, device: torch.device, limit: int = 64) -> int:
-    """How many input sets of ``set_bytes`` make twice the cache, at most ``limit`` and an eighth of the free memory.
+    """Number of input sets of ``set_bytes`` that fill twice the cache, within ``limit`` and 1/8 of the free memory.
 
-    The cache is L2 on CUDA. On a CPU it is the cores' own (L2 summed over the threads in use): the last level belongs
-    to a whole server, and no benchmark can claim to know what its neighbours leave of it.
+    The cache is L2 on CUDA, and on a CPU the L2 of the threads in use: the last level is shared with the rest of the
+    server, so nothing is claimed about it.
     """
     needed = math.ceil(2 * _cache_bytes(device) / max(set_bytes, 1))
     affordable = available_memory(device) // 8 // max(set_bytes, 1)
@@ -129,7 +130,7 @@ def input_sets(set_bytes: int, device: torch.device, limit: int = 64) -> int:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that a call can still get: free device memory and what the allocator caches; MemAvailable on Linux."""
+    """Bytes that a call can still allocate: free and cached device memory on CUDA; MemAvailable on Linux."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -140,7 +141,7 @@ def available_memory(device: torch.device) -> int:
 
 
 def peak_memory(call: Call, device: torch.device) -> int | None:
-    """Bytes that one ``call`` needs at its worst beyond what is held before it. None where nothing can tell."""
+    """Peak bytes of one ``call`` beyond what is held before it. None where the system cannot report it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -153,7 +154,7 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
         return None
     libc = ctypes.CDLL(None)
     try:
-        # Every block of 64 KiB becomes a mapping of its own, freed blocks go back: what is resident is what is live.
+        # Blocks of 64 KiB and more get mappings of their own and are returned when freed: resident memory is live.
         libc.mallopt(M_MMAP_THRESHOLD, 2**16)
         libc.malloc_trim(0)
         reset.write_text("5")  # resets the high-water mark, see proc(5)
@@ -163,14 +164,14 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
     except (PermissionError, AttributeError):
         return None
     finally:
-        # Where the C library's own adjustment ends, on which every variant is then timed alike.
+        # The values at which glibc's own adjustment ends, so that every variant is timed with the same ones.
         libc.mallopt(M_MMAP_THRESHOLD, 2**25)
         libc.mallopt(M_TRIM_THRESHOLD, 2**26)
 
 
 @contextlib.contextmanager
 def own_stream(device: torch.device) -> Iterator[None]:
-    """A side stream for everything that is timed; nothing on a CPU."""
+    """Run the block in a CUDA stream of its own; does nothing on a CPU."""
     if device.type != "cuda":
         yield
         return
@@ -180,96 +181,79 @@ def own_stream(device: torch.device) -> Iterator[None]:
 
 
 def release(device: torch.device) -> None:
-    """Give back what the allocator caches for a finished variant, so that the next one has the same room."""
+    """Empty the allocator's cache after a variant, so that the next one has the same room."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
 class _Clock:
-    """Takes samples of one variant by the host's clock."""
+    """Takes samples of ``count`` calls each of one variant; ``graph`` holds one call on every input set."""
 
-    method = "perf_counter"
-    launch_bound = False
-
-    def __init__(self, thunks: Sequence[Call], calls: int) -> None:
-        self.thunks = thunks
-        self.calls = calls
+    def __init__(
+        self, calls: Sequence[Call], device: torch.device, count: int, graph: torch.cuda.CUDAGraph | None = None
+    ) -> None:
+        self.calls, self.device, self.count, self.graph = calls, device, count, graph
+        self.launch_bound = False
         self.turn = 0
-
-    def run(self) -> None:
-        for _ in range(self.calls):
-            self.thunks[self.turn % len(self.thunks)]()
-            self.turn += 1
+        self.method = "cuda graph" if graph else "cuda events" if device.type == "cuda" else "perf_counter"
 
     def sample(self) -> float:
+        """Milliseconds a call."""
+        cuda = self.device.type == "cuda"
+        if cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
         start = time.perf_counter()
-        self.run()
-        return (time.perf_counter() - start) * 1e3 / self.calls
-
-
-class _EventClock(_Clock):
-    """Takes samples by the device's clock."""
-
-    method = "cuda events"
-
-    def sample(self) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start = time.perf_counter()
-        begin.record()
-        self.run()
+        if self.graph:
+            for _ in range(self.count // len(self.calls)):
+                self.graph.replay()
+        else:
+            for _ in range(self.count):
+                self.calls[self.turn % len(self.calls)]()
+                self.turn += 1
         host_ms = (time.perf_counter() - start) * 1e3
+        if not cuda:
+            return host_ms / self.count
         end.record()
         end.synchronize()
         device_ms = begin.elapsed_time(end)
         self.launch_bound = host_ms > LAUNCH_BOUND * device_ms
-        return device_ms / self.calls
+        return device_ms / self.count
 
 
-class _GraphClock(_EventClock):
-    """Takes samples of replays of a graph that holds one call on every input set."""
-
-    method = "cuda graph"
-
-    def __init__(self, thunks: Sequence[Call], calls: int, graph: torch.cuda.CUDAGraph) -> None:
-        super().__init__(thunks, calls)
-        self.graph = graph
-
-    def run(self) -> None:
-        for _ in range(self.calls // len(self.thunks)):
-            self.graph.replay()
-
-
-def _warm_up(thunks: Sequence[Call], device: torch.device, seconds: float) -> _Clock:
-    """Call for ``seconds``, at least once; size the samples by the last calls."""
-    kind = _EventClock if device.type == "cuda" else _Clock
-    clock = kind(thunks, 1)
+def _warm_up(calls: Sequence[Call], device: torch.device, seconds: float) -> _Clock:
+    """Call for ``seconds``, at least once, and choose the calls of a sample from the last times."""
+    clock = _Clock(calls, device, 1)
     end = time.perf_counter() + seconds
-    last = [clock.sample()]
+    times = [clock.sample()]
     while time.perf_counter() < end and clock.turn < MAX_CALLS:
-        last.append(clock.sample())
-    estimate = float(np.median(last[-5:]))
-    sized = kind(thunks, max(1, min(MAX_CALLS, math.ceil(SAMPLE_MS / max(estimate, 1e-6)))))
+        times.append(clock.sample())
+    estimate = float(np.median(times[-5:]))
+    clock = _Clock(calls, device, _calls_per_sample(estimate))
     if estimate < seconds * 1e3:
-        sized.sample()  # also tells whether it is launch-bound, which slow calls are not
-    return sized
+        clock.sample()  # sets launch_bound; slow calls are not launch-bound
+    return clock
 
 
 def _captured(clock: _Clock) -> _Clock:
-    """The clock over a graph, or the clock itself where the calls cannot be captured."""
+    """A clock over a graph of the calls, or ``clock`` itself where they cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     try:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            for thunk in clock.thunks:
-                thunk()
-    except Exception:  # capture refuses in many ways; the method of the row tells
+            for call in clock.calls:
+                call()
+    except Exception:  # capture may raise anything; ``method`` of the row says that it failed
         torch.cuda.synchronize()
         return clock
-    sets = len(clock.thunks)
-    probe = _GraphClock(clock.thunks, sets, graph)
+    sets = len(clock.calls)
+    probe = _Clock(clock.calls, clock.device, sets, graph)
     probe.sample()
-    replays = max(1, min(MAX_CALLS, math.ceil(SAMPLE_MS / (probe.sample() * sets))))
-    return _GraphClock(clock.thunks, replays * sets, graph)
+    return _Clock(clock.calls, clock.device, _calls_per_sample(probe.sample() * sets) * sets, graph)
+
+
+def _calls_per_sample(ms: float) -> int:
+    return max(1, min(MAX_CALLS, math.ceil(SAMPLE_MS / max(ms, 1e-6))))
 
 
 def _cache_bytes(device: torch.device) -> int:

@@ -1,49 +1,48 @@
-"""Training steps of whole models, ours against its peers: ``python -m segmenter_fast.benchmarks.training``.
+"""Training steps of whole models, ours against its peers.
 
 A step is the forward pass, the loss, the backward pass and SGD with momentum, on ``(B, 3, S, S)`` images of random
-numbers. Writes ``<out>/<device>/training.json`` after each case and ``training.png`` at the end.
+numbers. ``training.json`` is written after each case, ``training.png`` at the end.
 
-Before anything is timed, every variant's loss and gradients on the same weights are compared with those of the
-reference in float32. The error of a row is the relative one of the loss, or the largest of a layer's gradient
+Before anything is timed, every variant's loss and gradients are compared with those of the float32 reference on the
+same weights. The error of a row is the relative one of the loss, or the largest of a layer's gradient
 (``|g - g_reference| / |g_reference|`` over all its parameters), whichever is larger.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from segmenter_fast import VARIANTS, Segmenter, SegmenterConfig
+from segmenter_fast import Segmenter, SegmenterConfig
+from segmenter_fast.config import variant_config
 from segmenter_fast.describe import count_macs
 from segmenter_fast.devices import choose_dtype
 from segmenter_fast.reference import ReferenceSegmenter
 
-from .cases import OURS, Case, Variant
-from .device import name_of, resolve
+from .case import OURS, Case, Variant
+from .device import name_of
+from .models.peers import with_sdpa
 from .ops.upsample import block_target
-from .ops.upsample_oracle import IGNORED
-from .peers import with_sdpa
+from .ops.upsample_judges import IGNORED
 from .plots import draw
-from .run import Run, add_options
+from .results import RESULTS
+from .runner import Runner, deadline_after
 
 OP = "training"
-MODELS = ("t", "s", "b", "l")
 Gradients = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Point:
-    """A training step: a mask transformer of size t, s, b or l, and what it is fed.
+class StepShape:
+    """A training step: a mask transformer of size t, s, b or l, and its input.
 
     Raises:
         ValueError: no image.
@@ -61,8 +60,8 @@ class Point:
 
     @property
     def config(self) -> SegmenterConfig:
-        """Nothing is dropped at random: every variant has to find the same gradients."""
-        return VARIANTS[f"seg_{self.model}_mask_16"].replace(
+        """Without dropout and stochastic depth, so that every variant has the same gradients."""
+        return variant_config(f"seg_{self.model}_mask_16").replace(
             patch_size=self.patch,
             num_classes=self.classes,
             image_size=self.size,
@@ -73,165 +72,141 @@ class Point:
         )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where a case was refused because our loss or a gradient of ours was wrong."""
-    parser = argparse.ArgumentParser(prog="segmenter_fast.benchmarks.training", description=__doc__)
-    parser.add_argument("--model", action="append", choices=MODELS, help="may be given more than once, as the next two")
-    parser.add_argument("--patch", action="append", type=int, help="patch size")
-    parser.add_argument("--classes", action="append", type=int, help="number of classes")
-    parser.add_argument("--size", type=int, help="pixels a side")
-    parser.add_argument("--batch", type=int, help="images a step")
-    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
-    parser.add_argument("--no-compile", action="store_true", help="without the variants that torch.compile makes")
-    add_options(parser)
-    options = parser.parse_args(arguments)
-    start = time.monotonic()
-    try:
-        device = resolve(options.device)
-        dtype = training_dtype(options.dtype, device)
-        cases = [
-            make_case(device, dtype, point, not options.no_compile)
-            for point in chosen_points(device, options.quick, **_given(options))
-        ]
-    except ValueError as error:
-        parser.error(str(error))
-    run = Run.begin(device, {torch.float32, dtype}, options.out, options.quick, 1.0 if options.quick else 3.0)
-    wrong = run.cases(OP, cases, None if options.budget is None else start + options.budget)
-    for plot in draw(options.out / run.record.slug, (OP,)):
-        run.console.print(f"{OP}: drew {plot}")
-    return 1 if wrong else 0
+def run_training(
+    models: Sequence[str] = (),
+    patches: Sequence[int] = (),
+    classes: Sequence[int] = (),
+    size: int | None = None,
+    batch: int | None = None,
+    *,
+    device: torch.device,
+    dtype: str = "auto",
+    compile: bool = True,
+    quick: bool = False,
+    out: Path = RESULTS,
+    budget: float | None = None,
+) -> int:
+    """Time the steps of ``choose_steps`` within ``budget`` seconds; without ``compile`` no variant is compiled.
 
+    Returns:
+        The number of cases that were refused because our loss or a gradient of ours was wrong.
 
-def _given(options: argparse.Namespace) -> dict[str, Any]:
-    fields = ("model", "patch", "classes", "size", "batch")
-    return {name: getattr(options, name) for name in fields if getattr(options, name) is not None}
+    Raises:
+        ValueError: sizes that no model has.
+    """
+    deadline = deadline_after(budget)
+    kind = training_dtype(dtype, device)
+    steps = choose_steps(device, quick, models, patches, classes, size, batch)
+    cases = [step_case(device, kind, step, compile) for step in steps]
+    runner = Runner.start(device, {torch.float32, kind}, out, quick, 1.0 if quick else 3.0)
+    refused = runner.run(OP, cases, deadline)
+    for plot in draw(out / runner.record.slug, (OP,)):
+        runner.console.print(f"{OP}: drew {plot}")
+    return refused
 
 
 def training_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What ``name`` means on ``device``; float32 where that is float16, whose loss would have to be scaled."""
+    """``choose_dtype``, but float32 for float16, whose loss would have to be scaled."""
     dtype = choose_dtype(name, device)
     return torch.float32 if dtype is torch.float16 else dtype
 
 
-def chosen_points(
+def choose_steps(
     device: torch.device,
     quick: bool,
-    model: Sequence[str] = (),
-    patch: Sequence[int] = (),
+    models: Sequence[str] = (),
+    patches: Sequence[int] = (),
     classes: Sequence[int] = (),
     size: int | None = None,
     batch: int | None = None,
-) -> list[Point]:
+) -> list[StepShape]:
     """The default steps of a device, most valuable first; with any of the other arguments, all their combinations."""
     cuda = device.type == "cuda"
     if quick:
-        first = Point("s", batch=8) if cuda else Point(size=128, batch=1)
+        first = StepShape("s", batch=8) if cuda else StepShape(size=128, batch=1)
     else:
-        first = Point("b", batch=8) if cuda else Point(size=256)
-    if model or patch or classes or size is not None or batch is not None:
+        first = StepShape("b", batch=8) if cuda else StepShape(size=256)
+    if models or patches or classes or size is not None or batch is not None:
         shape = first.size if size is None else size, first.batch if batch is None else batch
-        axes = (model or [first.model], patch or [first.patch], classes or [first.classes])
-        return [Point(*values, *shape) for values in itertools.product(*axes)]
-    make = partial(_changed, first)
-    if quick:
-        return [first, make(patch=32)]
-    points = [first, make(classes=19), make(patch=32), make(patch=8), make(classes=1000), make(classes=59)]
-    if cuda:
-        points += [make(model="l"), make(model="s"), make(model="t")]
-        points += [make(model="b", batch=1), make(model="b", size=1024, batch=2)]
-    else:
-        points += [make(size=512, batch=4), make(model="s")]
-    return points
+        axes = (models or [first.model], patches or [first.patch], classes or [first.classes])
+        return [StepShape(*values, *shape) for values in itertools.product(*axes)]
+    changes: list[dict[str, Any]] = [{}, {"patch": 32}]
+    if not quick:
+        changes = [{}, {"classes": 19}, {"patch": 32}, {"patch": 8}, {"classes": 1000}, {"classes": 59}]
+        if cuda:
+            changes += [{"model": "l"}, {"model": "s"}, {"model": "t"}, {"batch": 1}, {"size": 1024, "batch": 2}]
+        else:
+            changes += [{"size": 512, "batch": 4}, {"model": "s"}]
+    return [replace(first, **change) for change in changes]
 
 
-def _changed(point: Point, **fields: Any) -> Point:
-    return Point(**(vars(point) | fields))
-
-
-def make_case(device: torch.device, dtype: torch.dtype, point: Point, compiled: bool = True) -> Case:
-    """The step of ``point`` by every variant, each in autocast to ``dtype`` but for the first.
+def step_case(device: torch.device, dtype: torch.dtype, step: StepShape, compile: bool = True) -> Case:
+    """The step by every variant, each in autocast to ``dtype`` except the first.
 
     Raises:
         ValueError: sizes that no model has.
-        MemoryError, torch.OutOfMemoryError: no room for one copy of the weights.
     """
-    config = point.config
-    weights = _Weights(config, device)
-    peer = partial(_Step, partial(_sdpa_model, config), weights, dtype)
-    ours = partial(_Step, partial(Segmenter, config), weights, dtype)
+    config = step.config
+    peer = partial(_Step, lambda: with_sdpa(ReferenceSegmenter(config), torch.float32), dtype)
+    ours = partial(_Step, partial(Segmenter, config), dtype)
     reference = partial(ReferenceSegmenter, config)
-    tokens = (point.size // point.patch) ** 2 + max(config.num_prefix_tokens, point.classes)
+    tokens = (step.size // step.patch) ** 2 + max(config.num_prefix_tokens, step.classes)
     heads = config.depth * config.num_heads + config.decoder_depth * config.decoder_num_heads
     # Kept for the backward pass: the probabilities of every head; the logits and their log-softmax.
-    scores, logits = point.batch * heads * tokens**2, point.batch * point.classes * point.size**2
+    scores, logits = step.batch * heads * tokens**2, step.batch * step.classes * step.size**2
     variants: dict[str, Variant | str] = {
-        "eager": _Step(reference, weights, torch.float32).variant(4 * scores + 8 * logits),
+        "eager": _Step(reference, torch.float32).variant(4 * scores + 8 * logits),
     }
     if dtype is not torch.float32:
-        variants["eager AMP"] = _Step(reference, weights, dtype).variant(dtype.itemsize * scores + 6 * logits)
-    compiled_steps: dict[str, Variant | str] = {
-        "compile": peer(compiled=True).variant(4 * logits),
-        f"{OURS} compiled": ours(compiled=True).variant(),
-    }
+        variants["eager AMP"] = _Step(reference, dtype).variant(dtype.itemsize * scores + 6 * logits)
+    absent = "left out by --no-compile"
+    variants["compile"] = peer(compiled=True).variant(4 * logits) if compile else absent
     variants[OURS] = ours().variant()
-    variants |= compiled_steps if compiled else dict.fromkeys(compiled_steps, "left out by --no-compile")
-    order = ("eager", "eager AMP", "compile", OURS, f"{OURS} compiled")
+    variants[f"{OURS} compiled"] = ours(compiled=True).variant() if compile else absent
     return Case(
-        parameters={"op": OP, **vars(point), "model": f"seg_{point.model}_mask", "dtype": name_of(dtype)},
+        parameters={"op": OP, **vars(step), "model": f"seg_{step.model}_mask", "dtype": name_of(dtype)},
         device=device,
         dtype=dtype,
-        make_inputs=partial(_inputs, point),
-        judge=partial(_judge, config, weights),
-        variants={name: variants[name] for name in order if name in variants},
+        make_inputs=partial(_inputs, step),
+        judge=partial(_judge, config),
+        variants=variants,
         # Each matrix product of the forward pass has two in the backward pass.
-        flops=3 * 2 * count_macs(config, point.size) * point.batch,
-        images=point.batch,
+        flops=3 * 2 * count_macs(config, step.size) * step.batch,
+        images=step.batch,
     )
 
 
-class _Weights:
-    """The weights that every variant starts a check from, made when they are first needed."""
-
-    def __init__(self, config: SegmenterConfig, device: torch.device) -> None:
-        self.config = config
-        self.device = device
-        self.state: dict[str, Tensor] | None = None
-
-    def load(self, model: nn.Module) -> None:
-        if self.state is None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)
-                made = Segmenter(self.config)
-            self.state = {name: value.to(self.device) for name, value in made.state_dict().items()}
-        model.load_state_dict(self.state)
+@lru_cache(maxsize=1)
+def _weights(config: SegmenterConfig) -> dict[str, Tensor]:
+    """The weights with which every variant starts a check."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Segmenter(config).state_dict()
 
 
 class _Step:
     """One variant's model and optimizer, made at the first use; a call of ``run`` is one training step."""
 
-    def __init__(self, make: Callable[[], Any], weights: _Weights, dtype: torch.dtype, compiled: bool = False) -> None:
-        self.make = make
-        self.weights = weights
-        self.dtype = dtype
-        self.compiled = compiled
+    def __init__(self, make: Callable[[], Any], dtype: torch.dtype, compiled: bool = False) -> None:
+        self.make, self.dtype, self.compiled = make, dtype, compiled
         self.model: Any = None
 
     def variant(self, needs_bytes: int = 0) -> Variant:
         return Variant(self.run, self.prepare, needs_bytes)
 
     def prepare(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Back to the first weights."""
+        """Load the first weights."""
         if self.model is None:
             self.model = self.make().to(images.device).train()
             self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
             self.loss = self.model.loss
             if self.compiled:
                 self.loss = torch.compile(self.model.loss, fullgraph=True, dynamic=False)
-        self.weights.load(self.model)
+        self.model.load_state_dict(_weights(self.model.config))
         return images, target
 
     def run(self, images: Tensor, target: Tensor) -> tuple[Tensor, Gradients]:
-        """The loss, and the gradients that the optimizer was given."""
+        """Take a step; return the loss and the gradients that the optimizer received."""
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             loss = self.loss(images, target)
         loss.backward()
@@ -241,23 +216,17 @@ class _Step:
         return loss.detach(), gradients
 
 
-def _sdpa_model(config: SegmenterConfig) -> nn.Module:
-    return with_sdpa(ReferenceSegmenter(config), torch.float32)
+def _inputs(step: StepShape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    side = step.size
+    images = torch.randn((step.batch, 3, side, side), generator=generator, device=generator.device)
+    return images, block_target((step.batch, step.classes), (side, side), generator)
 
 
-def _inputs(point: Point, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    side, device = point.size, generator.device
-    images = torch.randn((point.batch, 3, side, side), generator=generator, device=device)
-    return images, block_target((point.batch, point.classes), (side, side), generator)
-
-
-def _judge(
-    config: SegmenterConfig, weights: _Weights, inputs: tuple[Tensor, Tensor]
-) -> Callable[[tuple[Tensor, Gradients]], float]:
-    """The reference in float32, image by image: its memory is that of one."""
+def _judge(config: SegmenterConfig, inputs: tuple[Tensor, Tensor]) -> Callable[[tuple[Tensor, Gradients]], float]:
+    """Compare with the reference in float32, which runs image by image to save memory."""
     images, target = inputs
     reference = ReferenceSegmenter(config).to(images.device).train()
-    weights.load(reference)
+    reference.load_state_dict(_weights(config))
     valid = (target != IGNORED).sum()
     expected = torch.zeros((), device=images.device)
     for image, labels in zip(images.split(1), target.split(1), strict=True):
@@ -269,7 +238,7 @@ def _judge(
 
 
 def _error(loss: Tensor, oracle: Gradients, output: tuple[Tensor, Gradients]) -> float:
-    """As the module says; infinity where parameters differ, NaN where a value is."""
+    """The error of the module's docstring; infinity where parameters differ, NaN where a value is NaN."""
     found, gradients = output
     if gradients.keys() != oracle.keys():
         return float("inf")
@@ -282,10 +251,3 @@ def _error(loss: Tensor, oracle: Gradients, output: tuple[Tensor, Gradients]) ->
         off = torch.stack([(gradients[name] - oracle[name]).norm() for name in names]).norm()
         errors.append(off / torch.stack([oracle[name].norm() for name in names]).norm())
     return torch.stack(errors).max().item()
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit("interrupted: the cases that were finished are written")

@@ -1,107 +1,102 @@
-"""Launch configurations, searched on the GPU at hand: ``python -m segmenter_fast.benchmarks.tune attention``.
+"""Search of launch configurations on the GPU at hand: ``python -m segmenter_fast.benchmarks.tune attention``.
 
-A kernel module keeps its configurations as data behind a pure ``launch_config(...)``. For each case this takes what
-that function gives, climbs from neighbour to faster neighbour (tiles halved and doubled, other warps and stages) with
-the function replaced, and prints the fastest one, to be written into the module by hand. A configuration whose output
-is wrong, that does not compile or does not fit is counted and left. What ships is what ``kernels.aot`` compiles: run it
-after an edit.
+A kernel module keeps its configurations as data behind a pure ``launch_config(...)``. For each case the search starts
+at the shipped configuration and climbs from neighbour to faster neighbour (tiles halved and doubled, other warps and
+stages) with that function replaced. It prints the fastest configuration, to be written into the module by hand; run
+``python -m segmenter_fast.kernels.aot`` after that. A configuration that gives wrong output, does not compile or does
+not fit is counted and skipped.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 
-from .cases import OURS, TOLERANCE, Case, Variant
-from .device import describe, resolve
+from segmenter_fast.devices import choose_device
+
+from .case import OURS, TOLERANCE, Case
+from .device import describe
 from .ops import OPS
-from .timing import Timing, input_sets, measure, own_stream
+from .runner import run_command
+from .timing import Timing, measure, own_stream
 
 WARPS = (1, 2, 4, 8)
 STAGES = (1, 2, 3, 4)
 LARGEST = 256
-# Candidates timed against each other and the best one so far.
-HEAT = 8
+# Candidates that are timed together with the best configuration so far.
+ROUND = 8
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0; 2 without a CUDA or ROCm device."""
-    parser = argparse.ArgumentParser(prog="segmenter_fast.benchmarks.tune", description=__doc__)
-    parser.add_argument("op", choices=sorted(OPS))
-    parser.add_argument("--cases", type=int, default=4, help="how many of the most valuable cases (%(default)s)")
-    parser.add_argument("--budget", type=float, default=480, help="seconds for all cases together (%(default)s)")
-    options = parser.parse_args(arguments)
-    if not torch.cuda.is_available():
-        print("tune needs a CUDA or ROCm device, and PyTorch sees none: nothing was measured", file=sys.stderr)
-        return 2
-    device = resolve("cuda")
-    record = describe(device)
-    table = Table("case", "shipped", "ms", "best", "ms", "gain", "tried", "left", title=f"{options.op}, {record.name}")
-    chosen = OPS[options.op](device, False)[: options.cases]
-    start = time.monotonic()
+def tune(
+    op: str,
+    cases: Annotated[int, typer.Option(help="Number of the most valuable cases.")] = 4,
+    budget: Annotated[float, typer.Option(help="Seconds for all cases together.")] = 480,
+) -> None:
+    """Search the launch configurations of an op on the GPU at hand."""
+    if op not in OPS:
+        raise ValueError(f"unknown op {op}; known are {', '.join(OPS)}")
+    device = choose_device("cuda")
+    headings = ("case", "shipped", "ms", "best", "ms", "gain", "tried", "skipped")
+    table = Table(*headings, title=f"{op}, {describe(device).name}")
+    chosen = OPS[op](device, False)[:cases]
+    end = time.monotonic() + budget
     for index, case in enumerate(chosen):
         now = time.monotonic()
         with own_stream(device):
-            row = tune(case, module_of(case), now + (start + options.budget - now) / (len(chosen) - index))
+            row = search(case, kernel_module(case), now + (end - now) / (len(chosen) - index))
         table.add_row(case.name, *row)
         Console().print(case.name, *row)
     Console().print(table)
-    return 0
 
 
-def module_of(case: Case) -> ModuleType:
-    """The kernel module whose ``launch_config`` the case's pass launches by."""
+def kernel_module(case: Case) -> ModuleType:
+    """The kernel module whose ``launch_config`` the case's pass uses."""
     name = case.parameters["op"]
     if name == "attention":
         name += f"_{case.parameters['pass']}"
-    return importlib.import_module(f"segmenter_fast.kernels.{name}")
+    return importlib.import_module(f"segmenter_fast.kernels.gpu.{name}")
 
 
-def tune(case: Case, module: ModuleType, deadline: float) -> tuple[str, ...]:
+def search(case: Case, module: ModuleType, deadline: float) -> tuple[str, ...]:
     """Search ``case`` until ``deadline``: the cells of its row of the table."""
-    inputs = [case.make_inputs(torch.Generator(case.device).manual_seed(0))]
-    size = sum(t.nbytes for t in inputs[0] if isinstance(t, torch.Tensor))
-    generator = torch.Generator(case.device).manual_seed(1)
-    inputs += [case.make_inputs(generator) for _ in range(input_sets(size, case.device) - 1)]
-    variant = case.variants[OURS]
-    assert isinstance(variant, Variant)
-    calls = [variant.bind(arguments) for arguments in inputs]
+    generator = torch.Generator(case.device).manual_seed(0)
+    inputs = case.input_sets(case.make_inputs(generator), generator)
+    calls = [case.variant(OURS).bind(arguments) for arguments in inputs]
     judge = case.judge(inputs[0])
     shipped = shipped_config(module, calls[0])
-    best, tried, left, waiting = shipped, {shipped}, 0, neighbours(shipped)
+    best, tried, skipped, waiting = shipped, {shipped}, 0, neighbours(shipped)
+
+    def launched_by(configs: Sequence[Any]) -> dict[Any, list[Callable[[], Any]]]:
+        return {config: [with_config(config, shipped, module, call) for call in calls] for config in configs}
+
     while waiting and time.monotonic() < deadline:
-        heat, waiting = waiting[:HEAT], waiting[HEAT:]
-        tried.update(heat)
-        under = {config: [_under(config, shipped, module, call) for call in calls] for config in (best, *heat)}
-        right = [config for config in heat if _is_right(under[config][0], judge, TOLERANCE[case.dtype])]
-        left += len(heat) - len(right)
-        times = _times({config: under[config] for config in (best, *right)}, case.device)
+        candidates, waiting = waiting[:ROUND], waiting[ROUND:]
+        tried.update(candidates)
+        launched = launched_by((best, *candidates))
+        right = [config for config in candidates if is_right(launched[config][0], judge, TOLERANCE[case.dtype])]
+        skipped += len(candidates) - len(right)
+        times = median_times({config: launched[config] for config in (best, *right)}, case.device)
         fastest = min(times, key=lambda config: times[config])
         if fastest != best:
             best, waiting = fastest, neighbours(fastest)
         waiting = [config for config in waiting if config not in tried]
-    final = {config: [_under(config, shipped, module, call) for call in calls] for config in (shipped, best)}
-    times = _times(final, case.device)
-    gain = times[shipped] / times[best]
-    return (
-        str(shipped), f"{times[shipped]:.4g}", str(best), f"{times[best]:.4g}", f"{gain:.3f}",
-        str(len(tried) - 1), str(left),
-    )  # fmt: skip
+    times = median_times(launched_by((shipped, best)), case.device)
+    cells = (str(shipped), f"{times[shipped]:.4g}", str(best), f"{times[best]:.4g}")
+    return (*cells, f"{times[shipped] / times[best]:.3f}", str(len(tried) - 1), str(skipped))
 
 
 def shipped_config(module: ModuleType, call: Callable[[], Any]) -> Any:
-    """What ``module.launch_config`` returns for ``call``.
+    """The last configuration that ``module.launch_config`` returns during ``call``.
 
     Raises:
         RuntimeError: the call does not ask for a configuration.
@@ -119,49 +114,8 @@ def shipped_config(module: ModuleType, call: Callable[[], Any]) -> Any:
     return seen[-1]
 
 
-def neighbours(config: Any) -> list[Any]:
-    """Configurations that differ from ``config`` in one or two fields of one of its parts, the nearest first."""
-    found = []
-    for part, tiles in enumerate(_parts(config)):
-        choices = [_choices(name, value) for name, value in zip(tiles._fields, tiles, strict=True)]
-        for values in itertools.product(*choices):
-            changes = sum(a != b for a, b in zip(values, tiles, strict=True))
-            if changes in (1, 2):
-                found.append((changes, _with_part(config, part, type(tiles)(*values))))
-    return [other for _, other in sorted(found, key=lambda pair: pair[0])]
-
-
-def _choices(field: str, value: Any) -> Sequence[Any]:
-    if field == "num_warps":
-        return WARPS
-    if field == "num_stages":
-        return STAGES
-    return [value, *(size for size in (value // 2, value * 2) if 1 <= size <= LARGEST)]
-
-
-def _parts(config: Any) -> tuple[Any, ...]:
-    """A configuration is one named tuple of tiles, or a plain tuple of them, one for each kernel."""
-    return (config,) if hasattr(config, "_fields") else tuple(config)
-
-
-def _with_part(config: Any, part: int, tiles: Any) -> Any:
-    if hasattr(config, "_fields"):
-        return tiles
-    return (*config[:part], tiles, *config[part + 1 :])
-
-
-@contextlib.contextmanager
-def _replaced(module: ModuleType, launch_config: Callable[..., Any]) -> Iterator[None]:
-    original = module.launch_config
-    module.launch_config = launch_config  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        module.launch_config = original  # type: ignore[attr-defined]
-
-
-def _under(config: Any, shipped: Any, module: ModuleType, call: Callable[[], Any]) -> Callable[[], Any]:
-    """``call`` launched by ``config`` wherever it would be by ``shipped``; its other launches stay as they are."""
+def with_config(config: Any, shipped: Any, module: ModuleType, call: Callable[[], Any]) -> Callable[[], Any]:
+    """``call`` with ``config`` for the launches that would use ``shipped``."""
     original = module.launch_config
 
     def choose(*args: Any, **kwargs: Any) -> Any:
@@ -175,19 +129,54 @@ def _under(config: Any, shipped: Any, module: ModuleType, call: Callable[[], Any
     return run
 
 
-def _is_right(call: Callable[[], Any], judge: Callable[[Any], float], tolerance: float) -> bool:
+def neighbours(config: Any) -> list[Any]:
+    """Configurations that differ from ``config`` in one or two fields of one of its parts, the nearest first.
+
+    A configuration is a named tuple of tiles, or a plain tuple of these with one for each kernel.
+    """
+    single = hasattr(config, "_fields")
+    found = []
+    for part, tiles in enumerate((config,) if single else config):
+        choices = [_choices(name, value) for name, value in zip(tiles._fields, tiles, strict=True)]
+        for values in itertools.product(*choices):
+            changes = sum(a != b for a, b in zip(values, tiles, strict=True))
+            if changes in (1, 2):
+                new = type(tiles)(*values)
+                found.append((changes, new if single else (*config[:part], new, *config[part + 1 :])))
+    return [other for _, other in sorted(found, key=lambda pair: pair[0])]
+
+
+def _choices(field: str, value: Any) -> Sequence[Any]:
+    if field == "num_warps":
+        return WARPS
+    if field == "num_stages":
+        return STAGES
+    return [value, *(size for size in (value // 2, value * 2) if 1 <= size <= LARGEST)]
+
+
+@contextlib.contextmanager
+def _replaced(module: ModuleType, launch_config: Callable[..., Any]) -> Iterator[None]:
+    original = module.launch_config
+    module.launch_config = launch_config  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        module.launch_config = original  # type: ignore[attr-defined]
+
+
+def is_right(call: Callable[[], Any], judge: Callable[[Any], float], tolerance: float) -> bool:
     try:
         return judge(call()) <= tolerance
-    except Exception:  # a tile that does not compile or does not fit says so in many ways
+    except Exception:  # a tile that does not compile or does not fit may raise anything
         return False
 
 
-def _times(calls: Mapping[Any, Sequence[Callable[[], Any]]], device: torch.device) -> dict[Any, float]:
+def median_times(calls: Mapping[Any, Sequence[Callable[[], Any]]], device: torch.device) -> dict[Any, float]:
     """Median milliseconds of each configuration; infinity for one that failed."""
-    outcomes = measure({str(config): thunks for config, thunks in calls.items()}, device, seconds=0.1 * len(calls))
+    outcomes = measure({str(config): variant for config, variant in calls.items()}, device, seconds=0.1 * len(calls))
     medians = [outcome.median_ms if isinstance(outcome, Timing) else float("inf") for outcome in outcomes.values()]
     return dict(zip(calls, medians, strict=True))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_command(tune)

@@ -1,11 +1,12 @@
-"""Cases of fused attention: the packed projection in, ``(B, N, H, D)`` out, as a ViT block needs it.
+"""Cases of fused attention: packed projection in, ``(B, N, H, D)`` out, as a ViT block needs it.
 
-Every peer starts from the packed ``(B, N, 3, H, D)`` and ends contiguous; copies that its kernel forces are its own.
+Every peer starts from the packed ``(B, N, 3, H, D)`` and ends contiguous; copies that its kernel forces count for it.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -17,11 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from segmenter_fast import kernels
 from segmenter_fast.kernels import reference
 
-from ..cases import OURS, Case, Variant, missing, relative_error
+from ..case import OURS, Case, Variant, relative_error
 from ..device import name_of
 
 HEADS, HEAD_DIM = 12, 64
-# Tokens, and the batch that fills a large GPU at that length.
+# Tokens -> the batch that fills a large GPU at that length.
 FILLING = {1025: 32, 4097: 8, 577: 64, 257: 128, 2305: 16, 1601: 16, 16385: 2}
 BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
@@ -29,14 +30,15 @@ BACKENDS = {
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA math": SDPBackend.MATH,
 }
+ONLY_GPU = (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 # Queries of one step of the oracle.
 CHUNK = 1024
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Cases of attention, most valuable first; a CPU is full at batch 1, so it measures that alone."""
+    """Cases of attention. A CPU is full at batch 1 and measures that alone."""
     passes = ("forward", "backward")
-    make = partial(_case, device)
+    make = partial(attention_case, device)
     if device.type == "cpu":
         dtypes = (torch.float32, torch.bfloat16)
         lengths = (257, 1025) if quick else sorted(FILLING)
@@ -49,40 +51,34 @@ def cases(device: torch.device, quick: bool) -> list[Case]:
     return full + single + [make(torch.float16, FILLING[tokens], tokens, "forward") for tokens in (1025, 4097)]
 
 
-def _case(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, pass_: str) -> Case:
-    shape = (batch, tokens, 3, HEADS, HEAD_DIM)
+def attention_case(device: torch.device, dtype: torch.dtype, batch: int, tokens: int, pass_: str) -> Case:
     backward = pass_ == "backward"
     wrap = _backward if backward else _forward
-    # The materialised peers hold the scores and the probabilities, backward their gradients too.
+    # Peers that materialise hold the scores and the probabilities, backward their gradients, too.
     scores = batch * HEADS * tokens**2 * dtype.itemsize * (3 if backward else 2)
-    variants: dict[str, Variant | str] = {"eager": wrap(reference.attention, needs_bytes=scores)}
-    variants["SDPA default"] = wrap(_sdpa)
+    variants: dict[str, Variant | str] = {
+        "eager": wrap(reference.attention, needs_bytes=scores),
+        "SDPA default": wrap(_sdpa),
+    }
     for name, backend in BACKENDS.items():
-        if device.type == "cpu" and backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        if device.type == "cpu" and backend in ONLY_GPU:
             variants[name] = "PyTorch has no such backend on a CPU"
         else:
             variants[name] = wrap(partial(_forced, backend), needs_bytes=scores if backend is SDPBackend.MATH else 0)
-    for name, (package, function) in {
-        "xformers": ("xformers", _xformers),
-        "flash-attn": ("flash_attn", _flash_attn),
-    }.items():
-        absent = missing(package) or ("it has no kernel for a CPU" if device.type == "cpu" else None)
-        variants[name] = absent or wrap(function)
+    packages = {"xformers": ("xformers", _xformers), "flash-attn": ("flash_attn", _flash_attn)}
+    for name, (package, function) in packages.items():
+        if importlib.util.find_spec(package) is None:
+            variants[name] = f"{package} is not installed"
+        else:
+            variants[name] = "it has no kernel for a CPU" if device.type == "cpu" else wrap(function)
     variants[OURS] = wrap(kernels.attention)
     element = batch * tokens * HEADS * HEAD_DIM * dtype.itemsize
+    parameters = {"op": "attention", "pass": pass_, "tokens": tokens, "batch": batch, "heads": HEADS}
     return Case(
-        parameters={
-            "op": "attention",
-            "pass": pass_,
-            "tokens": tokens,
-            "batch": batch,
-            "heads": HEADS,
-            "head_dim": HEAD_DIM,
-            "dtype": name_of(dtype),
-        },
+        parameters=parameters | {"head_dim": HEAD_DIM, "dtype": name_of(dtype)},
         device=device,
         dtype=dtype,
-        make_inputs=partial(_inputs, shape, dtype),
+        make_inputs=partial(_inputs, (batch, tokens, 3, HEADS, HEAD_DIM), dtype),
         judge=partial(_judge, backward),
         variants=variants,
         # Forward: q, k, v and the output. Backward: these four and the output's gradient in, three gradients out.
@@ -134,9 +130,9 @@ def _flash_attn(qkv: Tensor) -> Tensor:
 
 
 def _judge(backward: bool, inputs: tuple[Tensor, Tensor]) -> Callable[[Tensor], float]:
-    """Error of the first head of the first image and the last head of the last one; heads do not know each other."""
+    """Error of the first head of the first image and the last head of the last image; heads are independent."""
     qkv, grad = inputs
-    oracles = {(b, h): _oracle(qkv[b, :, :, h], grad[b, :, h], backward) for b, h in ((0, 0), (-1, -1))}
+    oracles = {(b, h): attention_oracle(qkv[b, :, :, h], grad[b, :, h], backward) for b, h in ((0, 0), (-1, -1))}
     expected = qkv.shape if backward else grad.shape
 
     def error(output: Tensor) -> float:
@@ -147,21 +143,15 @@ def _judge(backward: bool, inputs: tuple[Tensor, Tensor]) -> Callable[[Tensor], 
     return error
 
 
-def _oracle(qkv: Tensor, grad_out: Tensor, backward: bool) -> Tensor:
+def attention_oracle(qkv: Tensor, grad_out: Tensor, backward: bool) -> Tensor:
     """Float64 for one head: ``(N, 3, D), (N, D)`` -> the output ``(N, D)``, or the gradient ``(N, 3, D)``."""
-    q, k, v = qkv.double().unbind(1)
-    scale = q.shape[1] ** -0.5
-    out = torch.empty_like(q)
-    dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+    packed = qkv.double().requires_grad_(backward)
+    q, k, v = packed.unbind(1)
+    outputs, grad = [], torch.zeros_like(packed)
     for start in range(0, q.shape[0], CHUNK):
         rows = slice(start, start + CHUNK)
-        p = (q[rows] @ k.mT * scale).softmax(-1)
-        out[rows] = p @ v
+        out = (q[rows] @ k.mT * q.shape[1] ** -0.5).softmax(-1) @ v
         if backward:
-            do = grad_out[rows].double()
-            dp = do @ v.mT
-            ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-            dq[rows] = ds @ k
-            dk += ds.mT @ q[rows]
-            dv += p.mT @ do
-    return torch.stack((dq, dk, dv), 1) if backward else out
+            grad += torch.autograd.grad(out, packed, grad_out[rows].double(), retain_graph=True)[0]
+        outputs.append(out.detach())
+    return grad if backward else torch.cat(outputs)

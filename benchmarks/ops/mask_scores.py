@@ -12,44 +12,34 @@ from torch import Tensor
 from segmenter_fast import kernels
 from segmenter_fast.kernels import reference
 
-from ..cases import OURS, Case, Variant, compiled, relative_error
+from ..case import OURS, Case, Variant, compiled, relative_error
 from ..device import name_of
 
 EPS = 1e-5
-# Patches of a grid, width of the decoder, classes.
+# Patches of a grid, width of the decoder, classes. The first is B-Mask/16 at 512 pixels.
 SHAPES = ((1024, 768, 150), (1024, 192, 150), (4096, 768, 150), (256, 768, 150), (1024, 768, 19), (1024, 768, 1000))
 
 
 def cases(device: torch.device, quick: bool) -> list[Case]:
-    """Cases of the scores, most valuable first: B-Mask/16 at 512 pixels, then other widths, grids and class counts."""
-    main, batches = (torch.bfloat16, (32, 1)) if device.type == "cuda" else (torch.float32, (1,))
-    shapes = SHAPES[:2] if quick else SHAPES
-    passes = ("forward", "forward+backward")
+    """Cases of the scores: B-Mask/16 at 512 pixels, then other widths, grids and class counts."""
+    dtype, batches = (torch.bfloat16, (32, 1)) if device.type == "cuda" else (torch.float32, (1,))
     return [
-        _case(device, main, batch, pass_, *shape)
+        scores_case(device, dtype, batch, pass_, *shape)
         for batch in batches[: 1 if quick else None]
-        for shape in shapes
-        for pass_ in passes
+        for shape in (SHAPES[:2] if quick else SHAPES)
+        for pass_ in ("forward", "forward+backward")
     ]
 
 
-def _case(
+def scores_case(
     device: torch.device, dtype: torch.dtype, batch: int, pass_: str, patches: int, dim: int, classes: int
 ) -> Case:
     backward = pass_ == "forward+backward"
     in_pass = _with_gradients if backward else _forward
-    product = batch * patches * dim * classes
-    rows, scores = batch * (patches + classes) * dim, batch * patches * classes
+    elements = batch * (patches * dim + classes * dim + patches * classes)
+    shape = {"patches": patches, "dim": dim, "classes": classes, "batch": batch}
     return Case(
-        parameters={
-            "op": "mask_scores",
-            "pass": pass_,
-            "patches": patches,
-            "dim": dim,
-            "classes": classes,
-            "batch": batch,
-            "dtype": name_of(dtype),
-        },
+        parameters={"op": "mask_scores", "pass": pass_, **shape, "dtype": name_of(dtype)},
         device=device,
         dtype=dtype,
         make_inputs=partial(_inputs, backward, batch, patches, dim, classes, dtype),
@@ -59,9 +49,9 @@ def _case(
             "compile": Variant(in_pass(compiled(reference.mask_scores, device))),
             OURS: Variant(in_pass(kernels.mask_scores)),
         },
-        bytes_moved=(rows + scores) * dtype.itemsize * (2 if backward else 1),
-        # One matrix product forward. Backward: one more for the patches and one for the classes.
-        flops=2 * product * (3 if backward else 1),
+        bytes_moved=elements * dtype.itemsize * (2 if backward else 1),
+        # One matrix product forward. Backward: one for the patches and one for the classes.
+        flops=2 * batch * patches * dim * classes * (3 if backward else 1),
     )
 
 

@@ -1,4 +1,4 @@
-"""Cases of the three upsample ops: one grid, and one table of what each op computes.
+"""Cases of the three upsample ops: one grid of settings, and one table of the ops.
 
 All masks are contiguous: on a CPU ``F.interpolate`` copies a channels-last result twice, which would flatter us.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -17,32 +17,33 @@ from torch import Tensor
 
 from segmenter_fast import kernels
 
-from ..cases import OURS, Case, Variant, compiled
+from ..case import OURS, Case, Variant, compiled
 from ..device import name_of
-from .upsample_oracle import IGNORED, judge_argmax, judge_cross_entropy, judge_softmax
+from .upsample_judges import IGNORED, judge_argmax, judge_cross_entropy, judge_softmax
 
 CLASSES = (150, 19, 59, 1000)
 PATCHES = (16, 8, 32)
 SIZES = (512, 640, 1024)
 MAPS = ("smooth", "noise")
+FORWARD, BOTH = "forward", "forward+backward"
 
 
 @dataclass(frozen=True)
-class Point:
-    """A place in the grid."""
+class Masks:
+    """The scores of a case: ``map`` is the kind of their values, ``size`` the pixels a side after upsampling."""
 
+    map: str = MAPS[0]
     classes: int = CLASSES[0]
     patch: int = PATCHES[0]
     size: int = SIZES[0]
-    map: str = MAPS[0]
 
 
 @dataclass(frozen=True)
 class Op:
-    """``peer`` is PyTorch's arithmetic, ``ours`` the fused op; both take masks and a size or a target.
+    """``peer`` is PyTorch's arithmetic, ``ours`` the fused op; both take masks, and a size or a target.
 
-    ``copies`` says for each pass how many tensors of the size of the logits the peer holds at once, ``batches`` which
-    batch sizes are measured on a device type. The first pass and the first batch are the main ones.
+    ``copies`` gives for each pass how many tensors of the size of the logits the peer holds at once, ``batches`` the
+    batch sizes measured on a type of device. The first pass and the first batch are the main ones.
     """
 
     peer: Callable[..., Tensor]
@@ -52,96 +53,89 @@ class Op:
     batches: dict[str, tuple[int, ...]]
 
 
-def _peer_argmax(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(masks, size=size, mode="bilinear").argmax(1)
-
-
-def _peer_softmax(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(masks, size=size, mode="bilinear").softmax(1)
+def _interpolate(masks: Tensor, size: tuple[int, ...]) -> Tensor:
+    return F.interpolate(masks, size=size, mode="bilinear")
 
 
 def _peer_cross_entropy(masks: Tensor, target: Tensor) -> Tensor:
-    logits = F.interpolate(masks, size=target.shape[1:], mode="bilinear")
-    return F.cross_entropy(logits.float(), target, ignore_index=IGNORED)
+    return F.cross_entropy(_interpolate(masks, target.shape[1:]).float(), target, ignore_index=IGNORED)
 
 
-def _cross_entropy(masks: Tensor, target: Tensor) -> Tensor:
-    return kernels.upsample_cross_entropy(masks, target, ignore_index=IGNORED)
-
-
-FORWARD, BOTH = "forward", "forward+backward"
 OPS = {
     "upsample_argmax": Op(
-        _peer_argmax, kernels.upsample_argmax, judge_argmax, {FORWARD: 1}, {"cuda": (8, 1), "cpu": (1,)}
-    ),
-    "upsample_softmax": Op(
-        _peer_softmax, kernels.upsample_softmax, judge_softmax, {FORWARD: 2, BOTH: 4}, {"cuda": (8, 1), "cpu": (1,)}
+        peer=lambda masks, size: _interpolate(masks, size).argmax(1),
+        ours=kernels.upsample_argmax,
+        judge=judge_argmax,
+        copies={FORWARD: 1},
+        batches={"cuda": (8, 1), "cpu": (1,)},
     ),
     "upsample_cross_entropy": Op(
-        _peer_cross_entropy, _cross_entropy, judge_cross_entropy, {BOTH: 4, FORWARD: 2}, {"cuda": (8, 1), "cpu": (2,)}
+        peer=_peer_cross_entropy,
+        ours=partial(kernels.upsample_cross_entropy, ignore_index=IGNORED),
+        judge=judge_cross_entropy,
+        copies={BOTH: 4, FORWARD: 2},
+        batches={"cuda": (8, 1), "cpu": (2,)},
+    ),
+    "upsample_softmax": Op(
+        peer=lambda masks, size: _interpolate(masks, size).softmax(1),
+        ours=kernels.upsample_softmax,
+        judge=judge_softmax,
+        copies={FORWARD: 2, BOTH: 4},
+        batches={"cuda": (8, 1), "cpu": (1,)},
     ),
 }
 
 
 def cases(op: str, device: torch.device, quick: bool) -> list[Case]:
-    """Cases of ``op``, most valuable first: 150 classes, patch 16, 512 pixels; one axis at a time; then all others."""
+    """Cases of ``op``: 150 classes, patch 16, 512 pixels; then one axis at a time; then all others."""
     main, other = torch.float32, torch.bfloat16
     if device.type == "cuda":
         main, other = other, main
-    first, noise = Point(), Point(map="noise")
+    first, noise = Masks(), Masks(map="noise")
     main_pass, *other_passes = OPS[op].copies
     batch, *other_batches = OPS[op].batches[device.type]
-    make = partial(_case, op, device)
+    make = partial(upsample_case, op, device)
     if quick:
-        few = (first, noise, Point(classes=19), Point(patch=32))
-        return [make(main, batch, main_pass, point) for point in few]
-    star = [Point(classes=classes) for classes in CLASSES[1:]]
-    star += [Point(patch=patch) for patch in PATCHES[1:]] + [Point(size=size) for size in SIZES[1:]]
-    rest = [Point(*values) for values in itertools.product(CLASSES, PATCHES, SIZES, MAPS)]
-    rest = [point for point in rest if point not in (first, noise, *star)]
+        few = (first, noise, Masks(classes=19), Masks(patch=32))
+        return [make(main, batch, main_pass, masks) for masks in few]
+    axes = [Masks(classes=classes) for classes in CLASSES[1:]]
+    axes += [Masks(patch=patch) for patch in PATCHES[1:]] + [Masks(size=size) for size in SIZES[1:]]
+    grid = itertools.product(CLASSES, PATCHES, SIZES, MAPS)
+    rest = [Masks(map_, classes, patch, size) for classes, patch, size, map_ in grid]
     return [
         make(main, batch, main_pass, first),
         make(main, batch, main_pass, noise),
-        *(make(main, batch, name, first) for name in other_passes),
-        *(make(main, single, main_pass, first) for single in other_batches),
-        *(make(main, batch, main_pass, point) for point in star),
+        *(make(main, batch, pass_, first) for pass_ in other_passes),
+        *(make(main, other_batch, main_pass, first) for other_batch in other_batches),
+        *(make(main, batch, main_pass, masks) for masks in axes),
         make(other, batch, main_pass, first),
-        *(make(main, batch, main_pass, point) for point in rest),
+        *(make(main, batch, main_pass, masks) for masks in rest if masks not in (first, noise, *axes)),
     ]
 
 
-def _case(op: str, device: torch.device, dtype: torch.dtype, batch: int, pass_: str, point: Point) -> Case:
+def upsample_case(op: str, device: torch.device, dtype: torch.dtype, batch: int, pass_: str, masks: Masks) -> Case:
     table, backward = OPS[op], pass_ == BOTH
-    shape = (batch, point.classes, point.size // point.patch, point.size // point.patch)
-    logits = batch * point.classes * point.size**2
+    shape = (batch, masks.classes, masks.size // masks.patch, masks.size // masks.patch)
+    logits = batch * masks.classes * masks.size**2
     in_pass = _with_gradient if backward else lambda function: function
-    eager = Variant(in_pass(table.peer), needs_bytes=table.copies[pass_] * logits * dtype.itemsize)
+    needs_bytes = table.copies[pass_] * logits * dtype.itemsize
     variants: dict[str, Variant | str] = {
-        "eager": eager,
-        "compile": Variant(in_pass(compiled(table.peer, device)), needs_bytes=eager.needs_bytes),
+        "eager": Variant(in_pass(table.peer), needs_bytes=needs_bytes),
+        "compile": Variant(in_pass(compiled(table.peer, device)), needs_bytes=needs_bytes),
         OURS: Variant(in_pass(table.ours)),
     }
     if dtype is not torch.float32 and backward:
-        # PyTorch sums the gradient of a low-precision F.interpolate in that precision. This peer does not.
-        in_float32 = in_pass(lambda masks, *rest: table.peer(masks.float(), *rest))
-        variants["eager float32"] = Variant(in_float32, needs_bytes=2 * eager.needs_bytes)
+        # PyTorch sums the gradient of a low-precision F.interpolate in that precision; this peer does not.
+        in_float32 = in_pass(lambda scores, *rest: table.peer(scores.float(), *rest))
+        variants["eager float32"] = Variant(in_float32, needs_bytes=2 * needs_bytes)
     return Case(
-        parameters={
-            "op": op,
-            "pass": pass_,
-            "map": point.map,
-            "classes": point.classes,
-            "patch": point.patch,
-            "size": point.size,
-            "batch": batch,
-            "dtype": name_of(dtype),
-        },
+        parameters={"op": op, "pass": pass_, **asdict(masks), "batch": batch, "dtype": name_of(dtype)},
         device=device,
         dtype=dtype,
-        make_inputs=partial(_inputs, op, backward, shape, (point.size, point.size), point.map, dtype),
+        make_inputs=partial(_inputs, op, backward, shape, masks, dtype),
         judge=table.judge,
         variants=variants,
-        bytes_moved=_least_bytes(op, backward, shape, point.size, dtype),
+        bytes_moved=_least_bytes(op, backward, shape, masks.size, dtype),
     )
 
 
@@ -159,13 +153,13 @@ def _inputs(
     op: str,
     backward: bool,
     shape: tuple[int, int, int, int],
-    size: tuple[int, int],
-    map_: str,
+    settings: Masks,
     dtype: torch.dtype,
     generator: torch.Generator,
 ) -> tuple[Any, ...]:
     """Masks; the size, or a target for the cross-entropy; the gradient of the result where one is needed."""
-    masks = (smooth_map if map_ == "smooth" else _noise)(shape, generator).to(dtype).contiguous()
+    size = (settings.size, settings.size)
+    masks = (smooth_map if settings.map == "smooth" else _noise)(shape, generator).to(dtype).contiguous()
     masks.requires_grad_(backward)
     if op == "upsample_cross_entropy":
         return masks, block_target(shape, size, generator)
@@ -179,9 +173,9 @@ def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def smooth_map(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
-    """Scores as a trained decoder gives them: regions with one clear class each, soft borders, a little noise.
+    """Scores like a trained decoder's: regions with one clear class each, soft borders, a little noise.
 
-    Every image is divided among the nearest of 12 points; the class of a region leads by 6 standard deviations.
+    Every pixel of an image belongs to the nearest of 12 points; the class of a region leads by 6 standard deviations.
     """
     b, k, h, w = shape
     device = generator.device
@@ -200,7 +194,7 @@ def block_target(shape: tuple[int, ...], size: tuple[int, int], generator: torch
     """``(B, H, W)`` int64 labels of ``(B, K, ...)`` scores, in squares of eight pixels; one in twenty is ignored."""
     grid = (shape[0], -(-size[0] // 8), -(-size[1] // 8))
     labels = torch.randint(shape[1], grid, generator=generator, device=generator.device)
-    # A class that shares its number with the ignored label is one more ignored square.
+    # Class 255 of more than 255 classes is ignored, too.
     ignored = torch.rand(grid, generator=generator, device=generator.device) < 0.05
     labels = labels.masked_fill(ignored, IGNORED).repeat_interleave(8, 1).repeat_interleave(8, 2)
     return labels[:, : size[0], : size[1]].contiguous()

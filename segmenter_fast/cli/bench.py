@@ -1,4 +1,4 @@
-"""``segmenter-fast bench``: whole models without a subcommand; kernels and others by theirs."""
+"""``segmenter-fast bench``: whole models without a subcommand; ops, training steps and comparisons with one."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Annotated
 
 import typer
 
+from ..devices import choose_device
 from .app import Device, DeviceOption, Dtype, DtypeOption, app
 
 bench = typer.Typer(help="Measure speed and memory; every output is checked before it is timed.")
 app.add_typer(bench, name="bench")
 
+RESULTS = Path("benchmarks") / "results"
 OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder of the results; each device has its own below.")]
 BudgetOption = Annotated[float | None, typer.Option(min=0, help="Seconds; the most valuable cases go first.")]
 
@@ -24,11 +26,6 @@ class Size(str, Enum):
     l = "l"  # noqa: E741
 
 
-RESULTS = Path("benchmarks") / "results"
-# Seconds; with the end of the last case it is less than ten minutes on two cores.
-MODELS_BUDGET = 540.0
-
-
 @bench.callback(invoke_without_command=True)
 def models(
     context: typer.Context,
@@ -38,28 +35,35 @@ def models(
     classes: Annotated[list[int] | None, typer.Option(min=1, help="Number of classes; default 150.")] = None,
     dtype: Annotated[list[Dtype] | None, typer.Option(help="Default: bfloat16 where it is fast.")] = None,
     device: DeviceOption = Device.auto,
-    compile: Annotated[bool, typer.Option(help="Whether peers and ours are compiled.")] = True,
-    extras: Annotated[bool, typer.Option(help="Whether to measure parts, and memory against classes, too.")] = True,
+    compile: Annotated[bool, typer.Option(help="Compile peers and ours.")] = True,
+    extras: Annotated[bool, typer.Option(help="Measure parts, and memory against classes, too.")] = True,
     seconds: Annotated[float, typer.Option(min=0, help="For the timing of one case.")] = 3.0,
-    budget: Annotated[float, typer.Option(min=0, help="Seconds for everything; the most valuable cases go first.")] = (
-        MODELS_BUDGET
-    ),
+    # With the end of the last case it is less than ten minutes on two cores.
+    budget: Annotated[float, typer.Option(min=0, help="Seconds for all cases; the most valuable go first.")] = 540.0,
     out: OutOption = RESULTS,
 ) -> None:
     """Images per second of whole models, T, S and B at patch 8, 16, 32: the reference, strong peers and ours.
 
-    Every output is checked before it is timed. Exit code 1 says that an output of ours was wrong.
+    Every output is checked before it is timed. Exit code 1: an output of ours was wrong.
     """
     if context.invoked_subcommand is not None:
         return
-    from ..benchmarks import throughput
+    from ..benchmarks.models.throughput import run_models
 
-    repeated = {"variant": variant, "size": size, "batch": batch, "classes": classes}
-    options = [f"--{name}={value}" for name, values in repeated.items() for value in values or ()]
-    options += [f"--dtype={choice.value}" for choice in dtype or ()]
-    options += ["--no-compile"] * (not compile) + ["--no-extras"] * (not extras)
-    options += [f"--device={device.value}", f"--seconds={seconds}", f"--budget={budget}", f"--out={out}"]
-    raise typer.Exit(throughput.main(options))
+    refused = run_models(
+        variant or (),
+        size or (),
+        batch or (),
+        classes or (),
+        [choice.value for choice in dtype or ()],
+        device=choose_device(device.value),
+        compile=compile,
+        extras=extras,
+        seconds=seconds,
+        budget=budget,
+        out=out,
+    )
+    raise typer.Exit(int(refused > 0))
 
 
 @bench.command()
@@ -70,16 +74,11 @@ def kernels(
     out: OutOption = RESULTS,
     budget: BudgetOption = None,
 ) -> None:
-    """Every fused op against its peers."""
-    from ..benchmarks import kernels as command
-    from ..benchmarks.ops import OPS
+    """Every fused op against its peers; `sliding`, where it is named: sliding windows against the canvas method."""
+    from ..benchmarks.ops import run_ops
 
-    if unknown := set(op or ()) - set(OPS):
-        raise ValueError(f"unknown ops {', '.join(sorted(unknown))}; known are {', '.join(OPS)}")
-    options = ["--device", device.value, "--out", str(out), *(["--quick"] if quick else [])]
-    if budget is not None:
-        options += ["--budget", str(budget)]
-    raise typer.Exit(command.main([*(op or OPS), *options]))
+    refused = run_ops(op or (), device=choose_device(device.value), quick=quick, out=out, budget=budget)
+    raise typer.Exit(int(refused > 0))
 
 
 @bench.command()
@@ -91,30 +90,37 @@ def train(
     batch: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,
-    compile: Annotated[bool, typer.Option(help="Whether to measure what torch.compile makes of the step.")] = True,
+    compile: Annotated[bool, typer.Option(help="Measure compiled steps, too.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="A few small steps, made for two CPU cores.")] = False,
     out: OutOption = RESULTS,
     budget: BudgetOption = None,
 ) -> None:
     """Training steps of whole models: time, images per second and memory, against patch size and classes."""
-    from ..benchmarks import training
+    from ..benchmarks.training import run_training
 
-    options = [f"--model={choice.value}" for choice in model or ()]
-    options += [f"--patch={count}" for count in patch or ()] + [f"--classes={count}" for count in classes or ()]
-    scalars = {"size": size, "batch": batch, "budget": budget}
-    options += [f"--{name}={value}" for name, value in scalars.items() if value is not None]
-    options += ["--quick"] * quick + ["--no-compile"] * (not compile)
-    options += ["--device", device.value, "--dtype", dtype.value, "--out", str(out)]
-    raise typer.Exit(training.main(options))
+    refused = run_training(
+        [choice.value for choice in model or ()],
+        patch or (),
+        classes or (),
+        size,
+        batch,
+        device=choose_device(device.value),
+        dtype=dtype.value,
+        compile=compile,
+        quick=quick,
+        out=out,
+        budget=budget,
+    )
+    raise typer.Exit(int(refused > 0))
 
 
 @bench.command()
 def compare(
     before: Annotated[Path, typer.Argument(metavar="A", help="Folder of results, such as benchmarks/results/DEVICE.")],
-    after: Annotated[Path, typer.Argument(metavar="B", help="Folder of results to hold against them.")],
+    after: Annotated[Path, typer.Argument(metavar="B", help="Folder of results to compare with A.")],
     force: Annotated[bool, typer.Option("--force", help="Compare results of different devices.")] = False,
 ) -> None:
-    """What got slower or faster from A to B by more than the noise of both; exit code 1 if anything got slower."""
-    from ..benchmarks import compare as command
+    """Changes from A to B beyond the noise of both. Exit code 1: something of ours got worse."""
+    from ..benchmarks.report.compare import print_comparison
 
-    raise typer.Exit(command.main([str(before), str(after), *(["--force"] if force else [])]))
+    raise typer.Exit(int(print_comparison(before, after, force)))

@@ -23,20 +23,25 @@ def demo(
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Segment scenes that a small trained model never saw, and compare the speed of large ones on a photograph."""
-    from ..benchmarks.demo import PHOTOGRAPH, VARIANTS, run_demo, table
+    from ..benchmarks.case import DisagreementError
+    from ..benchmarks.models.demo import VARIANTS, run_demo
+    from ..benchmarks.models.peers import PHOTOGRAPH
+    from ..benchmarks.models.table import models_table
 
     place = choose_device(device.value)
     _show(out, place)
-    comparisons = []
-    with Console(stderr=True).status("segmenting ...") as status:
-        for row in run_demo(out, place, choose_dtype(dtype.value, place), image or PHOTOGRAPH, variant or VARIANTS):
-            comparisons.append(row)
-            status.update(f"{row.variant} done; going on ...")
-    Console().print(table(comparisons))
-    names = ", ".join(row.variant for row in comparisons)
-    say(f"The weights of {names} are random, so their labels mean nothing; speed and agreement do.", "yellow")
-    for row in comparisons:
-        typer.echo(f"overlay: {row.overlay}")
+    names, found = variant or VARIANTS, []
+    try:
+        with Console(stderr=True).status("segmenting ..."):
+            for *case, overlay in run_demo(out, place, choose_dtype(dtype.value, place), image or PHOTOGRAPH, names):
+                found.append(case)
+                typer.echo(f"overlay: {overlay}")
+    except DisagreementError as error:
+        say(f"refused: {error}", "red")
+        raise typer.Exit(1) from None
+    if found:
+        Console().print(models_table(found))
+    say(f"The weights of {', '.join(names)} are random, so their labels mean nothing; only the speed does.", "yellow")
 
 
 def _show(out: Path, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""The demo compares the two models on a photograph and says where the overlay is."""
+"""The demo compares the models on a photograph and says where the overlay is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from segmenter_fast import VARIANTS
-from segmenter_fast.benchmarks import demo
+from segmenter_fast.benchmarks.case import DisagreementError
+from segmenter_fast.benchmarks.models import demo
+from segmenter_fast.benchmarks.models.comparison import compared
 from segmenter_fast.cli import app
 
 
@@ -23,22 +25,28 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_float32_agrees_and_the_overlay_is_there(tmp_path: Path) -> None:
-    (row,) = demo.run_demo(
+    ((case, rows, overlay),) = demo.run_demo(
         tmp_path / "out", torch.device("cpu"), torch.float32, variants=["seg_t_mask_16"], seconds=0.1
     )
-    assert row.agrees
-    assert row.error < 1e-3
-    assert row.labels > 0.999
-    assert row.peer_labels > 0.999
-    assert Image.open(row.overlay).size == (64, 64)
+    assert case["variant"] == "seg_t_mask_16"
+    for row in compared(rows):
+        assert row.timing is not None
+        assert row.error is not None
+        assert row.error < 1e-3
+        assert row.labels is not None
+        assert row.labels > 0.999
+    assert Image.open(overlay).size == (64, 64)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["seg_t_mask_16.png"]
 
 
-def test_a_wrong_kernel_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_kernel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("segmenter_fast.vit.kernels.attention", lambda qkv: qkv[:, :, 2].contiguous())
-    (row,) = demo.run_demo(tmp_path, torch.device("cpu"), torch.float32, variants=["seg_t_mask_16"], seconds=0.1)
-    assert row.error > 0.01
-    assert not row.agrees
+    with pytest.raises(DisagreementError, match="logits are off"):
+        next(demo.run_demo(tmp_path, torch.device("cpu"), torch.float32, variants=["seg_t_mask_16"], seconds=0.1))
+    assert not list(tmp_path.iterdir())
+    done = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--variant", "seg_t_mask_16", "--dtype", "float32"])
+    assert done.exit_code == 1, done.output
+    assert "refused" in done.output
 
 
 def test_command_line(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``gpu.sh`` where there is no GPU: it says so, and its rehearsal runs every step and leaves every file."""
+"""``gpu.sh`` without a GPU says so, and its rehearsal runs every step and leaves every file."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ STAND_IN = """#!/usr/bin/env bash
 echo "$@" >> "$CALLS"
 case "$*" in
     *benchmarks.device*) echo "slug           made-up" ;;
-    *benchmarks.training*) exit "${TRAINING:-0}" ;;
+    *"bench train"*) exit "${TRAINING:-0}" ;;
 esac
 """
 
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """A python that notes what it is asked to run, and runs nothing."""
+    """A python that writes its arguments to a file and runs nothing."""
     path = tmp_path / "python"
     path.write_text(STAND_IN)
     path.chmod(0o755)
@@ -59,8 +59,10 @@ def test_every_step_is_asked_for(stand_in: Path, device: str, tmp_path: Path) ->
     assert not done.stderr
     assert (out / "made-up").is_dir()
     lines = [line.split() for line in calls.read_text().splitlines() if line.startswith("-m")]
-    names = ["device", "pytest", "throughput", "training", "profiler", "kernels", "plots"]
-    assert [line[1].removeprefix("segmenter_fast.benchmarks.") for line in lines] == names
+    names = ["benchmarks.device", "pytest", "cli", "cli", "benchmarks.profiler", "cli", "benchmarks.plots"]
+    assert [line[1].removeprefix("segmenter_fast.") for line in lines] == names
+    assert [line[2] for line in lines if line[1].endswith("cli")] == ["bench"] * 3
+    assert [line[3] for line in lines if line[1].endswith("cli")][1:] == ["train", "kernels"]
     for line in lines[2:6]:
         assert line[line.index("--device") + 1] == device
         assert line[line.index("--out") + 1] == str(out)
@@ -80,6 +82,7 @@ def test_a_step_that_fails_is_told_and_the_others_run(stand_in: Path, tmp_path: 
     assert "benchmarks.plots" in calls.read_text()
 
 
+@pytest.mark.slow
 def test_the_rehearsal_runs_every_step(tmp_path: Path) -> None:
     done = run(str(tmp_path), "600", seconds=600, DEVICE="cpu")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,83 +1,73 @@
-"""What the benchmarks print is whole in a terminal of 80 columns and 24 lines."""
+"""The READMEs show what is committed, and the arithmetic of their tables is right."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
 
-from segmenter_fast.benchmarks import demo, run
-from segmenter_fast.benchmarks.board import Board
-from segmenter_fast.benchmarks.cases import Row
-from segmenter_fast.benchmarks.demo import VARIANTS, Comparison
-from segmenter_fast.benchmarks.models import MODELS, Point
-from segmenter_fast.benchmarks.timing import Timing
-
-POINT = Point("seg_t_mask_16", torch.float32)
-TIMING = Timing(1234.5, 1233.4, 1235.6, 3, 1, 1, "perf_counter", 1753 * 2**20)
-ROW = Row("ours", "ok", "", 2.1e-6, TIMING, 12.34, 0.1234, 0.98, 0.0343, 1.0)
+from segmenter_fast.benchmarks.case import Row
+from segmenter_fast.benchmarks.device import Ceilings, describe
+from segmenter_fast.benchmarks.models.comparison import MODELS
+from segmenter_fast.benchmarks.models.peers import ModelCase
+from segmenter_fast.benchmarks.models.table import models_table
+from segmenter_fast.benchmarks.report.tables import BLOCKS, measured, rewritten, roofline
+from segmenter_fast.benchmarks.results import RESULTS, Result, write
+from support.benchmarks import CPU, timing_of
 
 
-def printed(what: Any, width: int = 80, height: int = 24) -> list[str]:
-    console = Console(width=width, height=height)
+@pytest.mark.parametrize(("readme", "mark", "text_of"), BLOCKS, ids=["README", "benchmarks"])
+def test_the_readmes_show_the_committed_figures(readme: Path, mark: str, text_of: Callable[[Path], str]) -> None:
+    text = readme.read_text()
+    assert rewritten(text, mark, text_of, RESULTS) == text, "run python -m segmenter_fast.benchmarks.report.tables"
+
+
+def test_other_figures_are_other_tables(tmp_path: Path) -> None:
+    committed = sorted(RESULTS.glob("*/throughput.json"))
+    assert committed
+    content = json.loads(committed[0].read_text())
+    timed = next(row for case in content["cases"] for row in case["rows"] if row["timing"])
+    timed["images_s"] *= 2
+    (tmp_path / "throughput.json").write_text(json.dumps(content))
+    assert measured(tmp_path) not in measured(committed[0].parent)
+    with pytest.raises(ValueError, match="one block"):
+        rewritten("no block", "measured", measured, RESULTS)
+
+
+def test_attainable_is_the_longer_of_bytes_and_flops(tmp_path: Path) -> None:
+    rows = [Row("eager", "out of memory"), Row("ours", "ok", "", 0.0, timing_of(4.0), 5.0, 0.1, 0.2)]
+    case = {"op": "attention", "pass": "forward", "tokens": 9, "dtype": "float32"}
+    ceilings = Ceilings(10.0, {"float32": 0.2})
+    found = Result("attention", describe(CPU), ceilings, "2026-01-02T03:04:05", False, [(case, rows)])
+    line = roofline(write(found, tmp_path).parent).splitlines()[-1]
+    # 20 MB at 10 GB/s are 2 ms, 0.4 GFLOP at 0.2 TFLOP/s as many.
+    assert line == "| `attention`, forward, tokens 9, float32 | 20.00 | 0.40 | 2 | 4 | 50.0% | out of memory |"
+
+
+def test_a_folder_without_results_has_no_table(tmp_path: Path) -> None:
+    assert roofline(tmp_path) == measured(tmp_path) == ""
+
+
+def test_the_table_of_models_is_whole_in_80_columns() -> None:
+    first = ModelCase("seg_t_mask_16", torch.float32)
+    row = Row("", "ok", "", 2.1e-6, timing_of(1234.5, 0.001, 1753 * 2**20), 12.34, 0.1234, 0.98, 0.0343, 1.0)
+    rows = [replace(row, variant=name) for name in MODELS]
+    cases = [(first.parameters, rows), (replace(first, batch=18).parameters, rows)]
+    cases += [(first.parameters | {"part": part}, rows) for part in ("encoder", "upsample")]
+    cases += [(first.parameters, [Row(name, "not run", "no time") for name in MODELS])]
+    console = Console(width=80)
     with console.capture() as capture:
-        console.print(what)
-    lines = capture.get().splitlines()
+        console.print(models_table(cases))
     assert "…" not in capture.get(), "a cell was cut"
-    return lines
-
-
-@pytest.fixture
-def board() -> Board:
-    """Nineteen of twenty cases are done, one of them a row for each part."""
-    result = Board([POINT] * 20, None)
-    rows = [replace(ROW, variant=name) for name in MODELS]
-    for number in range(18):
-        result.end("throughput", [(replace(POINT, batch=number + 1).parameters, rows)])
-    result.end("split", [(POINT.parameters | {"part": part}, rows) for part in ("encoder", "decoder", "upsample")])
-    result.begin("the last of all")
-    return result
-
-
-def test_a_live_table_keeps_the_newest_rows_and_the_progress_in_sight(board: Board) -> None:
-    lines = printed(board)
-    assert len(lines) < 24
+    lines = capture.get().splitlines()
     assert "512 px, batch 1, 150 classes, float32" in lines[0]
-    cells = "0.0343 0.0343 0.0343 1.0x 1.0x 98% 1753/1753 100/100%"
-    assert any(" ".join(line.split()).endswith(cells) for line in lines)
-    second_lines = [line.strip() for line in lines]  # "batch 18" breaks before its number
-    assert second_lines.count("upsample") == second_lines.count("18") == 1
-    assert "2" not in second_lines
-    assert lines[-1].startswith("20 of 20")
-    assert "the last of all" in lines[-1]
-
-
-def test_in_the_end_all_rows_stand_there(board: Board) -> None:
-    board.end("throughput", [(POINT.parameters, [Row(name, "not run", "no time") for name in MODELS])])
-    lines = printed(board)
-    assert sum("seg_t_mask_16" in line for line in lines) == 22
+    figures = "0.0343 0.0343 0.0343 1.0x 1.0x 98% 1753/1753 100/100%"
+    assert sum(" ".join(line.split()).endswith(figures) for line in lines) == 4
+    assert [line.strip() for line in lines if line.startswith(" ")][-2:] != lines[-2:]
+    assert {"upsample", "encoder", "18"} <= {word for line in lines for word in line.split()}
     assert lines[-1].split() == ["seg_t_mask_16", "not", "run", "not", "run", "not", "run"]
-
-
-def test_a_case_says_below_why_a_variant_has_no_figures() -> None:
-    rows = [replace(ROW, variant=name) for name in ("eager float32", "ours compiled")]
-    lines = printed(run.table(SimpleNamespace(name="a case"), [*rows, Row("compile", "failed", "no [compiler]")]))
-    assert lines[0].strip() == "a case"
-    assert " ".join(lines[4].split()) == "ours compiled 1234 1233..1236 1753 0.123 0.0343 img/s 98% 2e-06"
-    assert "compile: failed: no [compiler]" in lines
-
-
-def test_the_demo_shows_every_figure(tmp_path: Path) -> None:
-    rows = [
-        Comparison(name, torch.bfloat16, TIMING, TIMING, TIMING, 0.02, 0.01, 0.999, 1.0, 1.0, tmp_path)
-        for name in VARIANTS
-    ]
-    text = " ".join(printed(demo.table(rows)))
-    assert text.count("0.81") == 3 * len(VARIANTS)
-    assert "2.0e-02" in text
-    assert "99.9%" in text

@@ -11,23 +11,20 @@ import pytest
 import torch
 
 from segmenter_fast import VARIANTS, kernels
-from segmenter_fast.benchmarks import run as run_module
-from segmenter_fast.benchmarks import training
-from segmenter_fast.benchmarks.cases import Case, DisagreementError, Row, run_case
-from segmenter_fast.benchmarks.device import Ceilings
-from segmenter_fast.benchmarks.results import read
-from segmenter_fast.benchmarks.training import Point, chosen_points, make_case
+from segmenter_fast.benchmarks import runner, training
+from segmenter_fast.benchmarks.case import DisagreementError
+from segmenter_fast.benchmarks.results import RESULTS, read
+from segmenter_fast.benchmarks.training import StepShape, choose_steps, step_case
+from support.benchmarks import CEILINGS, CPU, timed_rows
 
-CPU = torch.device("cpu")
-CEILINGS = Ceilings(10.0, {"float32": 0.1, "bfloat16": 1.0})
-SMALL = Point(size=64, classes=7, batch=2)
+SMALL = StepShape(size=64, classes=7, batch=2)
 
 
 @pytest.fixture(autouse=True)
 def _shallow(monkeypatch: pytest.MonkeyPatch) -> None:
     small = VARIANTS["seg_t_mask_16"].replace(depth=1, decoder_depth=1)
     monkeypatch.setitem(VARIANTS, "seg_t_mask_16", small)
-    monkeypatch.setattr(run_module, "measure_ceilings", lambda *args, **kwargs: CEILINGS)
+    monkeypatch.setattr(runner, "measure_ceilings", lambda *args, **kwargs: CEILINGS)
 
 
 @pytest.fixture
@@ -35,19 +32,16 @@ def _uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
 
 
-def run(case: Case) -> dict[str, Row]:
-    return {row.variant: row for row in run_case(case, CEILINGS, seconds=0.02, min_samples=2)}
-
-
 @pytest.mark.usefixtures("_uncompiled")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_every_variant_agrees_and_is_timed(dtype: torch.dtype) -> None:
-    rows = run(make_case(CPU, dtype, SMALL))
+    rows = timed_rows(step_case(CPU, dtype, SMALL))
     low = dtype is torch.bfloat16
     assert list(rows) == ["eager", *(["eager AMP"] if low else []), "compile", "ours", "ours compiled"]
     for row in rows.values():
         assert row.status == "ok", row.note
         assert row.timing is not None
+        assert row.timing.peak_bytes is None or row.timing.peak_bytes > 0
         assert row.images_s == pytest.approx(2e3 / row.timing.median_ms)
         assert row.tflops is not None
         assert row.gb_s is None
@@ -56,7 +50,7 @@ def test_every_variant_agrees_and_is_timed(dtype: torch.dtype) -> None:
 
 
 def test_compiled_steps_agree() -> None:
-    rows = run(make_case(CPU, torch.float32, SMALL))
+    rows = timed_rows(step_case(CPU, torch.float32, SMALL))
     for name in ("compile", "ours compiled"):
         assert rows[name].status == "ok", rows[name].note
         assert rows[name].error is not None
@@ -90,23 +84,22 @@ def test_a_wrong_kernel_is_refused(
 ) -> None:
     breaks(monkeypatch)
     with pytest.raises(DisagreementError, match="ours disagrees"):
-        run(make_case(CPU, torch.float32, SMALL))
+        timed_rows(step_case(CPU, torch.float32, SMALL))
 
 
 @pytest.mark.usefixtures("_uncompiled")
 def test_only_the_compiled_form_being_wrong_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case(CPU, torch.float32, SMALL)
+    case = step_case(CPU, torch.float32, SMALL)
     ours: Any = case.variants["ours compiled"]
     wrong = replace(ours, run=lambda *inputs: (ours.run(*inputs)[0], {}))
     with pytest.raises(DisagreementError, match="ours compiled disagrees"):
-        run(replace(case, variants=case.variants | {"ours compiled": wrong}))
+        timed_rows(replace(case, variants=case.variants | {"ours compiled": wrong}))
 
 
 @pytest.mark.usefixtures("_uncompiled")
 def test_the_command_writes_draws_and_names_what_is_left_out(tmp_path: Path) -> None:
-    options = ["--device", "cpu", "--dtype", "float32", "--quick", "--size", "64", "--batch", "1", "--no-compile"]
-    options += ["--classes", "3", "--classes", "5", "--patch", "32", "--out", str(tmp_path)]
-    assert training.main(options) == 0
+    options = {"size": 64, "batch": 1, "device": CPU, "dtype": "float32", "quick": True, "compile": False}
+    assert training.run_training(patches=[32], classes=[3, 5], out=tmp_path, **options) == 0
     (path,) = tmp_path.glob("*/training.json")
     found = read(path)
     assert [(case["patch"], case["classes"]) for case, _ in found.cases] == [(32, 3), (32, 5)]
@@ -117,24 +110,35 @@ def test_the_command_writes_draws_and_names_what_is_left_out(tmp_path: Path) -> 
 
 
 def test_what_cannot_fit_is_a_row() -> None:
-    huge = make_case(CPU, torch.float32, Point("t", patch=8, size=8192, batch=64))
+    huge = step_case(CPU, torch.float32, StepShape("t", patch=8, size=8192, batch=64))
     eager: Any = huge.variants["eager"]
     assert eager.needs_bytes > 2**40
 
 
-@pytest.mark.parametrize("arguments", [["--patch", "0"], ["--size", "8"], ["--classes", "0"], ["--batch", "0"]])
-def test_sizes_that_no_model_has_are_refused(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        training.main([*arguments, "--device", "cpu", "--out", str(tmp_path)])
-    assert "must be" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "given", [{"patches": [0]}, {"size": 8}, {"classes": [0]}, {"batch": 0}, {"models": ["q"]}], ids=str
+)
+def test_sizes_that_no_model_has_are_refused(given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"must be|unknown variant"):
+        training.run_training(**given, device=CPU, out=tmp_path)
 
 
 def test_defaults_are_distinct_and_begin_with_the_most_valuable() -> None:
-    assert chosen_points(torch.device("cuda"), False)[0] == Point("b", 16, 150, 512, 8)
+    assert choose_steps(torch.device("cuda"), False)[0] == StepShape("b", 16, 150, 512, 8)
     for device in (CPU, torch.device("cuda")):
-        points = chosen_points(device, False)
+        points = choose_steps(device, False)
         assert len(set(points)) == len(points)
         assert {8, 16, 32} <= {point.patch for point in points}
         assert {19, 150, 1000} <= {point.classes for point in points}
+
+
+def test_our_steps_took_at_most_half_of_the_reference_s_memory() -> None:
+    """The committed steps with 150 classes."""
+    committed = sorted(RESULTS.glob("*/training.json"))
+    assert committed
+    for path in committed:
+        found = [rows for case, rows in read(path).cases if case["classes"] == 150]
+        assert found
+        for rows in found:
+            peaks = {row.variant: row.timing.peak_bytes for row in rows if row.timing and row.timing.peak_bytes}
+            assert peaks["ours"] <= 0.5 * peaks["eager"]

@@ -1,4 +1,4 @@
-"""The tuner reaches the launchers through ``launch_config``, and leaves the modules as they were."""
+"""The tuner replaces ``launch_config`` of a kernel module during a call, and restores it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from segmenter_fast.benchmarks import tune
-from segmenter_fast.benchmarks.cases import OURS, Case, Variant
+from segmenter_fast.benchmarks.case import OURS, Case, Variant
 from segmenter_fast.benchmarks.ops import OPS, attention, mask_scores, upsample
 
 CPU = torch.device("cpu")
@@ -50,8 +50,8 @@ def test_a_configuration_reaches_the_call_and_goes_again() -> None:
 
     assert tune.shipped_config(module, call) == Tiles(128, 64, 4, 3)
     other = Tiles(32, 32, 2, 1)
-    assert tune._under(other, Tiles(128, 64, 4, 3), module, call)() == other
-    assert tune._under(other, Tiles(64, 64, 4, 3), module, call)() == Tiles(128, 64, 4, 3), (
+    assert tune.with_config(other, Tiles(128, 64, 4, 3), module, call)() == other
+    assert tune.with_config(other, Tiles(64, 64, 4, 3), module, call)() == Tiles(128, 64, 4, 3), (
         "another launch is left alone"
     )
     assert module.launch_config is original
@@ -73,8 +73,8 @@ def test_wrong_configurations_are_left() -> None:
         return float(tiles.block_m)
 
     def right(tiles: Tiles) -> bool:
-        under = tune._under(tiles, Tiles(16, 16, 4, 1), module, call)
-        return tune._is_right(under, lambda out: abs(out - 16), 1e-3)
+        under = tune.with_config(tiles, Tiles(16, 16, 4, 1), module, call)
+        return tune.is_right(under, lambda out: abs(out - 16), 1e-3)
 
     assert right(Tiles(16, 16, 4, 1))
     assert not right(Tiles(32, 16, 4, 1))
@@ -85,41 +85,41 @@ def test_the_search_finds_the_fastest_right_configuration(monkeypatch: pytest.Mo
     """A clock that reads the time off the configuration: 32 x 128 with 1 warp is best, 1 stage is wrong."""
     module: Any = SimpleNamespace(launch_config=lambda: Tiles(64, 64, 4, 3))
     ours = Variant(lambda *inputs: module.launch_config())
-    small = attention._case(CPU, torch.float32, 1, 9, "forward")
+    small = attention.attention_case(CPU, torch.float32, 1, 9, "forward")
     case = replace(small, variants={OURS: ours}, judge=lambda inputs: lambda out: float(out.num_stages == 1))
 
     def times(calls: dict[Tiles, Any], device: torch.device) -> dict[Tiles, float]:
         assert all(thunks[0]() == config for config, thunks in calls.items())
         return {c: 1.0 + abs(c.block_m - 32) + abs(c.block_n - 128) + c.num_warps + c.num_stages for c in calls}
 
-    monkeypatch.setattr(tune, "_times", times)
-    row = tune.tune(case, module, float("inf"))
+    monkeypatch.setattr(tune, "median_times", times)
+    row = tune.search(case, module, float("inf"))
     assert row[0] == str(Tiles(64, 64, 4, 3))
     assert row[2] == str(Tiles(32, 128, 1, 2))
     assert int(row[6]) > 0, "the wrong ones were counted"
 
 
-CASES = [pytest.param(attention._case(CPU, torch.float32, 1, 17, pass_), id=pass_) for pass_ in ("forward", "backward")]
-CASES += [
-    pytest.param(upsample._case(op, CPU, torch.float32, 1, next(iter(table.copies)), upsample.Point(7, 4, 16)), id=op)
-    for op, table in upsample.OPS.items()
-]
-CASES += [pytest.param(mask_scores._case(CPU, torch.float32, 1, "forward", 17, 16, 7), id="mask_scores")]
+F32, MASKS = torch.float32, upsample.Masks("smooth", 7, 4, 16)
+CASES = {pass_: attention.attention_case(CPU, F32, 1, 17, pass_) for pass_ in ("forward", "backward")}
+CASES |= {
+    op: upsample.upsample_case(op, CPU, F32, 1, next(iter(table.copies)), MASKS) for op, table in upsample.OPS.items()
+}
+CASES["mask_scores"] = mask_scores.scores_case(CPU, F32, 1, "forward", 17, 16, 7)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 @pytest.mark.interpret
 def test_every_kernel_asks_for_its_configuration(case: Case) -> None:
     inputs = case.make_inputs(torch.Generator().manual_seed(0))
-    module, ours = tune.module_of(case), case.variants[OURS]
-    assert isinstance(ours, Variant)
-    call = ours.bind(inputs)
+    module, call = tune.kernel_module(case), case.variant(OURS).bind(inputs)
     shipped = tune.shipped_config(module, call)
-    under = tune._under(tune.neighbours(shipped)[0], shipped, module, call)
-    assert tune._is_right(under, case.judge(inputs), 1e-3)
+    under = tune.with_config(tune.neighbours(shipped)[0], shipped, module, call)
+    assert tune.is_right(under, case.judge(inputs), 1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main([next(iter(OPS))]) == 2
-    assert "needs a CUDA or ROCm device" in capsys.readouterr().err
+def test_without_a_gpu_it_says_so() -> None:
+    with pytest.raises(ValueError, match="sees no such CUDA or ROCm device"):
+        tune.tune(next(iter(OPS)))
+    with pytest.raises(ValueError, match="unknown op softmax"):
+        tune.tune("softmax")

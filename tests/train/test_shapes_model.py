@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 import segmenter_fast as sf
-from segmenter_fast.benchmarks import demo
+from segmenter_fast.benchmarks.models import demo
 from segmenter_fast.cli import app
 from segmenter_fast.train.datasets.shapes import HELD_OUT, Shapes
 from segmenter_fast.train.shapes_model import (

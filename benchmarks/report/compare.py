@@ -1,31 +1,28 @@
-"""What got slower between two result folders: ``python -m segmenter_fast.benchmarks.compare A B``.
+"""Comparison of two result folders of one device, such as ``results/<device>`` of two checkouts.
 
-A and B are folders of one device, such as ``results/<device>`` of two checkouts. Rows are matched by op, parameters and
-variant. A row differs only where the two spreads, p20 to p80, stay apart by more than runs of one program do, and by
-more than all peers moved that took turns with it: they are the same program in A and in B, and tell what the machine
-did in between. Peak memory is compared, too, where both have it.
+Rows are matched by op, parameters and variant. A row differs only where the two spreads, p20 to p80, stay apart by more
+than runs of one program do, and by more than all peers moved that took turns with it: the peers are the same program
+in both folders, so they show how the speed of the machine changed. Peak memory is compared where both have it.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
-from .cases import Row, is_ours
-from .results import Result, read
-from .timing import Timing
+from ..case import Row, is_ours
+from ..results import Result, read
+from ..runner import make_console
+from ..timing import Timing
 
 # Medians of three runs one after the other, on a quiet AMD EPYC, differed by 3 % at most; each spread by 1 %.
 RUNS = 1.03
-# By how much peak memory has to grow, and by how many bytes. Resident memory, on a CPU, is that of libraries, too: of
-# two runs of one program it differed by 7 % where it was large, and by 33 MiB where it was small.
+# The factor and the bytes by which peak memory has to differ. Resident memory, on a CPU, counts libraries: two runs of
+# one program differed by 7 % where it was large, and by 33 MiB where it was small.
 MEMORY = {"cpu": (1.1, 40 * 2**20), "cuda": (1.05, 2**20)}
 Key = tuple[str, str]
 
@@ -49,7 +46,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """``lost`` are rows of ours without figures in B, and why; ``only`` counts rows of one folder alone."""
+    """``lost`` are rows of ours that have no figures any more, with the reason; ``only`` counts unmatched rows."""
 
     changes: list[Change]
     lost: list[str]
@@ -58,38 +55,35 @@ class Comparison:
 
     @property
     def regressed(self) -> bool:
-        """Whether anything of ours got worse. A peer may: it came with another version of PyTorch."""
+        """True if something of ours got worse. A peer may get worse with another version of PyTorch."""
         return any(change.worse and is_ours(change.variant) for change in self.changes) or bool(self.lost)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """0; 1 where something of ours got slower, larger or lost its figures; 2 where the folders cannot be compared."""
-    parser = argparse.ArgumentParser(prog="segmenter_fast.benchmarks.compare", description=__doc__)
-    parser.add_argument("before", type=Path, metavar="A")
-    parser.add_argument("after", type=Path, metavar="B")
-    parser.add_argument("--force", action="store_true", help="compare results of different devices")
-    options = parser.parse_args(arguments)
-    try:
-        found = compare(options.before, options.after, options.force)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140
+def print_comparison(before: Path, after: Path, force: bool = False) -> bool:
+    """Print ``compare``; return True if something of ours got slower, larger or lost its figures."""
+    found = compare(before, after, force)
+    console = make_console()
     if found.changes:
-        console.print(table(found.changes))
+        table = Table()
+        for heading in ("case", "variant", "figure", "A", "B", "B / A"):
+            table.add_column(heading, overflow="fold")
+        for change in found.changes:
+            colour = "red" if change.worse else "green"
+            cells = (change.case, change.variant, change.figure, change.before, change.after)
+            table.add_row(*cells, f"[{colour}]{change.ratio:.2f}x[/]")
+        console.print(table)
     for line in found.lost:
         console.print(f"[red]no figures any more[/] {line}", highlight=False)
-    slower, faster = (sum(change.worse is worse for change in found.changes) for worse in (True, False))
+    worse = sum(change.worse for change in found.changes)
     console.print(
-        f"{slower} worse, {faster} better, {found.same} within the noise of both; {found.only} in one folder only"
+        f"{worse} worse, {len(found.changes) - worse} better, {found.same} within the noise of both; "
+        f"{found.only} in one folder only"
     )
-    return 1 if found.regressed else 0
+    return found.regressed
 
 
 def compare(before: Path, after: Path, force: bool = False) -> Comparison:
-    """Hold the result files of ``after`` against those of ``before``.
+    """Compare the result files of ``after`` with those of ``before``; the worst change comes first.
 
     Raises:
         OSError: a folder without result files.
@@ -99,9 +93,7 @@ def compare(before: Path, after: Path, force: bool = False) -> Comparison:
     devices = [{result.device.slug for result in found} for found in results]
     if devices[0] != devices[1] and not force:
         names = [", ".join(sorted(slugs)) for slugs in devices]
-        raise ValueError(
-            f"{before} was measured on {names[0]}, {after} on {names[1]}; --force compares them all the same"
-        )
+        raise ValueError(f"{before} was measured on {names[0]}, {after} on {names[1]}; --force compares them anyway")
     old, new = (_rows(found) for found in results)
     common = old.keys() & new.keys()
     if not common:
@@ -124,18 +116,6 @@ def compare(before: Path, after: Path, force: bool = False) -> Comparison:
     return Comparison(changes, lost, same, len(old.keys() ^ new.keys()))
 
 
-def table(changes: list[Change]) -> Table:
-    """The changes, the worst first."""
-    result = Table()
-    for heading in ("case", "variant", "figure", "A", "B", "B / A"):
-        result.add_column(heading, overflow="fold")
-    for change in changes:
-        colour = "red" if change.worse else "green"
-        cells = (change.case, change.variant, change.figure, change.before, change.after)
-        result.add_row(*cells, f"[{colour}]{change.ratio:.2f}x[/]")
-    return result
-
-
 def _results(folder: Path) -> list[Result]:
     found = [read(path) for path in sorted(folder.glob("*.json")) if "cases" in json.loads(path.read_text())]
     if not found:
@@ -144,7 +124,7 @@ def _results(folder: Path) -> list[Result]:
 
 
 def _rows(results: list[Result]) -> dict[Key, Row]:
-    """All but those that a budget had no time for, which are as if they had not been asked for."""
+    """All rows but those that a budget left out."""
     return {
         (", ".join(f"{k}={v}" for k, v in case.items()), row.variant): row
         for result in results
@@ -155,7 +135,7 @@ def _rows(results: list[Result]) -> dict[Key, Row]:
 
 
 def _drift(old: dict[Key, Row], new: dict[Key, Row], peers: list[Key]) -> float:
-    """What the machine did to all peers of a case: the ratio nearest to 1; 1 where they disagree or there are none."""
+    """The ratio of the machine's times: the peers' ratio nearest to 1, or 1 where they disagree or there are none."""
     pairs = [(old[key].timing, new[key].timing) for key in peers]
     ratios = [b.median_ms / a.median_ms for a, b in pairs if a and b] or [1.0]
     return max(min(ratios), 1.0) * min(max(ratios), 1.0)
@@ -170,11 +150,7 @@ def _changes(
         yield Change(case, variant, "time", old, new, b.median_ms / a.median_ms)
     if a.peak_bytes and b.peak_bytes:
         low, high = sorted((a.peak_bytes, b.peak_bytes))
-        share, least = memory
-        if high > share * low and high - low > least:
+        factor, least = memory
+        if high > factor * low and high - low > least:
             old, new = (f"{peak / 2**20:.1f} MiB" for peak in (a.peak_bytes, b.peak_bytes))
             yield Change(case, variant, "peak memory", old, new, b.peak_bytes / a.peak_bytes)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

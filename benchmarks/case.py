@@ -1,0 +1,197 @@
+"""One case of a benchmark: its inputs, the variants that compute it, and the judge of their outputs.
+
+``run_case`` times a variant only after the judge has accepted its output. A peer that is absent, fails or disagrees
+becomes a row that says so. If our own output is wrong, the whole case is refused and has no rows.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .device import Ceilings, name_of
+from .timing import Failure, Timing, available_memory, input_sets, measure, own_stream, release
+
+OURS = "ours"
+# Largest accepted error of an output, relative to the largest value of the float64 oracle. It tells a wrong result from
+# a rounded one, since peers round as they like; the tests hold far tighter bounds.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+class DisagreementError(Exception):
+    """Our own output is wrong, so no figure of the case may be reported."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute the case: ``run(*prepare(*inputs))``, of which only ``run`` is timed.
+
+    ``needs_bytes`` is a lower bound of what it allocates. A CPU variant that cannot fit is not started, because Linux
+    kills a process that runs out of memory.
+    """
+
+    run: Callable[..., Any]
+    prepare: Callable[..., tuple[Any, ...]] | None = None
+    needs_bytes: int = 0
+
+    def bind(self, inputs: tuple[Any, ...]) -> Callable[[], Any]:
+        arguments = self.prepare(*inputs) if self.prepare else inputs
+        return lambda: self.run(*arguments)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison. ``variants`` maps a name to a Variant, or to the reason why it is absent.
+
+    ``judge(inputs)`` returns a function from an output to its error. ``bytes_moved`` and ``flops`` (of matrix products)
+    are the least that any implementation needs, 0 where they are not counted. ``images`` is the batch of a whole model.
+    """
+
+    parameters: dict[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    make_inputs: Callable[[torch.Generator], tuple[Any, ...]]
+    judge: Callable[[tuple[Any, ...]], Callable[[Any], float]]
+    variants: dict[str, Variant | str]
+    bytes_moved: int = 0
+    flops: int = 0
+    images: int = 0
+
+    @property
+    def name(self) -> str:
+        return ", ".join(f"{v}" if isinstance(v, str) else f"{k} {v}" for k, v in self.parameters.items())
+
+    def variant(self, name: str) -> Variant:
+        variant = self.variants[name]
+        assert isinstance(variant, Variant)
+        return variant
+
+    def input_sets(self, first: tuple[Any, ...], generator: torch.Generator) -> list[tuple[Any, ...]]:
+        """``first`` and as many further inputs as make the caches cold."""
+        size = sum(t.nbytes for t in first if isinstance(t, torch.Tensor))
+        return [first] + [self.make_inputs(generator) for _ in range(input_sets(size, self.device) - 1)]
+
+
+@dataclass(frozen=True)
+class Row:
+    """The result of one variant. ``status`` is ok, absent, out of memory, failed, disagrees, refused or not run.
+
+    Only rows that are ok have figures. ``error`` is the judge's; for a whole model it is that of the logits, and
+    ``labels`` is the share of labels equal to the reference's. ``gb_s`` counts the least bytes, ``tflops`` the counted
+    FLOPs. ``share`` is the fraction of the measured matrix-product rate, or without FLOPs of the copy bandwidth.
+    """
+
+    variant: str
+    status: str
+    note: str = ""
+    error: float | None = None
+    timing: Timing | None = None
+    gb_s: float | None = None
+    tflops: float | None = None
+    share: float | None = None
+    images_s: float | None = None
+    labels: float | None = None
+
+    @classmethod
+    def failed(cls, variant: str, reason: BaseException | Failure, where: str = "") -> Row:
+        failure = reason if isinstance(reason, Failure) else Failure.of(reason)
+        return cls(variant, failure.status, where + failure.note)
+
+
+def run_case(case: Case, ceilings: Ceilings, seconds: float, min_samples: int = 5) -> list[Row]:
+    """Check and time every variant of ``case``.
+
+    Raises:
+        DisagreementError: our own output is wrong, or our variant cannot run.
+    """
+    # PyTorch compiles a function for at most eight shapes, so each case starts afresh.
+    torch._dynamo.reset()
+    gc.collect()
+    generator = torch.Generator(case.device).manual_seed(0)
+    with own_stream(case.device):
+        try:
+            first = case.make_inputs(generator)
+            judge = case.judge(first)
+        except torch.OutOfMemoryError as error:
+            return [Row.failed(name, error, "inputs and oracle: ") for name in case.variants]
+        rows = {name: check_variant(case, name, first, judge) for name in case.variants}
+        for name, row in rows.items():
+            if is_ours(name) and row.status in {"disagrees", "failed"}:
+                raise DisagreementError(f"{case.name}: {name} {row.status}: {row.note}")
+        inputs = case.input_sets(first, generator)
+        calls = {}
+        for name in [name for name, row in rows.items() if row.status == "ok"]:
+            try:
+                calls[name] = [case.variant(name).bind(arguments) for arguments in inputs]
+            except Exception as error:  # all input sets may need more memory than one
+                rows[name] = Row.failed(name, error)
+        for name, outcome in measure(calls, case.device, seconds=seconds, min_samples=min_samples).items():
+            if isinstance(outcome, Timing):
+                rows[name] = _figures(case, name, rows[name].error, outcome, ceilings)
+            else:
+                rows[name] = Row.failed(name, outcome)
+    return list(rows.values())
+
+
+def check_variant(case: Case, name: str, inputs: tuple[Any, ...], judge: Callable[[Any], float]) -> Row:
+    """A row with the error of the variant's output and no figures yet, or with the reason why it cannot be timed."""
+    variant = case.variants[name]
+    if isinstance(variant, str):
+        return Row(name, "absent", variant)
+    if case.device.type == "cpu" and (note := lack_of_memory(variant.needs_bytes, case.device)):
+        return Row(name, "out of memory", note)
+    try:
+        error = judge(variant.bind(inputs)())
+    except Exception as raised:  # a peer may fail in any way
+        return Row.failed(name, raised)
+    finally:
+        release(case.device)
+    allowed = TOLERANCE[case.dtype]
+    if error <= allowed:  # false for NaN
+        return Row(name, "ok", error=error)
+    return Row(name, "disagrees", f"error {error:.2g} of the largest value, allowed {allowed:.2g}")
+
+
+def _figures(case: Case, name: str, error: float | None, timing: Timing, ceilings: Ceilings) -> Row:
+    ms = timing.median_ms
+    gb_s = case.bytes_moved / ms / 1e6 if case.bytes_moved else None
+    tflops = case.flops / ms / 1e9 if case.flops else None
+    share = gb_s / ceilings.copy_gb_s if gb_s else None
+    if tflops:
+        rate = ceilings.matmul_tflops.get(name_of(case.dtype))
+        share = tflops / rate if rate else None
+    return Row(name, "ok", "", error, timing, gb_s, tflops, share, case.images * 1e3 / ms if case.images else None)
+
+
+def lack_of_memory(needs_bytes: int, device: torch.device) -> str | None:
+    """A note where ``needs_bytes`` are more than is free, else None."""
+    free = available_memory(device)
+    return f"needs {needs_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free" if needs_bytes > free else None
+
+
+def is_ours(variant: str) -> bool:
+    """True for ``ours`` and ``ours compiled``."""
+    return variant.split()[0] == OURS
+
+
+def relative_error(output: torch.Tensor, oracle: torch.Tensor) -> float:
+    """``max|output - oracle| / max|oracle|``; inf where the shapes differ, NaN where the output has a NaN."""
+    if output.shape != oracle.shape:
+        return float("inf")
+    if oracle.numel() == 0:
+        return 0.0
+    difference = (output.double() - oracle.double()).abs().max() / oracle.double().abs().max()
+    return difference.item()
+
+
+def compiled(function: Callable[..., Any], device: torch.device, autotune: bool = True) -> Callable[..., Any]:
+    """``function`` under torch.compile, on CUDA with max-autotune if wanted.
+
+    PyTorch's own CUDA graphs stay off: ``timing`` captures every variant alike.
+    """
+    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" and autotune else None
+    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)

@@ -1,0 +1,185 @@
+"""Images per second of whole models: the reference, strong peers and ours, over variants and inputs.
+
+After each case ``throughput.json`` (the models), ``split.json`` (time of the parts) and ``classes.json`` (memory
+against classes) are written to the device's folder, at the end their plots. A case that the budget has no time for has
+rows with the status "not run".
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from segmenter_fast import VARIANTS
+from segmenter_fast.devices import choose_dtype
+
+from ..case import Row
+from ..device import Ceilings, describe, measure_ceilings
+from ..plots import MODELS as PLOTS
+from ..plots import draw
+from ..results import RESULTS, CaseRows, Result, now, write
+from ..runner import deadline_after, make_console
+from .comparison import MODELS, compare_models
+from .parts import measure_parts, without_figures
+from .peers import ModelCase
+from .table import log_lines, models_table
+
+DEFAULT = tuple(f"seg_{size}_mask_{patch}" for size, patch in (
+    ("s", 16), ("t", 16), ("b", 16), ("s", 32), ("s", 8), ("t", 32), ("t", 8), ("b", 32), ("b", 8),
+))  # fmt: skip
+# Cases before those of parts and classes.
+BEFORE_EXTRAS = 3
+CLASSES = (19, 60, 150, 1000)
+# A case takes about as long as this many calls of its reference.
+CALLS = 12
+
+
+@dataclass(frozen=True)
+class Job:
+    """One case for the file ``op``: "throughput", "classes", or "split", which has a case for each part."""
+
+    op: str
+    case: ModelCase
+
+    def run(self, device: torch.device, ceilings: Ceilings, seconds: float, report: Callable[[str], None]) -> CaseRows:
+        if self.op == "split":
+            report("encoder, decoder, upsampling one by one")
+            return measure_parts(self.case, device, seconds / 3)
+        return [(self.case.parameters, compare_models(self.case, device, ceilings, seconds, report))]
+
+    def not_run(self, note: str) -> CaseRows:
+        if self.op == "split":
+            return without_figures(self.case, "not run", note)
+        return [(self.case.parameters, [Row(name, "not run", note) for name in MODELS])]
+
+
+@dataclass
+class TimeEstimate:
+    """Expected seconds of a case: ``overhead``, mostly of the compiler, and CALLS calls of the reference.
+
+    The reference runs at ``guess`` TFLOP/s until a case is done, then at the median of those before.
+    """
+
+    guess: float
+    overhead: float = 60.0
+    measured: list[float] = field(default_factory=list)
+
+    def expect(self, job: Job, seconds: float) -> float:
+        calls = CALLS * job.case.flops / median(self.measured or [self.guess]) / 1e12
+        return max(calls, seconds) + (self.overhead if job.case.compile else 0)
+
+    def update(self, job: Job, found: CaseRows, took: float) -> None:
+        reference = found[0][1][0]
+        if job.op == "throughput" and reference.timing and reference.tflops:
+            self.measured.append(reference.tflops)
+            if job.case.compile:
+                self.overhead = max(5.0, took - CALLS * reference.timing.median_ms / 1e3)
+
+
+def run_models(
+    variants: Sequence[str] = (),
+    sizes: Sequence[int] = (),
+    batches: Sequence[int] = (),
+    classes: Sequence[int] = (),
+    dtypes: Sequence[str] = (),
+    *,
+    device: torch.device,
+    compile: bool = True,
+    extras: bool = True,
+    seconds: float = 3.0,
+    budget: float | None = None,
+    out: Path = RESULTS,
+) -> int:
+    """Compare whole models, ``seconds`` for the timing of each case, ``budget`` seconds for everything.
+
+    All combinations of the arguments are cases; ``extras`` are the parts, and memory against classes.
+
+    Returns:
+        The number of cases that were refused because our output was wrong.
+
+    Raises:
+        ValueError: an unknown variant, or numbers that are not positive.
+    """
+    deadline = deadline_after(budget)
+    cases = _cases(variants, sizes, batches, classes, dtypes, device, compile)
+    jobs = [Job("throughput", case) for case in cases]
+    if extras:
+        jobs[BEFORE_EXTRAS:BEFORE_EXTRAS] = _extra_jobs(cases)
+    console, record = make_console(), describe(device)
+    console.print(f"{record.name}, {record.threads} threads, PyTorch {record.torch}, commit {record.commit}")
+    ceilings = measure_ceilings(device, tuple({torch.float32, *(case.dtype for case in cases)}), seconds=0.3)
+    console.print(f"measured ceilings: {ceilings}")
+    start, started = time.monotonic(), now()
+    found = {job: job.not_run("the run ended before it") for job in jobs}
+    estimate = TimeEstimate(ceilings.matmul_tflops["float32"] / 2)
+    with console.status("") as status:
+        for number, job in enumerate(jobs, 1):
+            begin = time.monotonic()
+            position = f"{number} of {len(jobs)}, {begin - start:.0f} s: {job.op}: {job.case.name}"
+            expected = estimate.expect(job, seconds)
+            if begin + expected > deadline:
+                left = max(0.0, deadline - begin)
+                found[job] = job.not_run(f"takes about {expected:.0f} s, {left:.0f} s of the budget were left")
+            else:
+                report = lambda step, position=position: status.update(f"{position}: {step}")  # noqa: E731
+                found[job] = job.run(device, ceilings, seconds, report)
+                estimate.update(job, found[job], time.monotonic() - begin)
+            result = Result(job.op, record, ceilings, started, False)
+            for other in jobs:
+                if other.op == job.op:
+                    result.cases += found[other]
+                    result.refused += _notes(other, found[other], "refused")
+                    result.not_run += _notes(other, found[other], "not run")
+            write(result, out)
+            for line in log_lines(found[job], cases[0].parameters):
+                console.print(f"[{number}/{len(jobs)}, {time.monotonic() - start:.0f} s] {line}", markup=False)
+    console.print(models_table([case for job in jobs for case in found[job]]))
+    refused = [note for job in jobs for note in _notes(job, found[job], "refused")]
+    for note in refused:
+        console.print(f"refused: {note}", style="bold red", markup=False)
+    folder = out / record.slug
+    console.print(f"results in {folder}: {', '.join(path.name for path in draw(folder, PLOTS)) or 'nothing to draw'}")
+    return len(refused)
+
+
+def _notes(job: Job, found: CaseRows, status: str) -> list[str]:
+    """The job and the reason, if its rows have this status."""
+    notes = [row.note for _, rows in found for row in rows if row.status == status]
+    return [f"{job.case.name}: {note}" for note in notes[:1]]
+
+
+def _cases(
+    variants: Sequence[str],
+    sizes: Sequence[int],
+    batches: Sequence[int],
+    classes: Sequence[int],
+    dtypes: Sequence[str],
+    device: torch.device,
+    compile: bool,
+) -> list[ModelCase]:
+    """All combinations, most valuable first."""
+    if unknown := sorted(set(variants) - set(VARIANTS)):
+        raise ValueError(f"unknown variants {', '.join(unknown)}; known are {', '.join(VARIANTS)}")
+    batches = batches or ((1, 32) if device.type == "cuda" else (1,))
+    sizes, classes = sizes or (512,), classes or (150,)
+    if min(*sizes, *batches, *classes, 1) < 1:
+        raise ValueError(f"sizes, batches and classes must be positive, got {sizes}, {batches}, {classes}")
+    kinds = dict.fromkeys(choose_dtype(name, device) for name in dtypes or ["auto"])
+    grid = itertools.product(kinds, batches, sizes, classes, variants or DEFAULT)
+    return [ModelCase(variant, dtype, size, batch, count, compile) for dtype, batch, size, count, variant in grid]
+
+
+def _extra_jobs(cases: Sequence[ModelCase]) -> Iterator[Job]:
+    """Memory of the first case against classes, and the parts of the first cases that differ in the variant alone."""
+    first = replace(cases[0], compile=False)
+    for count in CLASSES:
+        yield Job("classes", replace(first, classes=count))
+    alike = [case for case in cases if replace(case, variant=first.variant, compile=False) == first]
+    for case in alike[:BEFORE_EXTRAS]:
+        yield Job("split", replace(case, compile=False))

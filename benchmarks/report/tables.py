@@ -1,0 +1,187 @@
+"""The generated tables of both READMEs: ``python -m segmenter_fast.benchmarks.report.tables`` writes them.
+
+They come from the committed JSON alone and stand between ``<!-- measured -->`` and ``<!-- /measured -->`` in README.md,
+between ``<!-- roofline -->`` and ``<!-- /roofline -->`` in benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..case import OURS, Row
+from ..models.comparison import compared
+from ..models.peers import in_words
+from ..models.table import memory, pair, speeds
+from ..ops import OPS
+from ..results import RESULTS, Result, read
+
+ROOT = RESULTS.parents[1]
+# Rows of the README's table of ops: label, file, parameters of the case.
+OP_ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("`upsample_argmax`, smooth maps", "upsample_argmax", {"classes": 150, "patch": 16, "map": "smooth"}),
+    ("`upsample_argmax`, noise", "upsample_argmax", {"classes": 150, "patch": 16, "map": "noise"}),
+    (
+        "`upsample_cross_entropy`, forward and backward",
+        "upsample_cross_entropy",
+        {"classes": 150, "patch": 16, "map": "smooth", "pass": "forward+backward"},
+    ),
+    ("`upsample_softmax`", "upsample_softmax", {"classes": 150, "patch": 16, "map": "smooth", "pass": "forward"}),
+    *(
+        ("`attention`", "attention", {"tokens": 1025, "pass": "forward", "dtype": dtype})
+        for dtype in ("float32", "bfloat16")
+    ),
+)
+PICTURES = {
+    "throughput": "Throughput against patch size and against tokens",
+    "split": "Time of encoder, decoder and upsampling",
+    "classes": "Peak memory against classes",
+}
+
+
+def rewritten(text: str, mark: str, folder_text: Callable[[Path], str], results: Path) -> str:
+    """``text`` with ``folder_text`` of each folder below ``results`` as its block ``mark``.
+
+    Raises:
+        ValueError: no block, or more than one.
+    """
+    block = "\n\n".join(filter(None, map(folder_text, sorted(results.iterdir()))))
+    pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    text, count = pattern.subn(lambda found: f"{found[1]}\n{block}\n\n{found[2]}", text)
+    if count != 1:
+        raise ValueError(f"there must be one block <!-- {mark} --> ... <!-- /{mark} -->, found {count}")
+    return text
+
+
+def measured(folder: Path) -> str:
+    """The tables and plots of one device, as far as its files are there."""
+    parts = []
+    models = folder / "throughput.json"
+    if models.exists():
+        parts.append(_models_table(read(models)))
+        for name, caption in PICTURES.items():
+            if (folder / f"{name}.png").exists() and (folder / f"{name}.json").exists():
+                parts.append(f"![{caption}](benchmarks/results/{folder.name}/{name}.png)")
+    results = {op: read(folder / f"{op}.json") for op in OPS if (folder / f"{op}.json").exists()}
+    rows = [line for label, op, wanted in OP_ROWS if op in results and (line := _op_line(label, results[op], wanted))]
+    if rows:
+        where = _where(next(iter(results.values())))
+        parts.append(
+            f"The ops on {where} (150 classes, 32 x 32 patches to 512 x 512; attention: 12 heads of 64):\n\n"
+            "| op | eager | `torch.compile` | ours | over eager | peak MiB, eager / ours |\n"
+            "|---|---|---|---|---|---|\n" + "\n".join(rows)
+        )
+    return "\n\n".join(parts)
+
+
+def _models_table(result: Result) -> str:
+    """A line for each case of a ``throughput.json``: figures, or the reason why there are none."""
+    shared = {key: value for key, value in result.cases[0][0].items() if all(c[key] == value for c, _ in result.cases)}
+    lines = [
+        f"Images per second on {_where(result)} (PyTorch {result.device.torch}), {in_words(shared)}, a photograph:",
+        "",
+        "| | tokens | reference | peer | ours | over reference | over peer | share of peak | MiB, reference / ours "
+        "| error of the logits, peer / ours |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case, rows in sorted(result.cases, key=lambda found: _order(found[0])):
+        reference, peer, ours = compared(rows)
+        own = in_words({key: value for key, value in case.items() if key not in shared})
+        name = f"`{case['variant']}`" + (f", {own}" if own else "")
+        errors = pair(("" if row.error is None else f"{row.error:.2g}" for row in (peer, ours)), " / ")
+        cells = (name, str(case["tokens"]), *speeds(rows), memory((reference, ours), " / "), errors)
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _op_line(label: str, result: Result, wanted: dict[str, Any]) -> str | None:
+    for case, rows in result.cases:
+        # A dtype without a ceiling is emulated by the device, and every ratio of it is large.
+        if any(case[key] != value for key, value in wanted.items()) or (
+            case["dtype"] not in result.ceilings.matmul_tflops
+        ):
+            continue
+        by_name = {row.variant: row for row in rows}
+        eager, ours = by_name["eager"], by_name[OURS]
+        if not (eager.timing and ours.timing):
+            return None
+        times = [_milliseconds(row) for row in (eager, by_name.get("compile"), ours)]
+        gain = eager.timing.median_ms / ours.timing.median_ms
+        name = f"{label}, batch {case['batch']}, {case['dtype']}"
+        return f"| {name} | {' | '.join(times)} | {gain:.1f}x | {memory((eager, ours), ' / ')} |"
+    return None
+
+
+def _order(case: dict[str, Any]) -> tuple[Any, ...]:
+    size = "tsbl".find(case["variant"].split("_")[1])
+    return case["dtype"], case["batch"], case["size"], case["classes"], size, case["patch"]
+
+
+def _where(result: Result) -> str:
+    device = result.device
+    return device.name if device.type == "cuda" else f"{device.name} with {device.threads} threads"
+
+
+def _milliseconds(row: Row | None) -> str:
+    if row is None or row.timing is None:
+        return ""
+    time = row.timing.median_ms
+    return f"{time:.0f} ms" if time >= 100 else f"{time:.3g} ms"
+
+
+def roofline(folder: Path) -> str:
+    """A row for the first case of each op, pass and dtype in ``folder``; nothing where it has no file of an op.
+
+    Attainable is the longer of two times: the least bytes at the measured copy bandwidth, the counted FLOPs at the
+    measured matrix-product rate. Exponentials are in neither.
+    """
+    results = [read(folder / f"{op}.json") for op in OPS if (folder / f"{op}.json").exists()]
+    if not results:
+        return ""
+    device, ceilings = results[0].device, results[0].ceilings
+    rates = ", ".join(f"{rate:.2f} TFLOP/s {name}" for name, rate in ceilings.matmul_tflops.items())
+    lines = [
+        f"{device.name}, {device.threads} threads, PyTorch {device.torch}, commit {(device.commit or 'unknown')[:10]}, "
+        f"measured {results[0].started[:10]}. Ceilings: copy {ceilings.copy_gb_s:.1f} GB/s, matrix product {rates}.",
+        "",
+        "| op, case | MB | GFLOP | attainable ms | attained ms | share | eager ms |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    return "\n".join([*lines, *(line for result in results for line in _roofline_rows(result))])
+
+
+def _roofline_rows(result: Result) -> Iterator[str]:
+    seen = set()
+    for case, rows in result.cases:
+        by_name = {row.variant: row for row in rows}
+        ours, eager = by_name.get(OURS), by_name.get("eager")
+        kind = case["pass"], case["dtype"]
+        if kind in seen or ours is None or ours.timing is None or eager is None:
+            continue
+        seen.add(kind)
+        ms = ours.timing.median_ms
+        megabytes, gigaflops = (ours.gb_s or 0) * ms, (ours.tflops or 0) * ms
+        attainable = megabytes / result.ceilings.copy_gb_s
+        if gigaflops and (rate := result.ceilings.matmul_tflops.get(case["dtype"])):
+            attainable = max(attainable, gigaflops / rate)
+        words = (f"{v}" if isinstance(v, str) else f"{k} {v}" for k, v in case.items() if k not in ("op", "head_dim"))
+        cells = (
+            f"`{result.op}`, {', '.join(words)}",
+            f"{megabytes:.2f}",
+            f"{gigaflops:.2f}" if gigaflops else "",
+            f"{attainable:.3g}",
+            f"{ms:.3g}",
+            f"{attainable / ms:.1%}",
+            f"{eager.timing.median_ms:.3g}" if eager.timing else eager.status,
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+# README, name of its block, text of a folder in it.
+BLOCKS = ((ROOT / "README.md", "measured", measured), (ROOT / "benchmarks" / "README.md", "roofline", roofline))
+
+if __name__ == "__main__":
+    for path, mark, text_of in BLOCKS:
+        path.write_text(rewritten(path.read_text(), mark, text_of, RESULTS))
