@@ -116,7 +116,7 @@ def _upsample_panels(cases: CaseRows) -> list[Panel]:
 
 def _attention_panels(result: Result) -> list[list[Panel]]:
     """TFLOP/s against tokens: a row for each kind of batch and dtype, forward beside backward."""
-    rows = []
+    rows: list[list[Panel]] = []
     for single, dtype in dict.fromkeys((case["batch"] == 1, case["dtype"]) for case, _ in result.cases):
         ceiling = result.ceilings.matmul_tflops.get(dtype)
         same = [c for c in result.cases if (c[0]["batch"] == 1, c[0]["dtype"]) == (single, dtype)]
@@ -168,10 +168,11 @@ def _draw_split(cases: CaseRows) -> Figure:
     for variant, axes in zip(variants, panels[0], strict=True):
         bottoms: dict[str, float] = {}
         for case, rows in (c for c in cases if c[0]["variant"] == variant):
-            for row in (row for row in rows if row.timing):
-                bottom, part, ms = bottoms.get(row.variant, 0.0), case["part"], row.timing.median_ms
-                axes.bar(row.variant, ms, 0.6, bottom, color=COLOURS[part], label=part)
-                bottoms[row.variant] = bottom + ms
+            for row in rows:
+                if row.timing:
+                    bottom, part = bottoms.get(row.variant, 0.0), case["part"]
+                    axes.bar(row.variant, row.timing.median_ms, 0.6, bottom, color=COLOURS[part], label=part)
+                    bottoms[row.variant] = bottom + row.timing.median_ms
         axes.set(title=f"{variant}, {case['size']} px, batch {case['batch']}\n{case['dtype']}, not compiled")
     panels[0][0].set_ylabel("ms, parts measured one by one")
     return figure
@@ -206,7 +207,9 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         x, low, middle, high = (list(values) for values in zip(*sorted(line), strict=True))
         below = [m - a for m, a in zip(middle, low, strict=True)]
         above = [b - m for m, b in zip(middle, high, strict=True)]
-        style = {"linewidth": 2.2, "zorder": 3} if variant == "ours" else {"linewidth": 1.3, "zorder": 2}
+        style: dict[str, Any] = (
+            {"linewidth": 2.2, "zorder": 3} if variant == "ours" else {"linewidth": 1.3, "zorder": 2}
+        )
         style |= {"label": variant, "color": COLOURS.get(variant), "marker": MARKERS.get(family[:1], "o")}
         axes.errorbar(x, middle, [below, above], markersize=4, capsize=2, **style)
     axes.set(xlabel=LABELS.get(panel.axis, panel.axis), ylabel=panel.ylabel, title=panel.title, yscale=panel.yscale)

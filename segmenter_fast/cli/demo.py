@@ -33,8 +33,10 @@ def demo(
     names, found = variant or VARIANTS, []
     try:
         with Console(stderr=True).status("segmenting ..."):
-            for *case, overlay in run_demo(out, place, choose_dtype(dtype.value, place), image or PHOTOGRAPH, names):
-                found.append(case)
+            for case, rows, overlay in run_demo(
+                out, place, choose_dtype(dtype.value, place), image or PHOTOGRAPH, names
+            ):
+                found.append((case, rows))
                 typer.echo(f"overlay: {overlay}")
     except DisagreementError as error:
         say(f"refused: {error}", "red")
