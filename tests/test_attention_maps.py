@@ -1,4 +1,4 @@
-"""Attention maps equal the probabilities that the oracle's attention computes."""
+"""Attention maps equal the attention probabilities of the oracle."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(request: pytest.FixtureRequest) -> sf.Segmenter:
 
 
 def oracle(model: sf.Segmenter, images: Tensor, layer: int, part: str) -> Tensor:
-    """Probabilities recomputed from the input that the oracle's layer sees."""
+    """Probabilities computed from the input of the oracle's layer."""
     reference = ReferenceSegmenter(model.config).double().eval()
     reference.load_state_dict(model.state_dict())
     seen: list[tuple[Any, ...]] = []

@@ -1,4 +1,4 @@
-"""Configuration: the table, overriding, and refusals that name the field."""
+"""Configuration: the table of variants, overridden fields, and errors that name the field."""
 
 from __future__ import annotations
 

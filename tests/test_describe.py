@@ -1,4 +1,4 @@
-"""Costs counted by hand."""
+"""Tables of models; costs are compared with counts by hand."""
 
 from __future__ import annotations
 

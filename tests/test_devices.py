@@ -1,4 +1,4 @@
-"""What "auto" means, by what the hardware says."""
+"""Devices and dtypes by name; "auto" depends on the hardware."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The model against the oracle, its contract, and what it refuses."""
+"""The model against the oracle: forward, labels, losses, gradients, frozen encoders, refused arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Palettes tell classes apart; label images hold the indices themselves."""
+"""Palettes with distinct colours, overlays, and label images whose pixels are class indices."""
 
 from __future__ import annotations
 

@@ -49,6 +49,12 @@ def windowed(**fields: object) -> sf.Segmenter:
     return _varied(sf.create_model("seg_t_mask_16", **given), 0.2)
 
 
+def normalised(model: sf.Segmenter, pixels: torch.Tensor) -> torch.Tensor:
+    """``(B, 3, H, W)`` uint8 images, scaled and normalised with the model's mean and std."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (model.config.mean, model.config.std))
+    return (pixels / 255 - mean) / std
+
+
 def pixels(height: int, width: int) -> np.ndarray:
     """The same noise each time: ``(height, width, 3)`` uint8."""
     return np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)

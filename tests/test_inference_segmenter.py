@@ -1,4 +1,4 @@
-"""The inference form gives the model's results, in every way of making and keeping it."""
+"""The inference form gives the model's results: compiled, copied, pickled, loaded into, in low precision."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import copy
 import functools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import segmenter_fast as sf
 from segmenter_fast.reference import ReferenceSegmenter
-from support.models import FAMILIES, pair
+from support.models import FAMILIES, normalised, pair
+
+COLOURS = torch.tensor([[-1, -1, -1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]]).float()
 
 
-def images_of(model: sf.Segmenter, *shape: int) -> tuple[Tensor, Tensor]:
+def images_of(model: sf.Segmenter, batch: int, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The same images as uint8 and normalised."""
-    pixels = torch.randint(0, 256, (*shape[:1], 3, *shape[1:]), dtype=torch.uint8)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (model.config.mean, model.config.std))
-    return pixels, (pixels / 255 - mean) / std
+    pixels = torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+    return pixels, normalised(model, pixels)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -41,7 +43,7 @@ def test_equals_the_model_in_float32(family: str, size: tuple[int, int]) -> None
 
 @pytest.mark.parametrize("family", ["mask_16", "linear_16", "deit_mask", "registers", "dinov3"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision_is_as_near_to_float64_as_the_model_in_that_dtype(family: str, dtype: torch.dtype) -> None:
+def test_low_precision_is_as_accurate_as_the_oracle_in_that_dtype(family: str, dtype: torch.dtype) -> None:
     model, _ = pair(family, torch.float32)
     oracle = ReferenceSegmenter(model.config).double()
     oracle.load_state_dict(model.state_dict())
@@ -67,7 +69,7 @@ def test_compiled_in_one_graph_and_again_for_another_batch(family: str) -> None:
 
 
 def test_compiles_for_many_image_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From the second size on, the compiler takes sizes for symbols, whole patches or not."""
+    """From the second size on, the compiler represents height and width by symbols."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     model = sf.create_model("seg_t_linear_16", image_size=32, num_classes=2, depth=1).eval()
     fast = model.optimize(torch.float32)
@@ -78,7 +80,7 @@ def test_compiles_for_many_image_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_many_models_compile_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiler's limit of recompilations is one model's, not shared by all."""
+    """The compiler's limit of recompilations applies to each model, not to all together."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     images = torch.randn(1, 3, 16, 16)
     for _ in range(torch._dynamo.config.recompile_limit + 2):
@@ -88,7 +90,7 @@ def test_many_models_compile_in_one_process(monkeypatch: pytest.MonkeyPatch) -> 
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
-def test_the_model_it_was_made_from_is_left_alone() -> None:
+def test_the_original_model_is_unchanged() -> None:
     model, _ = pair("mask_16", torch.float32)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fast = model.train().optimize(torch.bfloat16, compile=False)
@@ -125,8 +127,6 @@ def test_copies_pickles_and_later_weights() -> None:
 
 
 def test_takes_the_models_place_in_prediction() -> None:
-    import numpy as np
-
     model, _ = pair("mask_16", torch.float32)
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     fast = model.optimize(torch.float32, compile=False)
@@ -146,6 +146,48 @@ def test_refusals() -> None:
     with pytest.raises(TypeError, match=r"images must be uint8, or floating point.*int64"):
         fast(torch.zeros(1, 3, 32, 32, dtype=torch.long))
     assert fast.segment(torch.zeros(0, 3, 32, 32)).shape == (0, 32, 32)
+
+
+def scenes(count: int, cell: int, side: int = 128) -> tuple[Tensor, Tensor]:
+    """Coloured squares with noise, and their classes."""
+    target = torch.randint(0, 5, (count, side // cell, side // cell))
+    target = target.repeat_interleave(cell, 1).repeat_interleave(cell, 2)
+    images = COLOURS[target].permute(0, 3, 1, 2)
+    return images + 0.3 * torch.randn_like(images), target
+
+
+@functools.cache
+def trained(family: str) -> sf.Segmenter:
+    """A model of the family after a few training steps on scenes, well above chance."""
+    torch.manual_seed(0)
+    model = sf.create_model(pair(family)[0].config, drop_path_rate=0.0)
+    cell = 2 * model.config.patch_size
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(40):
+        loss = model.loss(*scenes(4, cell, 4 * cell))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_labels_of_trained_models_agree_except_for_ties_within_rounding(family: str, dtype: torch.dtype) -> None:
+    with torch.enable_grad():
+        model = trained(family)
+    images, target = scenes(4, 2 * model.config.patch_size, 8 * model.config.patch_size)
+    reference = ReferenceSegmenter(model.config).eval()
+    reference.load_state_dict(model.state_dict())
+    logits = reference(images)
+    fast = model.optimize(dtype, compile=False)
+    labels, error = fast.segment(images).long(), (fast(images).float() - logits).abs().max()
+    assert (logits.argmax(1) == target).float().mean() > 0.5, "the model has not learned anything"
+    differ = labels != logits.argmax(1)
+    assert differ.float().mean() < 0.01
+    margin = logits.amax(1) - logits.gather(1, labels[:, None])[:, 0]
+    assert (margin[differ] <= 2 * error).all()
 
 
 @pytest.mark.gpu
