@@ -56,19 +56,20 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-ModelOption = Annotated[
-    str,
-    typer.Option("--model", "-m", help="Checkpoint: folder, file or hub id; a variant's name gives random weights."),
-]
 CheckpointArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint: folder, file or hub id.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or a variant's name.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU where there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware is fast in it.")]
-FlipOption = Annotated[bool, typer.Option("--flip", help="Average over the mirrored image, too.")]
-WindowOption = Annotated[int | None, typer.Option(help="Side of the windows in pixels. Default: the model's.")]
-StrideOption = Annotated[int | None, typer.Option(help="Pixels from window to window. Default: the model's.")]
-BatchSizeOption = Annotated[int, typer.Option(help="Windows at once.")]
-SCALES_HELP = "Factors to average over, such as 0.75,1,1.5."
+
+
+class InferenceOptions:
+    """Options of ``Settings``."""
+
+    scales = typer.Option(help="Factors to average over, such as 0.75,1,1.5.")
+    flip = typer.Option("--flip", help="Average over the mirrored image, too.")
+    window = typer.Option(help="Side of the windows in pixels. Default: the model's.")
+    stride = typer.Option(help="Pixels from window to window. Default: the model's.")
+    batch_size = typer.Option(help="Windows at once.")
 
 
 def _version(wanted: bool) -> None:

@@ -20,22 +20,7 @@ from rich.text import Text
 from ..inference.folders import make_writable, plan, run
 from ..inference.settings import Settings
 from ..processes import PredictionReport, World
-from .app import (
-    SCALES_HELP,
-    BatchSizeOption,
-    Device,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    FlipOption,
-    ModelOption,
-    StrideOption,
-    WindowOption,
-    app,
-    load_model,
-    parse_scales,
-    say,
-)
+from .app import Device, DeviceOption, Dtype, DtypeOption, InferenceOptions, app, load_model, parse_scales, say
 
 
 class Format(str, Enum):
@@ -51,20 +36,23 @@ class _SigTerm(KeyboardInterrupt):
 @app.command()
 def predict(
     inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Image files and folders of them.")],
-    model: ModelOption,
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="Checkpoint: folder, file or hub id; a variant's name: random weights."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for labels/* and overlays/*.png.")],
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,
     resume: Annotated[
         bool, typer.Option("--resume", help="Skip finished images and continue interrupted large ones.")
     ] = False,
-    scales: Annotated[str, typer.Option(help=SCALES_HELP)] = "1",
-    flip: FlipOption = False,
-    window: WindowOption = None,
-    stride: StrideOption = None,
+    scales: Annotated[str, InferenceOptions.scales] = "1",
+    flip: Annotated[bool, InferenceOptions.flip] = False,
+    window: Annotated[int | None, InferenceOptions.window] = None,
+    stride: Annotated[int | None, InferenceOptions.stride] = None,
     overlap: Annotated[int | None, typer.Option(metavar="N", help="Same as --stride WINDOW - N.")] = None,
-    batch_size: BatchSizeOption = 2,
-    overlay: Annotated[bool, typer.Option(help="Whether to write overlays.")] = True,
+    batch_size: Annotated[int, InferenceOptions.batch_size] = 2,
+    overlay: Annotated[bool, typer.Option(help="Write overlays.")] = True,
     format: Annotated[
         Format, typer.Option(help="Of the labels. auto: PNG up to 8192 x 8192 pixels, tiled TIFF above.")
     ] = Format.auto,
