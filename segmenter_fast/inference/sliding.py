@@ -68,7 +68,7 @@ def slide(
     Source: the official program's inference, and mmsegmentation's where images are not enlarged.
     """
     settings = Settings(window, stride, batch_size=batch_size)
-    _check_images(images, flips, size)
+    _check_images(images, size)
     rows = [Rows.of_tensor(image) for image in images]
     if enlarges_small_images(model):
         rows = [image.enlarged(window) for image in rows]
@@ -113,8 +113,10 @@ def slide_rows(
     Raises:
         ValueError: an argument out of range, or a model that gives scores of another shape than its windows ask for.
     """
-    if not len(images) or len(flips) != len(images):
-        raise ValueError(f"flips must have one entry for each image, got {len(flips)} for {len(images)} images")
+    if not len(images):
+        raise ValueError("images must hold at least one image, got none")
+    if len(flips) != len(images):
+        raise ValueError(f"flips must have one entry for each of the {len(images)} images, got {len(flips)}")
     if output not in OUTPUTS:
         raise ValueError(f"output must be one of {', '.join(OUTPUTS)}, got {output!r}")
     if not 0 <= start < size[0]:
@@ -250,11 +252,7 @@ def _patch_scores(model: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor],
     return model, 1, False
 
 
-def _check_images(images: Sequence[Tensor], flips: Sequence[bool], size: Pair) -> None:
-    if not len(images):
-        raise ValueError("images must hold at least one (1, 3, h, w) tensor, got none")
-    if len(flips) != len(images):
-        raise ValueError(f"flips must have one entry for each of the {len(images)} images, got {len(flips)}")
+def _check_images(images: Sequence[Tensor], size: Pair) -> None:
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size must be (height, width) in pixels, each at least 1, got {tuple(size)}")
     for index, image in enumerate(images):
