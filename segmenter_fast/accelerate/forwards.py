@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
@@ -68,11 +67,6 @@ def _others_do_nothing(attention: nn.Module) -> bool:
     return True
 
 
-def _all_absent(values: Iterable[Any]) -> bool:
-    """True if every optional argument is None or False: no mask, not causal, no attention map returned."""
-    return all(value is None or value is False for value in values)
-
-
 def _has_kernel(x: Any) -> bool:
     """True if ``x`` is a ``(B, N, D)`` batch of tokens on a device and in a dtype that the ops serve."""
     return (
@@ -82,6 +76,12 @@ def _has_kernel(x: Any) -> bool:
         and x.is_floating_point()
         and (x.device.type == "cpu" or (x.device.type == "cuda" and x.dtype != torch.float64))
     )
+
+
+def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True for a call with tokens and nothing else: no mask, not causal, no attention map returned."""
+    options = (*args[1:], *kwargs.values())
+    return bool(args) and all(option is None or option is False for option in options) and _has_kernel(args[0])
 
 
 def head_count(attention: nn.Module) -> Any:
@@ -102,7 +102,7 @@ class FusedAttention(Fused):
     op = "attention"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if args and _all_absent((*args[1:], *kwargs.values())) and _has_kernel(args[0]) and _others_do_nothing(self):
+        if _is_plain(args, kwargs) and _others_do_nothing(self):
             return attend(self, args[0])
         return super().forward(*args, **kwargs)
 
@@ -116,8 +116,7 @@ class FusedBlock(Fused):
     op = "attention"
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        plain = args and _all_absent((*args[1:], *kwargs.values())) and _has_kernel(args[0])
-        if plain and _others_do_nothing(self.attn) and not is_hooked(self.attn):
+        if _is_plain(args, kwargs) and _others_do_nothing(self.attn) and not is_hooked(self.attn):
             x = args[0]
             x = x + self.drop_path(attend(self.attn, self.norm1(x)))
             return x + self.drop_path(self.mlp(self.norm2(x)))
