@@ -81,7 +81,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes and reports for all: rank 0, and every rank that is not connected to others."""
+        """True where this process reports for all: on rank 0, and on every rank that is not connected to others."""
         return self.rank == 0 or (self.store is None and not (dist.is_available() and dist.is_initialized()))
 
     # Prediction: each image is one rank's, and a store counts them.

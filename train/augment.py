@@ -51,7 +51,7 @@ class TrainTransform:
     max_share: float = 0.75
     """Largest share of one class among a crop's labelled pixels; 1 takes the first crop."""
     flip: bool = True
-    """Whether half of the images are mirrored."""
+    """Mirror half of the images."""
     photometric: bool = True
     ignore_index: int = 255
     """Label of pixels outside the image; their colour is the mean."""

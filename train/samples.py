@@ -24,7 +24,7 @@ from .presets import Recipe
 Key = tuple[int, int]  # epoch, index of the sample
 Transform = Callable[[np.ndarray, np.ndarray, torch.Generator], tuple[Tensor, Tensor]]
 ATTEMPTS = 10
-"""How many samples in a row may be broken before skipping them stops."""
+"""Number of samples in a row that may be broken before skipping them stops."""
 _NAMED = 8
 
 

@@ -53,11 +53,11 @@ class StepResult(NamedTuple):
     """Norm of the gradient before it is clipped."""
     lr: float
     updated: bool
-    """Whether the weights changed; they do not where loss or gradient are not finite."""
+    """True where the weights changed; they do not where loss or gradient are not finite."""
     overflow: bool
-    """Whether the gradient only exceeded float16's range; the scaler tries a smaller factor next."""
+    """True where the gradient only exceeded float16's range; the scaler tries a smaller factor next."""
     stop: bool
-    """Whether any process was asked to stop."""
+    """True where any process was asked to stop."""
 
 
 class Stepper:

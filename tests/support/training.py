@@ -1,4 +1,4 @@
-"""A small data set, model and recipe for tests of training; run as a program, the processes of such a test.
+"""A small data set, model and recipe for tests of training; as a program, one process of such a test.
 
 ``torchrun ... training.py ranks OUT FIELDS`` saves gradients of one step by DDP and FSDP2, trains with the recipe's
 fields replaced, as JSON, is stopped by SIGTERM, goes on, and loses rank 1 in the fifth step.
@@ -87,21 +87,21 @@ class Signalled(Squares):
 
 
 def small_model(recipe: Recipe = RECIPE, **fields: Any) -> sf.Segmenter:
-    """The same random weights every time."""
+    """Create a model with the same random weights every time."""
     torch.manual_seed(0)
     small = {"depth": 2, "embed_dim": 32, "num_heads": 2, "decoder_depth": 1, "decoder_num_heads": 2, "num_classes": 2}
     return sf.create_model("seg_t_mask_16", **{**small, "patch_size": 8, **recipe.model_fields(), **fields})
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
-    """The model in a checkpoint, or in a run's last one."""
+    """Read the model of a checkpoint, or of a run's last one."""
     if path.is_dir():
         path = run_folder.checkpoint_path(path, run_folder.checkpoint_steps(path)[-1])
     return run_folder.read_checkpoint(path)["model"]
 
 
 def step_gradients(world: World, recipe: Recipe) -> dict[str, torch.Tensor]:
-    """Gradients of one step on the first batch, whole, by name."""
+    """Return the whole gradients of one step on the first batch, by name."""
     model, data = small_model(recipe), Squares()
     stepper = Stepper(model, 255, recipe, 10, world)
     found: dict[str, torch.Tensor] = {}
@@ -122,7 +122,7 @@ def step_gradients(world: World, recipe: Recipe) -> dict[str, torch.Tensor]:
 
 
 def _save_slowly() -> None:
-    """From the second checkpoint on, half a file is written, its path is printed, and nothing more happens."""
+    """Make torch.save write half of the second checkpoint, print its path, and wait."""
     whole = torch.save
 
     def half(content: dict[str, Any], path: Path) -> None:
@@ -137,7 +137,7 @@ def _save_slowly() -> None:
 
 
 def _ranks(world: World, out: Path, fields: dict[str, Any]) -> None:
-    """Everything that a test asks of two processes; starting them is what takes long."""
+    """Run all tasks for two processes at once, because starting them takes long."""
     for kind in ("ddp", "fsdp"):
         for accumulate in (1, 2):
             found = step_gradients(world, RECIPE.replace(parallel=kind, accumulate=accumulate, drop_path=0.0))

@@ -117,7 +117,7 @@ def test_the_smaller_side_rules(size: tuple[int, int], side: int, expected: tupl
 
 
 def shares(labels: Tensor, crop: int, place: tuple[int, int]) -> list[float]:
-    """Of each class among the labelled pixels of a crop, by counting."""
+    """Count the share of each class among the labelled pixels of a crop."""
     top, left = place
     inside = [value for row in labels[top : top + crop] for value in row[left : left + crop].tolist() if value != 255]
     return [inside.count(value) / len(inside) for value in set(inside)]
@@ -165,7 +165,7 @@ def test_saturation_is_that_of_hsv(color: tuple[int, int, int], factor: float) -
 
 
 def naive_photometric(color: tuple[float, ...], randoms: torch.Generator) -> tuple[float, ...]:
-    """One pixel, step by step, as mmsegmentation's document says it."""
+    """Distort one pixel step by step, as mmsegmentation documents it."""
 
     def coin() -> bool:
         return int(torch.randint(2, (), generator=randoms)) == 1

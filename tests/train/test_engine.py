@@ -1,4 +1,4 @@
-"""The loop: what it leaves in the run's folder, and that no interruption changes what comes out."""
+"""The training loop: files of a run, interruptions that change nothing, one process and two."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _stopped_after_save(out: Path, recipe: Recipe, number: signal.Signals) -> An
         return run(out, recipe)
 
 
-def test_a_signal_during_evaluation_stops_there_and_the_evaluation_is_made_up_for(tmp_path: Path) -> None:
+def test_an_evaluation_stopped_by_a_signal_is_repeated(tmp_path: Path) -> None:
     signalled = Signalled(reads=2, number=signal.SIGTERM)
     first = train(small_model(), Squares(), signalled, RECIPE, tmp_path, device="cpu")
     assert (first.steps, first.finished, first.scores) == (4, False, None)
@@ -125,7 +125,7 @@ def test_float16_goes_on_with_its_scale(tmp_path: Path) -> None:
     assert content["scaler"]["scale"] > 0
 
 
-def test_a_loss_that_is_not_finite_is_skipped_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_not_finite_is_skipped_and_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _spoil(monkeypatch, steps={2})
     result = run(tmp_path)
     assert (result.steps, result.skipped) == (6, 1)
@@ -135,9 +135,7 @@ def test_a_loss_that_is_not_finite_is_skipped_and_told(tmp_path: Path, monkeypat
     assert told["message"].count("square-") == RECIPE.batch_size
 
 
-def test_a_loss_that_stays_not_finite_ends_the_run_and_says_where(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_loss_that_stays_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _spoil(monkeypatch, steps=set(range(3, 100)))
     recipe = RECIPE.replace(steps=20, max_bad_steps=4)
     with pytest.raises(DivergedError, match=r"4 steps in a row, up to step 7 .*square-\d"):
@@ -146,7 +144,7 @@ def test_a_loss_that_stays_not_finite_ends_the_run_and_says_where(
 
 
 def _spoil(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
-    """Makes the loss of some steps NaN."""
+    """Make the loss of some steps NaN."""
     loss, calls = sf.Segmenter.loss, iter(range(1000))
 
     def spoilt(*arguments: Any, **options: Any) -> torch.Tensor:
@@ -210,7 +208,7 @@ FIELDS = {"drop_path": 0.0, "ema": 0.9, "optimizer": "muon", "lr": 1e-3, "clip":
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """What two processes under torchrun left, see the support program, of which one was killed in the end."""
+    """Files and output of two processes under torchrun, see the support program; one was killed in the end."""
     if not torch.distributed.is_available():
         pytest.skip("needs a PyTorch with torch.distributed")
     out = tmp_path_factory.mktemp("two")

@@ -1,4 +1,4 @@
-"""The trained model that the package carries does what its record says, and the demo shows it."""
+"""The model that the package carries is as good as its record, and the demo shows it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_carried_model_is_as_good_as_its_record_says() -> None:
 
 def test_the_picture_shows_scenes_truth_and_prediction() -> None:
     class Black(Shapes):
-        """Scenes without a thing in them."""
+        """Empty scenes."""
 
         def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
             return np.zeros((self.size, self.size, 3), np.uint8), np.full((self.size, self.size), 3, np.uint8)

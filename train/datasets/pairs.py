@@ -103,7 +103,8 @@ def check_files(dataset: PairedFiles, threads: int | None = None) -> Iterator[Ch
 
 
 def _check(dataset: PairedFiles, pair: Pair) -> CheckedPair:
-    problems, image, values = list[str](), None, None
+    problems = list[str]()
+    image, values = None, None
     try:
         image = read_pixels(pair.image)
     except SampleError as error:

@@ -30,7 +30,7 @@ def digest(dataset: Shapes, index: int) -> str:
 
 
 def polygon(thing: Thing, side: int) -> Outline:
-    """The object's outline in pixels, by corners: nothing of the signed distances that draw it."""
+    """Return the object's outline in pixels from its corners, without the signed distances that draw it."""
     radius = thing.radius * side
     if thing.shape == "disc":
         angles = np.linspace(0, 2 * np.pi, 2000)
@@ -128,7 +128,7 @@ def test_only_the_place_tells_a_button_from_a_disc() -> None:
 
 
 def holds(host: Thing, disc: Thing) -> bool:
-    """Whether a disc lies wholly on a host."""
+    """Return whether a disc lies wholly on a host."""
     u, v = turned(np.array(disc.x - host.x), np.array(disc.y - host.y), host.turn)
     return outline(host.shape, u, v, host.radius) <= -disc.radius
 

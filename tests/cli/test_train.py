@@ -1,4 +1,4 @@
-"""``segmenter-fast train``: options become the recipe, mistakes one line and exit code 2."""
+"""``segmenter-fast train``: options become the recipe; mistakes give one line and exit code 2."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NUMERICS = ["--precision", "float32", "--device", "cpu", "--log-every", "1"]
 
 @pytest.fixture
 def squares(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What the data option opens, by split; the arguments it came with."""
+    """Data sets that the data option opens, by split, and the kind that was asked for."""
     opened: dict[str, Any] = {"train": Squares(), "val": Squares(2, 1)}
 
     def open_dataset(data: str, kind: str, split: str) -> Any:
