@@ -53,8 +53,8 @@ def test_opcheck(case: str) -> None:
 
 def cross_entropy(reduction: str) -> Callable[[Tensor], Tensor]:
     def loss(masks: Tensor) -> Tensor:
-        target = TARGET.to(masks.device)
-        return kernels.upsample_cross_entropy(masks, target, (16, 20), label_smoothing=0.1, reduction=reduction)
+        target = TARGET[:1, :6, :8].to(masks.device)
+        return kernels.upsample_cross_entropy(masks, target, (7, 9), label_smoothing=0.1, reduction=reduction)
 
     return loss
 
@@ -64,8 +64,8 @@ DIFFERENTIABLE = {
     "attention": (kernels.attention, [(2, 65, 3, 2, 32)]),
     "mask_scores": (kernels.mask_scores, [(2, 100, 32), (2, 19, 32), (19,), (19,)]),
     "upsample_softmax": (lambda masks: kernels.upsample_softmax(masks, (6, 9), (5, 9)), [(2, 3, 2, 3)]),
-    "upsample_cross_entropy mean": (cross_entropy("mean"), [(2, 3, 4, 5)]),
-    "upsample_cross_entropy none": (cross_entropy("none"), [(2, 3, 4, 5)]),
+    "upsample_cross_entropy mean": (cross_entropy("mean"), [(1, 3, 2, 3)]),
+    "upsample_cross_entropy none": (cross_entropy("none"), [(1, 3, 2, 3)]),
 }
 differentiable = pytest.mark.parametrize("case", DIFFERENTIABLE)
 
