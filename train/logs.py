@@ -69,9 +69,10 @@ class RunLog:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_log(folder) if record["step"] <= resumed_step] if resumed_step else []
-        with atomic_path(folder / LOG) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        if (folder / LOG).exists():
+            kept = [record for record in read_log(folder) if record["step"] <= resumed_step] if resumed_step else []
+            with atomic_path(folder / LOG) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = (folder / LOG).open("a", encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
