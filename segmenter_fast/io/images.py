@@ -103,8 +103,6 @@ def read_image(image: ImageSource) -> np.ndarray:
             16 bits.
         OSError: a file that does not exist or cannot be decoded, naming it.
     """
-    if isinstance(image, np.ndarray):
-        return _from_array(image)
     if isinstance(image, Image.Image):
         return _to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, (str, os.PathLike)):
@@ -117,8 +115,23 @@ def read_image(image: ImageSource) -> np.ndarray:
         except _UNREADABLE as error:
             raise OSError(f"image {os.fspath(image)} cannot be read: {error}") from error
         return _to_rgb(upright)
-    hint = "; the model's own methods take tensors" if isinstance(image, Tensor) else ""
-    raise TypeError(f"image must be a path, a PIL image or a uint8 array, got {type(image).__name__}{hint}")
+    if not isinstance(image, np.ndarray):
+        hint = "; the model's own methods take tensors" if isinstance(image, Tensor) else ""
+        raise TypeError(f"image must be a path, a PIL image or a uint8 array, got {type(image).__name__}{hint}")
+    if image.dtype != np.uint8:
+        hint = ""
+        if image.dtype.kind == "f":
+            hint = "; for values in [0, 1] give (image * 255).round().astype('uint8')"
+        elif image.dtype == np.uint16:
+            hint = "; for 16-bit values give (image // 257).astype('uint8')"
+        raise TypeError(f"image must be a uint8 array, got {image.dtype}{hint}")
+    pixels = image[..., None] if image.ndim == 2 else image
+    if pixels.ndim != 3 or pixels.shape[2] not in (1, 3):
+        hint = "; move the channels last" if pixels.ndim == 3 and pixels.shape[0] in (1, 3) else ""
+        raise ValueError(f"image must be (H, W, 3), (H, W, 1) or (H, W), got {pixels.shape}{hint}")
+    if pixels.size == 0:
+        raise ValueError(f"image must have at least one pixel, got {pixels.shape}")
+    return np.broadcast_to(pixels, (*pixels.shape[:2], 3))
 
 
 def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float], device: torch.device) -> Tensor:
@@ -137,24 +150,6 @@ def _is_large(path: str) -> bool:
         return True
     except (OSError, SyntaxError, ValueError):
         return False  # read_image raises a better error
-
-
-def _from_array(array: np.ndarray) -> np.ndarray:
-    if array.dtype != np.uint8:
-        hint = ""
-        if array.dtype.kind == "f":
-            hint = "; for values in [0, 1] give (image * 255).round().astype('uint8')"
-        elif array.dtype == np.uint16:
-            hint = "; for 16-bit values give (image // 257).astype('uint8')"
-        raise TypeError(f"image must be a uint8 array, got {array.dtype}{hint}")
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[2] not in (1, 3):
-        hint = "; move the channels last" if array.ndim == 3 and array.shape[0] in (1, 3) else ""
-        raise ValueError(f"image must be (H, W, 3), (H, W, 1) or (H, W), got {array.shape}{hint}")
-    if array.size == 0:
-        raise ValueError(f"image must have at least one pixel, got {array.shape}")
-    return np.broadcast_to(array, (*array.shape[:2], 3))
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
