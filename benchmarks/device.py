@@ -70,15 +70,18 @@ def describe(device: torch.device) -> DeviceRecord:
         gcn = getattr(properties, "gcnArchName", "").split(":")[0]
         architecture = gcn if torch.version.hip else f"sm_{properties.major}{properties.minor}"
         slug = _slug(name)
+        nvidia = ("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        driver = _output(*(("cat", "/sys/module/amdgpu/version") if torch.version.hip else nvidia))
+        driver = driver.splitlines()[0] if driver else None
     else:
-        name, memory = cpu, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        name, driver, memory = cpu, None, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         architecture = torch.backends.cpu.get_cpu_capability()
         slug = f"{_slug(cpu)}-{threads}-threads"
     return DeviceRecord(
         name=name,
         slug=slug,
         type=device.type,
-        driver=_driver() if device.type == "cuda" else None,
+        driver=driver,
         architecture=architecture,
         memory_bytes=memory,
         cpu=cpu,
@@ -133,14 +136,6 @@ def _slug(name: str) -> str:
     """``nvidia-h100-80gb-hbm3`` for ``NVIDIA H100 80GB HBM3``."""
     plain = re.sub(r"\((r|tm|c)\)", "", name.lower())
     return re.sub(r"[^a-z0-9]+", "-", plain).strip("-")
-
-
-def _driver() -> str | None:
-    rocm = Path("/sys/module/amdgpu/version")
-    if torch.version.hip:
-        return rocm.read_text().strip() if rocm.exists() else None
-    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found.splitlines()[0] if found else None
 
 
 def _version(package: str) -> str | None:

@@ -54,16 +54,14 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 9,
     "figure.constrained_layout.use": True,
 }
-# Low, middle and high value of a row, or None where it has none.
-Value = Callable[[Row], tuple[float, float, float] | None]
 
 
 class Panel(NamedTuple):
-    """Lines of ``value`` over the parameter ``axis``, one for each variant."""
+    """Lines of ``figure`` (see ``_values``) over the parameter ``axis``, one for each variant."""
 
     cases: CaseRows
     axis: str
-    value: Value
+    figure: str
     ylabel: str
     title: str
     ceiling: float | None = None
@@ -103,14 +101,14 @@ def _upsample_panels(cases: CaseRows) -> list[Panel]:
     first = cases[0][0]
     fixed = {"classes": "{} classes", "patch": "patch {}", "size": "{} px", "batch": "batch {}"}
     panels = []
-    for axis, value, ylabel in (
-        *((axis, _milliseconds, "ms") for axis in ("classes", "patch", "size")),
-        ("classes", _mebibytes, MEMORY),
+    for axis, figure, ylabel in (
+        *((axis, "ms", "ms") for axis in ("classes", "patch", "size")),
+        ("classes", "MiB", MEMORY),
     ):
         words = [text.format(first[key]) for key, text in fixed.items() if key != axis]
         title = f"{first['op']}, {first['pass']}\n{', '.join(words)}, {first['map']}, {first['dtype']}"
         own = _alike(cases, axis)
-        panels.append(Panel(own if len(own) > 1 else [], axis, value, ylabel, title))
+        panels.append(Panel(own if len(own) > 1 else [], axis, figure, ylabel, title))
     return panels
 
 
@@ -125,7 +123,7 @@ def _attention_panels(result: Result) -> list[list[Panel]]:
         for pass_ in ("forward", "backward"):
             cases = [c for c in same if c[0]["pass"] == pass_]
             title = f"{pass_}, {dtype}, {batch}"
-            rows[-1].append(Panel(cases, "tokens", _tflops, "TFLOP/s", title, ceiling, "linear"))
+            rows[-1].append(Panel(cases, "tokens", "tflops", "TFLOP/s", title, ceiling, "linear"))
     return rows
 
 
@@ -136,8 +134,8 @@ def _training_panels(result: Result) -> list[list[Panel]]:
     for axis, words in (("patch", f"{first['classes']} classes"), ("classes", f"patch {first['patch']}")):
         cases = _alike(result.cases, axis)
         title = f"{first['model']}, {words}, {first['size']} px, batch {first['batch']}, {first['dtype']}"
-        rows[0].append(Panel(cases, axis, _milliseconds, "training step, ms", title))
-        rows[1].append(Panel(cases, axis, _mebibytes, MEMORY, title))
+        rows[0].append(Panel(cases, axis, "ms", "training step, ms", title))
+        rows[1].append(Panel(cases, axis, "MiB", MEMORY, title))
     return rows
 
 
@@ -151,14 +149,14 @@ def _throughput_panels(result: Result) -> list[list[Panel]]:
     panels = []
     for family in sorted(dict.fromkeys(_family(case) for case, _ in same), key=lambda name: "tsbl".find(name[0])):
         own = [c for c in same if _family(c[0]) == family]
-        panels.append(Panel(own, "patch", _images_s, "images/s", f"{family.upper()}\n{title}"))
-    return [[*panels, Panel(same, "tokens", _images_s, "images/s", f"all\n{title}")]]
+        panels.append(Panel(own, "patch", "images_s", "images/s", f"{family.upper()}\n{title}"))
+    return [[*panels, Panel(same, "tokens", "images_s", "images/s", f"all\n{title}")]]
 
 
 def _classes_panels(result: Result) -> list[list[Panel]]:
     case = result.cases[0][0]
     title = f"{case['variant']}, {case['size']} px, batch {case['batch']}, {case['dtype']}, not compiled"
-    return [[Panel(result.cases, "classes", _mebibytes, MEMORY, title)]]
+    return [[Panel(result.cases, "classes", "MiB", MEMORY, title)]]
 
 
 def _draw_split(cases: CaseRows) -> Figure:
@@ -201,7 +199,7 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     lines: dict[tuple[str, str], list[tuple[float, ...]]] = {}
     for case, rows in panel.cases:
         for row in rows:
-            if found := panel.value(row):
+            if found := _values(row, panel.figure):
                 lines.setdefault((row.variant, _family(case)), []).append((case[panel.axis], *found))
     for (variant, family), line in lines.items():
         x, low, middle, high = (list(values) for values in zip(*sorted(line), strict=True))
@@ -223,28 +221,17 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
 
 
-def _milliseconds(row: Row) -> tuple[float, float, float] | None:
-    return (row.timing.p20_ms, row.timing.median_ms, row.timing.p80_ms) if row.timing else None
-
-
-def _mebibytes(row: Row) -> tuple[float, float, float] | None:
-    return (row.timing.peak_bytes / 2**20,) * 3 if row.timing and row.timing.peak_bytes else None
-
-
-def _tflops(row: Row) -> tuple[float, float, float] | None:
-    return _rate(row, row.tflops)
-
-
-def _images_s(row: Row) -> tuple[float, float, float] | None:
-    return _rate(row, row.images_s)
-
-
-def _rate(row: Row, rate: float | None) -> tuple[float, float, float] | None:
-    """``rate`` at the median, and what it is at p80 and p20."""
-    if row.timing is None or rate is None:
+def _values(row: Row, figure: str) -> tuple[float, float, float] | None:
+    """Low, middle and high value of ms, MiB, tflops or images_s; None where the row has none."""
+    timing = row.timing
+    if timing is None:
         return None
-    work = rate * row.timing.median_ms
-    return work / row.timing.p80_ms, rate, work / row.timing.p20_ms
+    if figure == "ms":
+        return timing.p20_ms, timing.median_ms, timing.p80_ms
+    if figure == "MiB":
+        return (timing.peak_bytes / 2**20,) * 3 if timing.peak_bytes else None
+    rate = getattr(row, figure)
+    return rate and (rate * timing.median_ms / timing.p80_ms, rate, rate * timing.median_ms / timing.p20_ms)
 
 
 def _family(case: dict[str, Any]) -> str:

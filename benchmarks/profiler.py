@@ -33,7 +33,7 @@ def profile(
     patch: Annotated[int, typer.Option(help="Patch size.")] = 16,
     classes: Annotated[int, typer.Option(help="Number of classes.")] = 150,
     size: Annotated[int, typer.Option(help="Pixels a side.")] = 512,
-    batch: Annotated[int | None, typer.Option(help="Images a call; default 8, on a CPU 1.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Images a call; default 8, on a CPU 1.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     compile: Annotated[bool, typer.Option(help="Profile the compiled forms.")] = True,
     top: Annotated[int, typer.Option(help="Number of kernels.")] = 25,
@@ -43,7 +43,7 @@ def profile(
     """Print the kernels that take the most time and write profile.json."""
     place = choose_device(device)
     kind = training_dtype(dtype, place)
-    step = StepShape(model, patch, classes, size, (8 if place.type == "cuda" else 1) if batch is None else batch)
+    step = StepShape(model, patch, classes, size, batch or (8 if place.type == "cuda" else 1))
     calls = {
         "inference": _inference(step, place, kind, compile),
         "training step": _training_step(step, place, kind, compile),

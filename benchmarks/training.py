@@ -42,21 +42,13 @@ Gradients = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class StepShape:
-    """A training step: a mask transformer of size t, s, b or l, and its input.
-
-    Raises:
-        ValueError: no image.
-    """
+    """A training step: a mask transformer of size t, s, b or l, and its input."""
 
     model: str = "t"
     patch: int = 16
     classes: int = 150
     size: int = 512
     batch: int = 2
-
-    def __post_init__(self) -> None:
-        if self.batch < 1:
-            raise ValueError(f"batch must be at least 1, got {self.batch}")
 
     @property
     def config(self) -> SegmenterConfig:
@@ -147,22 +139,23 @@ def step_case(device: torch.device, dtype: torch.dtype, step: StepShape, compile
         ValueError: sizes that no model has.
     """
     config = step.config
-    peer = partial(_Step, lambda: with_sdpa(ReferenceSegmenter(config), torch.float32), dtype)
-    ours = partial(_Step, partial(Segmenter, config), dtype)
-    reference = partial(ReferenceSegmenter, config)
     tokens = (step.size // step.patch) ** 2 + max(config.num_prefix_tokens, step.classes)
     heads = config.depth * config.num_heads + config.decoder_depth * config.decoder_num_heads
     # Kept for the backward pass: the probabilities of every head; the logits and their log-softmax.
     scores, logits = step.batch * heads * tokens**2, step.batch * step.classes * step.size**2
-    variants: dict[str, Variant | str] = {
-        "eager": _Step(reference, torch.float32).variant(4 * scores + 8 * logits),
-    }
+
+    def variant(make: Callable[[SegmenterConfig], Any], kind: torch.dtype, needs: int, compiled: bool = False) -> Any:
+        if compiled and not compile:
+            return "left out by --no-compile"
+        run = _Step(partial(make, config), kind, compiled)
+        return Variant(run, run.prepare, needs)
+
+    variants = {"eager": variant(ReferenceSegmenter, torch.float32, 4 * scores + 8 * logits)}
     if dtype is not torch.float32:
-        variants["eager AMP"] = _Step(reference, dtype).variant(dtype.itemsize * scores + 6 * logits)
-    absent = "left out by --no-compile"
-    variants["compile"] = peer(compiled=True).variant(4 * logits) if compile else absent
-    variants[OURS] = ours().variant()
-    variants[f"{OURS} compiled"] = ours(compiled=True).variant() if compile else absent
+        variants["eager AMP"] = variant(ReferenceSegmenter, dtype, dtype.itemsize * scores + 6 * logits)
+    variants["compile"] = variant(_sdpa_model, dtype, 4 * logits, compiled=True)
+    variants[OURS] = variant(Segmenter, dtype, 0)
+    variants[f"{OURS} compiled"] = variant(Segmenter, dtype, 0, compiled=True)
     return Case(
         parameters={"op": OP, **vars(step), "model": f"seg_{step.model}_mask", "dtype": name_of(dtype)},
         device=device,
@@ -185,14 +178,11 @@ def _weights(config: SegmenterConfig) -> dict[str, Tensor]:
 
 
 class _Step:
-    """One variant's model and optimizer, made at the first use; a call of ``run`` is one training step."""
+    """One variant's model and optimizer, made at the first use; a call is one training step."""
 
     def __init__(self, make: Callable[[], Any], dtype: torch.dtype, compiled: bool = False) -> None:
         self.make, self.dtype, self.compiled = make, dtype, compiled
         self.model: Any = None
-
-    def variant(self, needs_bytes: int = 0) -> Variant:
-        return Variant(self.run, self.prepare, needs_bytes)
 
     def prepare(self, images: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         """Load the first weights."""
@@ -205,7 +195,7 @@ class _Step:
         self.model.load_state_dict(_weights(self.model.config))
         return images, target
 
-    def run(self, images: Tensor, target: Tensor) -> tuple[Tensor, Gradients]:
+    def __call__(self, images: Tensor, target: Tensor) -> tuple[Tensor, Gradients]:
         """Take a step; return the loss and the gradients that the optimizer received."""
         with torch.autocast(images.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             loss = self.loss(images, target)
@@ -214,6 +204,10 @@ class _Step:
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach(), gradients
+
+
+def _sdpa_model(config: SegmenterConfig) -> ReferenceSegmenter:
+    return with_sdpa(ReferenceSegmenter(config), torch.float32)
 
 
 def _inputs(step: StepShape, generator: torch.Generator) -> tuple[Tensor, Tensor]:

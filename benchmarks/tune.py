@@ -9,13 +9,13 @@ not fit is counted and skipped.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import torch
 import typer
@@ -107,7 +107,7 @@ def shipped_config(module: ModuleType, call: Callable[[], Any]) -> Any:
         seen.append(original(*args, **kwargs))
         return seen[-1]
 
-    with _replaced(module, record):
+    with patch.object(module, "launch_config", record):
         call()
     if not seen:
         raise RuntimeError(f"{module.__name__} launched nothing by its launch_config")
@@ -123,7 +123,7 @@ def with_config(config: Any, shipped: Any, module: ModuleType, call: Callable[[]
         return config if found == shipped else found
 
     def run() -> Any:
-        with _replaced(module, choose):
+        with patch.object(module, "launch_config", choose):
             return call()
 
     return run
@@ -137,31 +137,17 @@ def neighbours(config: Any) -> list[Any]:
     single = hasattr(config, "_fields")
     found = []
     for part, tiles in enumerate((config,) if single else config):
-        choices = [_choices(name, value) for name, value in zip(tiles._fields, tiles, strict=True)]
+        choices = [
+            {"num_warps": WARPS, "num_stages": STAGES}.get(field)
+            or (value, *(size for size in (value // 2, value * 2) if 1 <= size <= LARGEST))
+            for field, value in zip(tiles._fields, tiles, strict=True)
+        ]
         for values in itertools.product(*choices):
             changes = sum(a != b for a, b in zip(values, tiles, strict=True))
             if changes in (1, 2):
                 new = type(tiles)(*values)
                 found.append((changes, new if single else (*config[:part], new, *config[part + 1 :])))
     return [other for _, other in sorted(found, key=lambda pair: pair[0])]
-
-
-def _choices(field: str, value: Any) -> Sequence[Any]:
-    if field == "num_warps":
-        return WARPS
-    if field == "num_stages":
-        return STAGES
-    return [value, *(size for size in (value // 2, value * 2) if 1 <= size <= LARGEST)]
-
-
-@contextlib.contextmanager
-def _replaced(module: ModuleType, launch_config: Callable[..., Any]) -> Iterator[None]:
-    original = module.launch_config
-    module.launch_config = launch_config  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        module.launch_config = original  # type: ignore[attr-defined]
 
 
 def is_right(call: Callable[[], Any], judge: Callable[[Any], float], tolerance: float) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -20,7 +21,7 @@ from segmenter_fast.reference import ReferenceSegmenter
 
 from ..case import OURS, DisagreementError, Row, compiled, lack_of_memory
 from ..device import Ceilings, name_of
-from ..timing import Failure, Timing, measure, own_stream, release
+from ..timing import Failure, measure, own_stream, release
 from .accuracy import Accuracy, Limits, share
 from .peers import PHOTOGRAPH, ModelCase, build, with_sdpa
 
@@ -97,8 +98,16 @@ class Comparison:
             if isinstance(outcome, Failure):
                 rows[name] = Row.failed(name, outcome)
             else:
-                error = peer_error if rows[name].error is None else rows[name].error
-                rows[name] = self._figures(name, error, rows[name].labels, outcome, ceilings)
+                tflops = self.case.flops / outcome.median_ms / 1e9
+                rate = ceilings.matmul_tflops.get("float32" if name == REFERENCE else name_of(self.case.dtype))
+                rows[name] = replace(
+                    rows[name],
+                    error=peer_error if rows[name].error is None else rows[name].error,
+                    timing=outcome,
+                    tflops=tflops,
+                    share=tflops / rate if rate else None,
+                    images_s=1000 * self.case.batch / outcome.median_ms,
+                )
         return [rows[name] for name in MODELS]
 
     def _checked(self) -> tuple[dict[str, Row], dict[str, Segment], float]:
@@ -187,10 +196,3 @@ class Comparison:
         # Without its own CUDA graphs: the clock captures every model alike.
         fast = self.model.optimize(self.case.dtype, compile=self.case.compile, cuda_graph=False)
         return lambda: fast.segment(self.low)
-
-    def _figures(self, name: str, error: float | None, labels: float | None, timing: Timing, ceilings: Ceilings) -> Row:
-        tflops = self.case.flops / timing.median_ms / 1e9
-        rate = ceilings.matmul_tflops.get("float32" if name == REFERENCE else name_of(self.case.dtype))
-        share_of_rate = tflops / rate if rate else None
-        images_s = 1000 * self.case.batch / timing.median_ms
-        return Row(name, "ok", "", error, timing, None, tflops, share_of_rate, images_s, labels)

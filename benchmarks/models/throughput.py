@@ -16,7 +16,6 @@ from statistics import median
 
 import torch
 
-from segmenter_fast import VARIANTS
 from segmenter_fast.devices import choose_dtype
 
 from ..case import Row
@@ -104,19 +103,22 @@ def run_models(
         The number of cases that were refused because our output was wrong.
 
     Raises:
-        ValueError: an unknown variant, or numbers that are not positive.
+        ValueError: an unknown variant, or numbers that no model has.
     """
     deadline = deadline_after(budget)
-    cases = _cases(variants, sizes, batches, classes, dtypes, device, compile)
+    kinds = dict.fromkeys(choose_dtype(name, device) for name in dtypes or ["auto"])
+    batches = batches or ((1, 32) if device.type == "cuda" else (1,))
+    grid = itertools.product(kinds, batches, sizes or (512,), classes or (150,), variants or DEFAULT)
+    cases = [ModelCase(variant, dtype, size, batch, count, compile) for dtype, batch, size, count, variant in grid]
     jobs = [Job("throughput", case) for case in cases]
     if extras:
         jobs[BEFORE_EXTRAS:BEFORE_EXTRAS] = _extra_jobs(cases)
+    found = {job: job.not_run("the run ended before it") for job in jobs}
     console, record = make_console(), describe(device)
     console.print(f"{record.name}, {record.threads} threads, PyTorch {record.torch}, commit {record.commit}")
     ceilings = measure_ceilings(device, tuple({torch.float32, *(case.dtype for case in cases)}), seconds=0.3)
     console.print(f"measured ceilings: {ceilings}")
     start, started = time.monotonic(), now()
-    found = {job: job.not_run("the run ended before it") for job in jobs}
     estimate = TimeEstimate(ceilings.matmul_tflops["float32"] / 2)
     with console.status("") as status:
         for number, job in enumerate(jobs, 1):
@@ -152,27 +154,6 @@ def _notes(job: Job, found: CaseRows, status: str) -> list[str]:
     """The job and the reason, if its rows have this status."""
     notes = [row.note for _, rows in found for row in rows if row.status == status]
     return [f"{job.case.name}: {note}" for note in notes[:1]]
-
-
-def _cases(
-    variants: Sequence[str],
-    sizes: Sequence[int],
-    batches: Sequence[int],
-    classes: Sequence[int],
-    dtypes: Sequence[str],
-    device: torch.device,
-    compile: bool,
-) -> list[ModelCase]:
-    """All combinations, most valuable first."""
-    if unknown := sorted(set(variants) - set(VARIANTS)):
-        raise ValueError(f"unknown variants {', '.join(unknown)}; known are {', '.join(VARIANTS)}")
-    batches = batches or ((1, 32) if device.type == "cuda" else (1,))
-    sizes, classes = sizes or (512,), classes or (150,)
-    if min(*sizes, *batches, *classes, 1) < 1:
-        raise ValueError(f"sizes, batches and classes must be positive, got {sizes}, {batches}, {classes}")
-    kinds = dict.fromkeys(choose_dtype(name, device) for name in dtypes or ["auto"])
-    grid = itertools.product(kinds, batches, sizes, classes, variants or DEFAULT)
-    return [ModelCase(variant, dtype, size, batch, count, compile) for dtype, batch, size, count, variant in grid]
 
 
 def _extra_jobs(cases: Sequence[ModelCase]) -> Iterator[Job]:

@@ -42,15 +42,15 @@ class Masks:
 class Op:
     """``peer`` is PyTorch's arithmetic, ``ours`` the fused op; both take masks, and a size or a target.
 
-    ``copies`` gives for each pass how many tensors of the size of the logits the peer holds at once, ``batches`` the
-    batch sizes measured on a type of device. The first pass and the first batch are the main ones.
+    ``copies`` gives for each pass how many tensors of the size of the logits the peer holds at once; the first pass is
+    the main one.
     """
 
     peer: Callable[..., Tensor]
     ours: Callable[..., Tensor]
     judge: Callable[..., Any]
     copies: dict[str, int]
-    batches: dict[str, tuple[int, ...]]
+    cpu_batch: int = 1
 
 
 def _interpolate(masks: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -67,33 +67,30 @@ OPS = {
         ours=kernels.upsample_argmax,
         judge=judge_argmax,
         copies={FORWARD: 1},
-        batches={"cuda": (8, 1), "cpu": (1,)},
     ),
     "upsample_cross_entropy": Op(
         peer=_peer_cross_entropy,
         ours=partial(kernels.upsample_cross_entropy, ignore_index=IGNORED),
         judge=judge_cross_entropy,
         copies={BOTH: 4, FORWARD: 2},
-        batches={"cuda": (8, 1), "cpu": (2,)},
+        cpu_batch=2,
     ),
     "upsample_softmax": Op(
         peer=lambda masks, size: _interpolate(masks, size).softmax(1),
         ours=kernels.upsample_softmax,
         judge=judge_softmax,
         copies={FORWARD: 2, BOTH: 4},
-        batches={"cuda": (8, 1), "cpu": (1,)},
     ),
 }
 
 
 def cases(op: str, device: torch.device, quick: bool) -> list[Case]:
     """Cases of ``op``: 150 classes, patch 16, 512 pixels; then one axis at a time; then all others."""
-    main, other = torch.float32, torch.bfloat16
+    main, other, (batch, *other_batches) = torch.float32, torch.bfloat16, (OPS[op].cpu_batch,)
     if device.type == "cuda":
-        main, other = other, main
+        main, other, batch, other_batches = other, main, 8, [1]
     first, noise = Masks(), Masks(map="noise")
     main_pass, *other_passes = OPS[op].copies
-    batch, *other_batches = OPS[op].batches[device.type]
     make = partial(upsample_case, op, device)
     if quick:
         few = (first, noise, Masks(classes=19), Masks(patch=32))

@@ -115,9 +115,7 @@ def test_what_cannot_fit_is_a_row() -> None:
     assert eager.needs_bytes > 2**40
 
 
-@pytest.mark.parametrize(
-    "given", [{"patches": [0]}, {"size": 8}, {"classes": [0]}, {"batch": 0}, {"models": ["q"]}], ids=str
-)
+@pytest.mark.parametrize("given", [{"patches": [0]}, {"size": 8}, {"classes": [0]}, {"models": ["q"]}], ids=str)
 def test_sizes_that_no_model_has_are_refused(given: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"must be|unknown variant"):
         training.run_training(**given, device=CPU, out=tmp_path)
