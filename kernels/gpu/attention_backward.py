@@ -68,8 +68,7 @@ def attention_backward_queries_kernel(
     grad_qkv_ptr,  # (B, N, 3, H, D), contiguous; the queries' slice is written
     stride_grad_b: tl.int64, stride_grad_n: tl.int64, stride_grad_h: tl.int64,
     stride_b: tl.int64, stride_n: tl.int64, stride_s: tl.int64, stride_h: tl.int64,
-    seq_len,
-    heads,
+    seq_len, heads,
     scale,
     scale_log2,  # scale * log2(e), rounded as in the forward
     HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -121,8 +120,7 @@ def attention_backward_keys_kernel(
     grad_qkv_ptr,  # (B, N, 3, H, D), contiguous; the slices of keys and values are written
     stride_grad_b: tl.int64, stride_grad_n: tl.int64, stride_grad_h: tl.int64,
     stride_b: tl.int64, stride_n: tl.int64, stride_s: tl.int64, stride_h: tl.int64,
-    seq_len,
-    heads,
+    seq_len, heads,
     scale,
     scale_log2,  # scale * log2(e), rounded as in the forward
     HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,

@@ -79,8 +79,7 @@ def attention_forward_kernel(
     out_ptr,  # (B, N, H, D), contiguous
     lse_ptr,  # (B, H, N), contiguous
     stride_b: tl.int64, stride_n: tl.int64, stride_s: tl.int64, stride_h: tl.int64,
-    seq_len,
-    heads,
+    seq_len, heads,
     scale_log2,  # |scale| * log2(e)
     NEGATIVE: tl.constexpr,  # the scale is negative; the maximum of the scaled scores needs a positive factor
     WITH_LSE: tl.constexpr,

@@ -135,8 +135,8 @@ def _mask_scores() -> Iterator[tuple[str, Callable[[], object]]]:
             sizes = (BATCH, GRID**2, 768), (BATCH, num_classes, 768), (num_classes,), (num_classes,)
             tensors = [empty(size, dtype=DTYPES[name]) for size in sizes]
             grad = empty(BATCH, GRID**2, num_classes, dtype=DTYPES[name])
-            yield f"K={num_classes} {name}", partial(mask_scores, *tensors, 1e-5)
-            yield f"K={num_classes} {name}", partial(mask_scores_backward, grad, *tensors, 1e-5)
+            yield f"K={num_classes} {name}", partial(mask_scores, *tensors, eps=1e-5)
+            yield f"K={num_classes} {name}", partial(mask_scores_backward, grad, *tensors, eps=1e-5)
 
 
 def _masks(num_classes: int, name: str, channels_last: bool = True) -> Tensor:

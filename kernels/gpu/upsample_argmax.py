@@ -100,8 +100,8 @@ def upsample_argmax_kernel(
     )
 
     # Without a change of size there is no second input, as in PyTorch: 0 * inf would be NaN.
-    bottom = tl.minimum(top + (ys.step != ys.denominator).to(tl.int64), ys.size_in - 1)
-    right = tl.minimum(left + (xs.step != xs.denominator).to(tl.int64), xs.size_in - 1)
+    bottom = tl.minimum(top + tl.cast(ys.step != ys.denominator, tl.int64), ys.size_in - 1)
+    right = tl.minimum(left + tl.cast(xs.step != xs.denominator, tl.int64), xs.size_in - 1)
     upper_row = masks_ptr + b * stride_mb + top * stride_mh
     lower_row = masks_ptr + b * stride_mb + bottom * stride_mh
     p00, p01 = upper_row + left * stride_mw, upper_row + right * stride_mw  # (CELLS,)

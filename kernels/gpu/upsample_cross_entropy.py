@@ -89,12 +89,8 @@ def cross_entropy_kernel(
     grad_loss_ptr,  # (B, H', W') or None: no gradient
     loss_ptr,  # (B, H', W') contiguous, or one sum for each program
     scratch_ptr,  # (splits, B, h, w, 4, K)
-    masks_strides,
-    target_strides,
-    grad_loss_strides,
-    num_classes,
-    ignore_index,
-    splits,
+    masks_strides, target_strides, grad_loss_strides,
+    num_classes, ignore_index, splits,
     size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y,
     size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x,
     PER_PIXEL: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,

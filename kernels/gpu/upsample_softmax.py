@@ -42,8 +42,7 @@ def softmax_kernel(
     masks_ptr,  # (B, K, h, w)
     out_ptr,  # (B, K, H', W'), contiguous
     masks_strides,
-    num_classes,
-    splits,
+    num_classes, splits,
     size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y,
     size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -70,10 +69,8 @@ def softmax_backward_kernel(
     grad_ptr,  # (B, K, H', W')
     probabilities_ptr,  # (B, K, H', W')
     scratch_ptr,  # (splits, B, h, w, 4, K)
-    grad_strides,
-    probabilities_strides,
-    num_classes,
-    splits,
+    grad_strides, probabilities_strides,
+    num_classes, splits,
     size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y,
     size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
