@@ -132,11 +132,12 @@ def _lattice() -> Iterator[tuple[str, Callable[[], object]]]:
 def _mask_scores() -> Iterator[tuple[str, Callable[[], object]]]:
     for name in ("bf16", "fp32"):
         for num_classes in (19, 150, 1000):
-            sizes = (BATCH, GRID**2, 768), (BATCH, num_classes, 768), (num_classes,), (num_classes,)
-            tensors = [empty(size, dtype=DTYPES[name]) for size in sizes]
-            grad = empty(BATCH, GRID**2, num_classes, dtype=DTYPES[name])
-            yield f"K={num_classes} {name}", partial(mask_scores, *tensors, eps=1e-5)
-            yield f"K={num_classes} {name}", partial(mask_scores_backward, grad, *tensors, eps=1e-5)
+            like = partial(empty, dtype=DTYPES[name])
+            patches, classes = like(BATCH, GRID**2, 768), like(BATCH, num_classes, 768)
+            grad, norm = like(BATCH, GRID**2, num_classes), like(num_classes)
+            label = f"K={num_classes} {name}"
+            yield label, partial(mask_scores, patches, classes, norm, norm, 1e-5)
+            yield label, partial(mask_scores_backward, grad, patches, classes, norm, norm, 1e-5)
 
 
 def _masks(num_classes: int, name: str, channels_last: bool = True) -> Tensor:
