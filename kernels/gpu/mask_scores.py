@@ -66,7 +66,7 @@ def _merge(count, mean, square, scores, valid, num_valid):
     return total, mean + delta * (num_valid / total), square
 
 
-@triton.jit(do_not_specialize=["num_patches"])
+@triton.jit
 def mask_scores_kernel(
     patches_ptr,  # (B, N, D)
     classes_ptr,  # (B, K, D)
@@ -110,7 +110,7 @@ def mask_scores_kernel(
         tl.store(out_ptr + offs_k[None, :], out.to(out_ptr.dtype.element_ty), mask=mask_n & mask_k[None, :])
 
 
-@triton.jit(do_not_specialize=["num_patches"])
+@triton.jit
 def mask_scores_backward_kernel(
     grad_ptr,  # (B, N, K)
     patches_ptr,  # (B, N, D)
