@@ -23,7 +23,7 @@ if not _has_ops():  # added by segmenter-fast's installation: _meta_registration
 
 
 def imports() -> bool:
-    """Whether a fresh interpreter can import torchvision."""
+    """Return True if a fresh interpreter can import torchvision."""
     return subprocess.run([sys.executable, "-c", "import torchvision"], capture_output=True).returncode == 0
 
 

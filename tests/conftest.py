@@ -1,4 +1,4 @@
-"""What a test needs and this machine lacks is said in the skip, never passed over in silence."""
+"""Test configuration: a skip always states what the machine lacks."""
 
 from __future__ import annotations
 

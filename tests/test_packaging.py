@@ -1,4 +1,4 @@
-"""What a wheel holds: every package of the tree, under the name it installs as."""
+"""A wheel contains every package of the tree under its installed name."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ BACKBONES = re.findall(r"\| `(sf\.create_model\(.*?\))` \|", README)
 
 @pytest.fixture
 def _user_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the examples speak of: a checkpoint and a photograph."""
+    """Provide the files that the examples name: a checkpoint and a photograph."""
     shutil.copytree(ROOT / "tests" / "golden" / "official_mask", tmp_path / "checkpoint")
     shutil.copy(ROOT / "segmenter_fast" / "assets" / "coffee.jpg", tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)

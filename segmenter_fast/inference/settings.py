@@ -11,7 +11,7 @@ from ..config import SegmenterConfig
 
 @dataclass(frozen=True)
 class Settings:
-    """How one image is segmented.
+    """Options of inference for one image.
 
     Args:
         window: side of the square windows, pixels.

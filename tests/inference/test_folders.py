@@ -1,4 +1,4 @@
-"""Which input goes where, and outputs that are whole or not there."""
+"""Plans of inputs and outputs; outputs appear complete or not at all."""
 
 from __future__ import annotations
 
