@@ -16,9 +16,9 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-# Objects of these packages, and ``getattr`` for their methods, become placeholders in checkpoints of mmengine.
+# Objects of these packages, ``getattr`` for their methods and the factories of a defaultdict become placeholders.
 _PACKAGES = ("mmengine", "mmcv", "mmseg", "numpy")
-_NAMES = ("builtins.getattr",)
+_NAMES = ("builtins.getattr", "builtins.dict", "builtins.list", "builtins.int", "builtins.float")
 _ALLOWING = threading.Lock()  # torch keeps one list of allowed names for the whole process
 
 
@@ -95,7 +95,7 @@ def read_torch(path: Path) -> Any:
     """Return the content of a file of ``torch.save``, read with ``weights_only=True``.
 
     Training checkpoints of mmengine hold ``HistoryBuffer`` objects with numpy arrays beside the tensors. These objects
-    become placeholders that do nothing; any other name beyond tensors refuses the file.
+    become placeholders that do nothing, and a defaultdict becomes a dict; any other name refuses the file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -115,10 +115,16 @@ def read_torch(path: Path) -> Any:
         raise CheckpointError(f"{path} is damaged, truncated or no PyTorch checkpoint ({_reason(error)})") from error
 
 
+def _empty_dict(*_: Any) -> dict[Any, Any]:
+    """Stand for ``collections.defaultdict``, whose items follow."""
+    return {}
+
+
 def _placeholders(path: Path) -> list[Any]:
-    """Return ``(_Placeholder, name)`` for each name of the known packages in a zip checkpoint."""
+    """Return ``(placeholder, name)`` for each known name in a zip checkpoint."""
     names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipfile.is_zipfile(path) else []
-    return [(_Placeholder, name) for name in names if name.split(".")[0] in _PACKAGES or name in _NAMES]
+    known = [(_Placeholder, name) for name in names if name.split(".")[0] in _PACKAGES or name in _NAMES]
+    return [*known, (_empty_dict, "collections.defaultdict")]
 
 
 def _reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ import re
 import struct
 import sys
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from pathlib import Path
 
 import pytest
@@ -142,6 +142,15 @@ def test_tensors_beside_objects_of_mmengine_are_read(tmp_path: Path) -> None:
     assert torch.equal(content["top"], base)
     assert content["meta"] == {"classes": ("a", "b")}
     assert type(content["message_hub"]["log_scalars"]["loss"]) is _Placeholder
+
+
+def test_a_defaultdict_is_read_as_a_dict(tmp_path: Path) -> None:
+    state, counts = defaultdict(dict, {"w": torch.ones(2)}), defaultdict(int, {"steps": 3})
+    torch.save({"state_dict": state, "counts": counts, "of lists": defaultdict(list)}, tmp_path / "a.pth")
+    content = read_torch(tmp_path / "a.pth")
+    assert torch.equal(content["state_dict"]["w"], torch.ones(2))
+    assert content["counts"] == {"steps": 3}
+    assert content["of lists"] == {}
 
 
 def test_the_packages_a_file_names_are_not_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
