@@ -7,8 +7,8 @@ becomes a row that says so. If our own output is wrong, the whole case is refuse
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -101,6 +101,26 @@ class Row:
         failure = reason if isinstance(reason, Failure) else Failure.of(reason)
         return cls(variant, failure.status, where + failure.note)
 
+    def timed(
+        self,
+        outcome: Timing | Failure,
+        images: int,
+        flops: int = 0,
+        bytes_moved: int = 0,
+        matmul_tflops: float | None = None,
+        copy_gb_s: float | None = None,
+    ) -> Row:
+        """This row with the figures of ``outcome``, or with the reason why there are none."""
+        if isinstance(outcome, Failure):
+            return Row.failed(self.variant, outcome)
+        ms = outcome.median_ms
+        gb_s = bytes_moved / ms / 1e6 if bytes_moved else None
+        tflops = flops / ms / 1e9 if flops else None
+        rate, ceiling = (tflops, matmul_tflops) if tflops else (gb_s, copy_gb_s)
+        share = rate / ceiling if rate and ceiling else None
+        images_s = images * 1e3 / ms if images else None
+        return replace(self, timing=outcome, gb_s=gb_s, tflops=tflops, share=share, images_s=images_s)
+
 
 def run_case(case: Case, ceilings: Ceilings, seconds: float, min_samples: int = 5) -> list[Row]:
     """Check and time every variant of ``case``.
@@ -129,11 +149,9 @@ def run_case(case: Case, ceilings: Ceilings, seconds: float, min_samples: int = 
                 calls[name] = [case.variant(name).bind(arguments) for arguments in inputs]
             except Exception as error:  # all input sets may need more memory than one
                 rows[name] = Row.failed(name, error)
+        rates = ceilings.matmul_tflops.get(name_of(case.dtype)), ceilings.copy_gb_s
         for name, outcome in measure(calls, case.device, seconds=seconds, min_samples=min_samples).items():
-            if isinstance(outcome, Timing):
-                rows[name] = _figures(case, name, rows[name].error, outcome, ceilings)
-            else:
-                rows[name] = Row.failed(name, outcome)
+            rows[name] = rows[name].timed(outcome, case.images, case.flops, case.bytes_moved, *rates)
     return list(rows.values())
 
 
@@ -156,17 +174,6 @@ def check_variant(case: Case, name: str, inputs: tuple[Any, ...], judge: Callabl
     return Row(name, "disagrees", f"error {error:.2g} of the largest value, allowed {allowed:.2g}")
 
 
-def _figures(case: Case, name: str, error: float | None, timing: Timing, ceilings: Ceilings) -> Row:
-    ms = timing.median_ms
-    gb_s = case.bytes_moved / ms / 1e6 if case.bytes_moved else None
-    tflops = case.flops / ms / 1e9 if case.flops else None
-    share = gb_s / ceilings.copy_gb_s if gb_s else None
-    if tflops:
-        rate = ceilings.matmul_tflops.get(name_of(case.dtype))
-        share = tflops / rate if rate else None
-    return Row(name, "ok", "", error, timing, gb_s, tflops, share, case.images * 1e3 / ms if case.images else None)
-
-
 def lack_of_memory(needs_bytes: int, device: torch.device) -> str | None:
     """A note where ``needs_bytes`` are more than is free, else None."""
     free = available_memory(device)
@@ -178,14 +185,39 @@ def is_ours(variant: str) -> bool:
     return variant.split()[0] == OURS
 
 
-def relative_error(output: torch.Tensor, oracle: torch.Tensor) -> float:
-    """``max|output - oracle| / max|oracle|``; inf where the shapes differ, NaN where the output has a NaN."""
+def relative_error(output: Any, oracle: Any) -> float:
+    """``max|output - oracle| / max|oracle|``, the largest of them for tuples of tensors.
+
+    It is infinite where shapes differ, and NaN where an output has a NaN.
+    """
+    if isinstance(oracle, tuple):
+        return largest(relative_error(a, b) for a, b in zip(output, oracle, strict=True))
     if output.shape != oracle.shape:
         return float("inf")
     if oracle.numel() == 0:
         return 0.0
     difference = (output.double() - oracle.double()).abs().max() / oracle.double().abs().max()
     return difference.item()
+
+
+def largest(errors: Iterable[float]) -> float:
+    """The largest error; NaN if one is, which ``max`` would drop."""
+    return torch.tensor(list(errors), dtype=torch.float64).max().item()
+
+
+def with_gradients(function: Callable[..., torch.Tensor], count: int) -> Callable[..., tuple[torch.Tensor, ...]]:
+    """Return a function that gives ``function``'s result and its gradients.
+
+    It takes the ``count`` inputs of ``function``, and where the result is no scalar, the gradient of the result. The
+    gradients are those of all inputs that require one.
+    """
+
+    def run(*inputs: Any) -> tuple[torch.Tensor, ...]:
+        out = function(*inputs[:count])
+        leaves = [x for x in inputs[:count] if isinstance(x, torch.Tensor) and x.requires_grad]
+        return (out.detach(), *torch.autograd.grad(out, leaves, *inputs[count:]))
+
+    return run
 
 
 def compiled(function: Callable[..., Any], device: torch.device, autotune: bool = True) -> Callable[..., Any]:

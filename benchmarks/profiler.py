@@ -1,13 +1,13 @@
 """Profile of our model: the kernels (on a CPU the operators) that take the time of an inference and a training step.
 
-``python -m segmenter_fast.benchmarks.profiler`` prints PyTorch's tables and writes ``<out>/<device>/profile.json``.
+``python -m segmenter_fast.benchmarks.profiler`` prints PyTorch's tables and writes ``<out>/<device>/profile.txt``.
 Nothing is profiled unless labels are the argmax of our own logits, and loss and gradients those of the reference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -17,15 +17,15 @@ from torch.profiler import profile as torch_profile
 
 from segmenter_fast import Segmenter
 from segmenter_fast.devices import choose_device
+from segmenter_fast.io.atomic import atomic_path
 
 from .case import OURS, check_variant
 from .device import describe, name_of
-from .results import RESULTS, write_json
-from .runner import DeviceOption, OutOption, run_command
+from .results import RESULTS
+from .runner import run_command
 from .training import StepShape, step_case, training_dtype
 
 CALLS = 5
-SCHEMA = 1
 
 
 def profile(
@@ -37,10 +37,10 @@ def profile(
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     compile: Annotated[bool, typer.Option(help="Profile the compiled forms.")] = True,
     top: Annotated[int, typer.Option(help="Number of kernels.")] = 25,
-    device: DeviceOption = "auto",
-    out: OutOption = RESULTS,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    out: Annotated[Path, typer.Option(help="Folder of the results; each device has its own below.")] = RESULTS,
 ) -> None:
-    """Print the kernels that take the most time and write profile.json."""
+    """Print the kernels that take the most time and write profile.txt."""
     place = choose_device(device)
     kind = training_dtype(dtype, place)
     step = StepShape(model, patch, classes, size, batch or (8 if place.type == "cuda" else 1))
@@ -49,13 +49,13 @@ def profile(
         "training step": _training_step(step, place, kind, compile),
     }
     record = describe(place)
-    content = {
-        "schema": SCHEMA,
-        "device": asdict(record),
-        "parameters": {**vars(step), "dtype": name_of(kind), "compiled": compile},
-        "profiles": [_profile(name, call, place, top) for name, call in calls.items()],
-    }
-    print(f"wrote {write_json(content, out / record.slug / 'profile.json')}")
+    settings = f"{step}, {name_of(kind)}, compiled {compile}"
+    parts = [f"{record.name}, PyTorch {record.torch}, commit {record.commit}\n{settings}"]
+    parts += [f"{name}, {CALLS} calls\n{_table(call, place, top)}" for name, call in calls.items()]
+    text = "\n\n".join(parts)
+    print(text)
+    with atomic_path(out / record.slug / "profile.txt") as path:
+        path.write_text(f"{text}\n")
 
 
 def _inference(step: StepShape, device: torch.device, dtype: torch.dtype, compile: bool) -> Callable[[], Any]:
@@ -81,13 +81,8 @@ def _training_step(step: StepShape, device: torch.device, dtype: torch.dtype, co
     return case.variant(name).bind(inputs)
 
 
-def _profile(name: str, call: Callable[[], Any], device: torch.device, top: int) -> dict[str, Any]:
-    """Profile CALLS calls after a warm-up and print PyTorch's table.
-
-    Returns:
-        ``busy_ms``, the time of all kernels of a call, and the longest kernels: milliseconds and launches a call, and
-        the share of the busy time.
-    """
+def _table(call: Callable[[], Any], device: torch.device, top: int) -> str:
+    """PyTorch's table of the ``top`` longest kernels in CALLS calls after a warm-up."""
     cuda = device.type == "cuda"
     call()
     with torch_profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
@@ -95,20 +90,8 @@ def _profile(name: str, call: Callable[[], Any], device: torch.device, top: int)
             call()
         if cuda:
             torch.cuda.synchronize(device)
-    averages = profiler.key_averages()
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    print(f"{name}, {CALLS} calls", averages.table(sort_by=key, row_limit=top, max_name_column_width=60), sep="\n")
-    times = {
-        event.key: (getattr(event, key) / CALLS / 1e3, event.count / CALLS)
-        for event in averages
-        if (event.device_type != torch.autograd.DeviceType.CPU) == cuda
-    }
-    busy = sum(ms for ms, _ in times.values())
-    kernels = [
-        {"name": kernel, "ms": ms, "launches": launches, "share": ms / busy}
-        for kernel, (ms, launches) in sorted(times.items(), key=lambda item: -item[1][0])[:top]
-    ]
-    return {"name": name, "busy_ms": busy, "kernels": kernels}
+    return profiler.key_averages().table(sort_by=key, row_limit=top, max_name_column_width=60).strip()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import typer
@@ -20,10 +19,6 @@ from rich.table import Table
 from .case import Case, DisagreementError, Row, is_ours, run_case
 from .device import Ceilings, DeviceRecord, describe, measure_ceilings
 from .results import Result, now, write
-
-COLUMNS = ("variant", "ms", "p20..p80", "x eager", "MiB", "TFLOP/s", "rate", "share", "error")
-DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-OutOption = Annotated[Path, typer.Option(help="Folder of the results; each device has its own below.")]
 
 
 def run_command(function: Callable[..., None]) -> None:
@@ -101,6 +96,14 @@ class Runner:
             self.console.print(f"{op}: wrote {write(result, self.out)}")
         return len(result.refused)
 
+    def draw(self, plots: Sequence[str]) -> None:
+        """Draw the plots of the result files and print their names."""
+        from .plots import draw  # matplotlib is needed here alone
+
+        folder = self.out / self.record.slug
+        names = ", ".join(path.name for path in draw(folder, plots)) or "nothing to draw"
+        self.console.print(f"results in {folder}: {names}")
+
 
 def narrow_table(title: str, headings: Sequence[str]) -> Table:
     """A table without frame, one space between columns; only its first column may break into lines."""
@@ -111,26 +114,28 @@ def narrow_table(title: str, headings: Sequence[str]) -> Table:
 
 
 def case_table(name: str, rows: Sequence[Row]) -> RenderableType:
-    """The rows of a case in 80 columns, followed by the reasons of those without figures."""
-    result = narrow_table(name, COLUMNS)
+    """The rows of a case in 80 columns, followed by the reasons of those without figures.
+
+    The gain of a variant is its speed over the first one's.
+    """
+    result = narrow_table(name, ("variant", "ms", "p20..p80", "gain", "MiB", "TFLOP/s", "rate", "share", "error"))
     result.title_justify = "left"
-    eager_ms = next((row.timing.median_ms for row in rows if row.variant == "eager" and row.timing), None)
-    reasons = []
+    reasons: dict[str, list[str]] = {}
     for row in rows:
         timing = row.timing
         if timing is None:
-            reasons.append(f"{row.variant}: [yellow]{row.status}[/]: {escape(row.note)}")
+            reasons.setdefault(f"[yellow]{row.status}[/]: {escape(row.note)}", []).append(row.variant)
             continue
         rate = f"{row.images_s:.3g} img/s" if row.images_s else f"{row.gb_s:.3g} GB/s" if row.gb_s else ""
         result.add_row(
             f"[green]{row.variant}[/]" if is_ours(row.variant) else row.variant,
             f"{timing.median_ms:.4g}",
             f"{timing.p20_ms:.4g}..{timing.p80_ms:.4g}",
-            f"{eager_ms / timing.median_ms:.3g}" if eager_ms else "",
+            f"{rows[0].timing.median_ms / timing.median_ms:.3g}" if rows[0].timing else "",
             "" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:.0f}",
             "" if row.tflops is None else f"{row.tflops:.3g}",
             rate,
             "" if row.share is None else f"{row.share:.0%}",
-            f"{row.error:.1g}",
+            "" if row.error is None else f"{row.error:.1g}",
         )
-    return Group(result, *reasons, "")
+    return Group(result, *(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()), "")

@@ -32,7 +32,6 @@ from .device import name_of
 from .models.peers import with_sdpa
 from .ops.upsample import block_target
 from .ops.upsample_judges import IGNORED
-from .plots import draw
 from .results import RESULTS
 from .runner import Runner, deadline_after
 
@@ -92,8 +91,7 @@ def run_training(
     cases = [step_case(device, kind, step, compile) for step in steps]
     runner = Runner.start(device, {torch.float32, kind}, out, quick, 1.0 if quick else 3.0)
     refused = runner.run(OP, cases, deadline)
-    for plot in draw(out / runner.record.slug, (OP,)):
-        runner.console.print(f"{OP}: drew {plot}")
+    runner.draw((OP,))
     return refused
 
 
@@ -114,21 +112,22 @@ def choose_steps(
 ) -> list[StepShape]:
     """The default steps of a device, most valuable first; with any of the other arguments, all their combinations."""
     cuda = device.type == "cuda"
-    if quick:
-        first = StepShape("s", batch=8) if cuda else StepShape(size=128, batch=1)
+    if cuda:
+        first = StepShape("s" if quick else "b", batch=8)
     else:
-        first = StepShape("b", batch=8) if cuda else StepShape(size=256)
+        first = StepShape(size=128, batch=1) if quick else StepShape(size=256)
     if models or patches or classes or size is not None or batch is not None:
         shape = first.size if size is None else size, first.batch if batch is None else batch
         axes = (models or [first.model], patches or [first.patch], classes or [first.classes])
         return [StepShape(*values, *shape) for values in itertools.product(*axes)]
-    changes: list[dict[str, Any]] = [{}, {"patch": 32}]
-    if not quick:
-        changes = [{}, {"classes": 19}, {"patch": 32}, {"patch": 8}, {"classes": 1000}, {"classes": 59}]
-        if cuda:
-            changes += [{"model": "l"}, {"model": "s"}, {"model": "t"}, {"batch": 1}, {"size": 1024, "batch": 2}]
-        else:
-            changes += [{"size": 512, "batch": 4}, {"model": "s"}]
+    if quick:
+        return [first, replace(first, patch=32)]
+    changes: list[dict[str, Any]] = [{}, {"classes": 19}, {"patch": 32}, {"patch": 8}]
+    changes += [{"classes": 1000}, {"classes": 59}]
+    if cuda:
+        changes += [{"model": "l"}, {"model": "s"}, {"model": "t"}, {"batch": 1}, {"size": 1024, "batch": 2}]
+    else:
+        changes += [{"size": 512, "batch": 4}, {"model": "s"}]
     return [replace(first, **change) for change in changes]
 
 
@@ -143,19 +142,20 @@ def step_case(device: torch.device, dtype: torch.dtype, step: StepShape, compile
     heads = config.depth * config.num_heads + config.decoder_depth * config.decoder_num_heads
     # Kept for the backward pass: the probabilities of every head; the logits and their log-softmax.
     scores, logits = step.batch * heads * tokens**2, step.batch * step.classes * step.size**2
-
-    def variant(make: Callable[[SegmenterConfig], Any], kind: torch.dtype, needs: int, compiled: bool = False) -> Any:
-        if compiled and not compile:
-            return "left out by --no-compile"
-        run = _Step(partial(make, config), kind, compiled)
-        return Variant(run, run.prepare, needs)
-
-    variants = {"eager": variant(ReferenceSegmenter, torch.float32, 4 * scores + 8 * logits)}
-    if dtype is not torch.float32:
-        variants["eager AMP"] = variant(ReferenceSegmenter, dtype, dtype.itemsize * scores + 6 * logits)
-    variants["compile"] = variant(_sdpa_model, dtype, 4 * logits, compiled=True)
-    variants[OURS] = variant(Segmenter, dtype, 0)
-    variants[f"{OURS} compiled"] = variant(Segmenter, dtype, 0, compiled=True)
+    models: list[tuple[str, Callable[[SegmenterConfig], Any], torch.dtype, int]] = [
+        ("eager", ReferenceSegmenter, torch.float32, 4 * scores + 8 * logits),
+        ("eager AMP", ReferenceSegmenter, dtype, dtype.itemsize * scores + 6 * logits),
+        ("compile", _sdpa_model, dtype, 4 * logits),
+        (OURS, Segmenter, dtype, 0),
+        (f"{OURS} compiled", Segmenter, dtype, 0),
+    ]
+    variants: dict[str, Variant | str] = {}
+    for name, make, kind, needs_bytes in models:
+        if "compile" in name and not compile:
+            variants[name] = "left out by --no-compile"
+        elif name != "eager AMP" or dtype is not torch.float32:
+            run = _Step(partial(make, config), kind, "compile" in name)
+            variants[name] = Variant(run, run.prepare, needs_bytes)
     return Case(
         parameters={"op": OP, **vars(step), "model": f"seg_{step.model}_mask", "dtype": name_of(dtype)},
         device=device,
@@ -189,9 +189,8 @@ class _Step:
         if self.model is None:
             self.model = self.make().to(images.device).train()
             self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3, momentum=0.9)
-            self.loss = self.model.loss
-            if self.compiled:
-                self.loss = torch.compile(self.model.loss, fullgraph=True, dynamic=False)
+            loss = self.model.loss
+            self.loss = torch.compile(loss, fullgraph=True, dynamic=False) if self.compiled else loss
         self.model.load_state_dict(_weights(self.model.config))
         return images, target
 
@@ -236,12 +235,15 @@ def _error(loss: Tensor, oracle: Gradients, output: tuple[Tensor, Gradients]) ->
     found, gradients = output
     if gradients.keys() != oracle.keys():
         return float("inf")
-    layers: dict[str, list[str]] = {}
-    for name in oracle:
+    layers, expected = _by_layer(gradients), _by_layer(oracle)
+    pairs = [(found, loss), *((layers[name], expected[name]) for name in expected)]
+    return torch.stack([(a - b).norm() / b.norm() for a, b in pairs]).max().item()
+
+
+def _by_layer(gradients: Gradients) -> Gradients:
+    """The gradients of each layer's parameters as one vector."""
+    layers: dict[str, list[Tensor]] = {}
+    for name, gradient in gradients.items():
         words = name.split(".")
-        layers.setdefault(".".join(words[:3] if words[1] == "blocks" else words[:1]), []).append(name)
-    errors = [(found - loss).abs() / loss.abs()]
-    for names in layers.values():
-        off = torch.stack([(gradients[name] - oracle[name]).norm() for name in names]).norm()
-        errors.append(off / torch.stack([oracle[name].norm() for name in names]).norm())
-    return torch.stack(errors).max().item()
+        layers.setdefault(".".join(words[: 3 if words[1] == "blocks" else 1]), []).append(gradient.flatten())
+    return {layer: torch.cat(parts) for layer, parts in layers.items()}

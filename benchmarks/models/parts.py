@@ -19,8 +19,7 @@ from segmenter_fast import kernels
 from ..case import OURS, Row, lack_of_memory
 from ..results import CaseRows
 from ..timing import Failure, measure, own_stream
-from .accuracy import Accuracy, Limits, share
-from .comparison import PEER, REFERENCE
+from .comparison import PEER, REFERENCE, Accuracy, Limits, share
 from .peers import ModelCase, build, with_sdpa
 
 PARTS = ("encoder", "decoder", "upsample")
@@ -45,14 +44,10 @@ def measure_parts(case: ModelCase, device: torch.device, seconds: float) -> Case
         if fault:
             return without_figures(case, "refused", fault)
         found = []
-        for part in PARTS:
-            outcomes = measure({name: [calls[part][name]] for name in NAMES}, device, seconds=seconds, min_samples=3)
-            rows = [
-                Row.failed(name, outcome)
-                if isinstance(outcome, Failure)
-                else Row(name, "ok", timing=outcome, images_s=1000 * case.batch / outcome.median_ms)
-                for name, outcome in outcomes.items()
-            ]
+        for part, functions in calls.items():
+            calls_of = {name: [call] for name, call in functions.items()}
+            outcomes = measure(calls_of, device, seconds=seconds, min_samples=3)
+            rows = [Row(name, "ok").timed(outcome, case.batch) for name, outcome in outcomes.items()]
             found.append((case.parameters | {"part": part}, rows))
     return found
 
@@ -69,24 +64,23 @@ def _calls(case: ModelCase, device: torch.device) -> tuple[dict[str, dict[str, C
     grid = -(-case.size // case.config.patch_size)
     size, crop = (grid * case.config.patch_size,) * 2, (case.size,) * 2
     calls: dict[str, dict[str, Callable[[], Tensor]]] = {part: {} for part in PARTS}
-    masks, labels = {}, {}
+    logits, labels = {}, {}
     whole: Any
     for name, whole, given in ((REFERENCE, reference, images), (PEER, peer, low), (OURS, ours, low)):
         padded = F.pad(given, (0, size[1] - case.size, 0, size[0] - case.size))
         features = whole.encoder(padded)
         # Contiguous for all: F.interpolate copies channels-last results twice on a CPU.
-        masks[name] = whole.decoder(features).mT.unflatten(2, (grid, grid)).contiguous()
+        masks = whole.decoder(features).mT.unflatten(2, (grid, grid)).contiguous()
         upsample = kernels.upsample_argmax if name == OURS else _interpolate_argmax
         calls["encoder"][name] = partial(whole.encoder, padded)
         calls["decoder"][name] = partial(whole.decoder, features)
-        calls["upsample"][name] = partial(upsample, masks[name], size, crop)
-        labels[name] = calls["upsample"][name]()
-    oracle, peer_logits, own_logits = (_logits(masks[name], size, crop) for name in NAMES)
-    limits = Limits(Accuracy.of(peer_logits, oracle), case.dtype)
+        calls["upsample"][name] = partial(upsample, masks, size, crop)
+        logits[name], labels[name] = _logits(masks, size, crop), upsample(masks, size, crop)
+    limits = Limits(Accuracy.of(logits[PEER], logits[REFERENCE]), case.dtype)
     fault = (
-        limits.logits_fault(Accuracy.of(own_logits, oracle).error)
+        limits.logits_fault(Accuracy.of(logits[OURS], logits[REFERENCE]).error)
         or limits.labels_fault(share(labels[OURS] == labels[REFERENCE]))
-        or limits.argmax_fault(labels[OURS], own_logits)
+        or limits.argmax_fault(labels[OURS], logits[OURS])
     )
     return calls, fault
 

@@ -14,33 +14,18 @@ from ..runner import narrow_table
 from .comparison import compared
 from .peers import in_words
 
-# All columns fit into 80 characters.
-HEADINGS = (
-    *("", "reference", "peer", "ours", "over\nref.", "over\npeer", "of\npeak"),
-    *("MiB\nref./ours", "labels\npeer/ours"),
-)
-
 
 def models_table(cases: CaseRows) -> Table:
-    """A row for each case, named by what differs from the first one."""
+    """A row for each case, named by what differs from the first one, in 80 columns."""
     first = cases[0][0]
-    table = narrow_table(f"images/s: {in_words(first)}", HEADINGS)
+    ratios = ("over\nref.", "over\npeer", "of\npeak", "MiB\nref./ours", "labels\npeer/ours")
+    table = narrow_table(f"images/s: {in_words(first)}", ("", "reference", "peer", "ours", *ratios))
     for case, rows in cases:
         reference, peer, ours = compared(rows)
         labels = pair(("" if row.labels is None else f"{100 * row.labels:.4g}" for row in (peer, ours)), "/")
         cells = (*speeds(rows), memory((reference, ours), "/"), labels and f"{labels}%")
         table.add_row(case_name(case, first), *map(escape, cells))
     return table
-
-
-def log_lines(found: CaseRows, first: dict[str, Any]) -> list[str]:
-    """The speeds of each case in one line."""
-    lines = []
-    for case, rows in found:
-        cells = zip(HEADINGS[1:6], speeds(rows), strict=False)
-        texts = (f"{heading} {cell}".replace("\n", " ") for heading, cell in cells if cell)
-        lines.append(f"{case_name(case, first)}: {', '.join(texts)}")
-    return lines
 
 
 def case_name(case: dict[str, Any], first: dict[str, Any]) -> str:

@@ -19,15 +19,14 @@ import torch
 from segmenter_fast.devices import choose_dtype
 
 from ..case import Row
-from ..device import Ceilings, describe, measure_ceilings
+from ..device import Ceilings
 from ..plots import MODELS as PLOTS
-from ..plots import draw
 from ..results import RESULTS, CaseRows, Result, now, write
-from ..runner import deadline_after, make_console
+from ..runner import Runner, case_table, deadline_after
 from .comparison import MODELS, compare_models
 from .parts import measure_parts, without_figures
 from .peers import ModelCase
-from .table import log_lines, models_table
+from .table import case_name, models_table
 
 DEFAULT = tuple(f"seg_{size}_mask_{patch}" for size, patch in (
     ("s", 16), ("t", 16), ("b", 16), ("s", 32), ("s", 8), ("t", 32), ("t", 8), ("b", 32), ("b", 8),
@@ -114,39 +113,35 @@ def run_models(
     if extras:
         jobs[BEFORE_EXTRAS:BEFORE_EXTRAS] = _extra_jobs(cases)
     found = {job: job.not_run("the run ended before it") for job in jobs}
-    console, record = make_console(), describe(device)
-    console.print(f"{record.name}, {record.threads} threads, PyTorch {record.torch}, commit {record.commit}")
-    ceilings = measure_ceilings(device, tuple({torch.float32, *(case.dtype for case in cases)}), seconds=0.3)
-    console.print(f"measured ceilings: {ceilings}")
+    runner = Runner.start(device, {torch.float32, *kinds}, out, False, seconds)
     start, started = time.monotonic(), now()
-    estimate = TimeEstimate(ceilings.matmul_tflops["float32"] / 2)
-    with console.status("") as status:
+    estimate = TimeEstimate(runner.ceilings.matmul_tflops["float32"] / 2)
+    with runner.console.status("") as status:
         for number, job in enumerate(jobs, 1):
             begin = time.monotonic()
-            position = f"{number} of {len(jobs)}, {begin - start:.0f} s: {job.op}: {job.case.name}"
+            position = f"[{number}/{len(jobs)}, {begin - start:.0f} s] {job.op}: "
             expected = estimate.expect(job, seconds)
             if begin + expected > deadline:
                 left = max(0.0, deadline - begin)
                 found[job] = job.not_run(f"takes about {expected:.0f} s, {left:.0f} s of the budget were left")
             else:
-                report = lambda step, position=position: status.update(f"{position}: {step}")  # noqa: E731
-                found[job] = job.run(device, ceilings, seconds, report)
+                report = lambda step, start=position + job.case.name: status.update(f"{start}: {step}")  # noqa: E731
+                found[job] = job.run(device, runner.ceilings, seconds, report)
                 estimate.update(job, found[job], time.monotonic() - begin)
-            result = Result(job.op, record, ceilings, started, False)
+            result = Result(job.op, runner.record, runner.ceilings, started, False)
             for other in jobs:
                 if other.op == job.op:
                     result.cases += found[other]
                     result.refused += _notes(other, found[other], "refused")
                     result.not_run += _notes(other, found[other], "not run")
             write(result, out)
-            for line in log_lines(found[job], cases[0].parameters):
-                console.print(f"[{number}/{len(jobs)}, {time.monotonic() - start:.0f} s] {line}", markup=False)
-    console.print(models_table([case for job in jobs for case in found[job]]))
+            for case, rows in found[job]:
+                runner.console.print(case_table(position + case_name(case, {}), rows))
+    runner.console.print(models_table([case for job in jobs for case in found[job]]))
     refused = [note for job in jobs for note in _notes(job, found[job], "refused")]
     for note in refused:
-        console.print(f"refused: {note}", style="bold red", markup=False)
-    folder = out / record.slug
-    console.print(f"results in {folder}: {', '.join(path.name for path in draw(folder, PLOTS)) or 'nothing to draw'}")
+        runner.console.print(f"refused: {note}", style="bold red", markup=False)
+    runner.draw(PLOTS)
     return len(refused)
 
 

@@ -12,10 +12,9 @@ from torch import Tensor
 from segmenter_fast import kernels
 from segmenter_fast.kernels import reference
 
-from ..case import OURS, Case, Variant, compiled, relative_error
+from ..case import OURS, Case, Variant, compiled, relative_error, with_gradients
 from ..device import name_of
 
-EPS = 1e-5
 # Patches of a grid, width of the decoder, classes. The first is B-Mask/16 at 512 pixels.
 SHAPES = ((1024, 768, 150), (1024, 192, 150), (4096, 768, 150), (256, 768, 150), (1024, 768, 19), (1024, 768, 1000))
 
@@ -35,7 +34,8 @@ def scores_case(
     device: torch.device, dtype: torch.dtype, batch: int, pass_: str, patches: int, dim: int, classes: int
 ) -> Case:
     backward = pass_ == "forward+backward"
-    in_pass = _with_gradients if backward else _forward
+    functions = {"eager": reference.mask_scores, "compile": compiled(reference.mask_scores, device)}
+    functions[OURS] = kernels.mask_scores
     elements = batch * (patches * dim + classes * dim + patches * classes)
     shape = {"patches": patches, "dim": dim, "classes": classes, "batch": batch}
     return Case(
@@ -44,45 +44,29 @@ def scores_case(
         dtype=dtype,
         make_inputs=partial(_inputs, backward, batch, patches, dim, classes, dtype),
         judge=partial(_judge, backward),
-        variants={
-            "eager": Variant(in_pass(reference.mask_scores)),
-            "compile": Variant(in_pass(compiled(reference.mask_scores, device))),
-            OURS: Variant(in_pass(kernels.mask_scores)),
-        },
+        variants={name: Variant(_in_pass(function, backward)) for name, function in functions.items()},
         bytes_moved=elements * dtype.itemsize * (2 if backward else 1),
         # One matrix product forward. Backward: one for the patches and one for the classes.
         flops=2 * batch * patches * dim * classes * (3 if backward else 1),
     )
 
 
-def _forward(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda *inputs: (function(*inputs[:4], EPS),)
-
-
-def _with_gradients(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    def run(*inputs: Tensor) -> tuple[Tensor, ...]:
-        out = function(*inputs[:4], EPS)
-        return (out.detach(), *torch.autograd.grad(out, inputs[:4], inputs[4]))
-
-    return run
+def _in_pass(function: Callable[..., Tensor], backward: bool) -> Callable[..., Any]:
+    return with_gradients(function, 4) if backward else function
 
 
 def _inputs(
     backward: bool, batch: int, patches: int, dim: int, classes: int, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Tensor, ...]:
-    """Patches, classes, weight and bias of the LayerNorm, and the gradient of the scores."""
+    """Patches, classes, weight and bias of the LayerNorm; for the backward pass the gradient of the scores, too."""
     shapes = ((batch, patches, dim), (batch, classes, dim), (classes,), (classes,), (batch, patches, classes))
     tensors = [torch.randn(shape, generator=generator, device=generator.device).to(dtype) for shape in shapes]
-    return (*(tensor.requires_grad_(backward) for tensor in tensors[:4]), tensors[4])
+    leaves = (tensor.requires_grad_(backward) for tensor in tensors[:4])
+    return (*leaves, tensors[4]) if backward else (*leaves,)
 
 
-def _judge(backward: bool, inputs: tuple[Tensor, ...]) -> Callable[[tuple[Tensor, ...]], float]:
+def _judge(backward: bool, inputs: tuple[Tensor, ...]) -> Callable[[Any], float]:
     """The largest error of the scores and of each gradient."""
-    oracle = (_with_gradients if backward else _forward)(reference.mask_scores)
-    expected = oracle(*(tensor.detach().double().requires_grad_(backward) for tensor in inputs))
-
-    def error(output: Any) -> float:
-        errors = [relative_error(a, b) for a, b in zip(output, expected, strict=True)]
-        return float("nan") if any(e != e for e in errors) else max(errors)
-
-    return error
+    exact = (tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs)
+    oracle = _in_pass(reference.mask_scores, backward)(*exact)
+    return lambda output: relative_error(output, oracle)

@@ -6,6 +6,7 @@ All masks are contiguous: on a CPU ``F.interpolate`` copies a channels-last resu
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from segmenter_fast import kernels
 
-from ..case import OURS, Case, Variant, compiled
+from ..case import OURS, Case, Variant, compiled, with_gradients
 from ..device import name_of
 from .upsample_judges import IGNORED, judge_argmax, judge_cross_entropy, judge_softmax
 
@@ -26,6 +27,7 @@ PATCHES = (16, 8, 32)
 SIZES = (512, 640, 1024)
 MAPS = ("smooth", "noise")
 FORWARD, BOTH = "forward", "forward+backward"
+Shape = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,7 @@ def cases(op: str, device: torch.device, quick: bool) -> list[Case]:
     grid = itertools.product(CLASSES, PATCHES, SIZES, MAPS)
     rest = [Masks(map_, classes, patch, size) for classes, patch, size, map_ in grid]
     return [
-        make(main, batch, main_pass, first),
-        make(main, batch, main_pass, noise),
+        *(make(main, batch, main_pass, masks) for masks in (first, noise)),
         *(make(main, batch, pass_, first) for pass_ in other_passes),
         *(make(main, other_batch, main_pass, first) for other_batch in other_batches),
         *(make(main, batch, main_pass, masks) for masks in axes),
@@ -114,7 +115,7 @@ def upsample_case(op: str, device: torch.device, dtype: torch.dtype, batch: int,
     table, backward = OPS[op], pass_ == BOTH
     shape = (batch, masks.classes, masks.size // masks.patch, masks.size // masks.patch)
     logits = batch * masks.classes * masks.size**2
-    in_pass = _with_gradient if backward else lambda function: function
+    in_pass = partial(with_gradients, count=2) if backward else lambda function: function
     needs_bytes = table.copies[pass_] * logits * dtype.itemsize
     variants: dict[str, Variant | str] = {
         "eager": Variant(in_pass(table.peer), needs_bytes=needs_bytes),
@@ -136,28 +137,13 @@ def upsample_case(op: str, device: torch.device, dtype: torch.dtype, batch: int,
     )
 
 
-def _with_gradient(function: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """``function``'s result and the gradient of its first argument."""
-
-    def run(masks: Tensor, other: Any, grad: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        out = function(masks, other)
-        return out.detach(), torch.autograd.grad(out, masks, grad)[0]
-
-    return run
-
-
 def _inputs(
-    op: str,
-    backward: bool,
-    shape: tuple[int, int, int, int],
-    settings: Masks,
-    dtype: torch.dtype,
-    generator: torch.Generator,
+    op: str, backward: bool, shape: Shape, settings: Masks, dtype: torch.dtype, generator: torch.Generator
 ) -> tuple[Any, ...]:
     """Masks; the size, or a target for the cross-entropy; the gradient of the result where one is needed."""
     size = (settings.size, settings.size)
-    masks = (smooth_map if settings.map == "smooth" else _noise)(shape, generator).to(dtype).contiguous()
-    masks.requires_grad_(backward)
+    make_map = smooth_map if settings.map == "smooth" else _noise
+    masks = make_map(shape, generator).to(dtype).contiguous().requires_grad_(backward)
     if op == "upsample_cross_entropy":
         return masks, block_target(shape, size, generator)
     if backward:
@@ -169,7 +155,7 @@ def _noise(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, device=generator.device)
 
 
-def smooth_map(shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor:
+def smooth_map(shape: Shape, generator: torch.Generator) -> Tensor:
     """Scores like a trained decoder's: regions with one clear class each, soft borders, a little noise.
 
     Every pixel of an image belongs to the nearest of 12 points; the class of a region leads by 6 standard deviations.
@@ -197,10 +183,10 @@ def block_target(shape: tuple[int, ...], size: tuple[int, int], generator: torch
     return labels[:, : size[0], : size[1]].contiguous()
 
 
-def _least_bytes(op: str, backward: bool, shape: tuple[int, int, int, int], size: int, dtype: torch.dtype) -> int:
+def _least_bytes(op: str, backward: bool, shape: Shape, size: int, dtype: torch.dtype) -> int:
     """Every input read once, every output written once."""
     pixels = shape[0] * size * size
-    masks = shape[0] * shape[1] * shape[2] * shape[3] * dtype.itemsize
+    masks = math.prod(shape) * dtype.itemsize
     logits = pixels * shape[1] * dtype.itemsize
     if op == "upsample_argmax":
         return masks + pixels * (1 if shape[1] <= 256 else 4)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..case import relative_error
+from ..case import largest, relative_error
 
 IGNORED = 255
 # Elements of the logits of one strip.
@@ -22,7 +22,7 @@ STRIP = 2**24
 
 
 def judge_argmax(inputs: tuple[Any, ...]) -> Callable[[Tensor], float]:
-    """Error: the largest gap of the chosen label's score to the best score, relative to the largest score."""
+    """The largest gap of a chosen label's score to the best score, relative to the largest score."""
     masks, size = inputs
 
     def error(labels: Tensor) -> float:
@@ -56,7 +56,7 @@ def judge_softmax(inputs: tuple[Any, ...]) -> Callable[[Any], float]:
         ]
         # The largest probability counts as 1, so the error is absolute.
         gap = torch.stack(gaps).max().item()
-        return gap if grad is None else _larger(gap, relative_error(grad, grad_masks))
+        return largest([gap, relative_error(grad, grad_masks)]) if grads else gap
 
     return error
 
@@ -72,17 +72,8 @@ def judge_cross_entropy(inputs: tuple[Any, ...]) -> Callable[[Any], float]:
         grad_masks += torch.autograd.grad(part, exact)[0]
         loss += part.detach()
 
-    def error(output: Any) -> float:
-        if not masks.requires_grad:
-            return relative_error(output, loss)
-        return _larger(relative_error(output[0], loss), relative_error(output[1], grad_masks))
-
-    return error
-
-
-def _larger(a: float, b: float) -> float:
-    """The larger error; NaN if either is. ``max`` would drop a NaN that comes second."""
-    return a if a != a or a > b else b
+    oracle = (loss, grad_masks) if masks.requires_grad else loss
+    return lambda output: relative_error(output, oracle)
 
 
 def _strips(masks: Tensor, size: tuple[int, ...]) -> Iterator[tuple[int, slice, Tensor]]:

@@ -88,11 +88,8 @@ def test_the_rehearsal_runs_every_step(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     (folder,) = tmp_path.iterdir()
     names = {path.name for path in folder.iterdir()}
-    written = {f"{name}.json" for name in ("throughput", "training", "profile", "mask_scores")}
-    assert written | {"tests.xml", "training.png"} <= names
-    profiles = json.loads((folder / "profile.json").read_text())["profiles"]
-    assert [profile["name"] for profile in profiles] == ["inference", "training step"]
-    assert all(profile["kernels"] and profile["busy_ms"] > 0 for profile in profiles)
+    written = {f"{name}.json" for name in ("throughput", "training", "mask_scores")}
+    assert written | {"tests.xml", "profile.txt", "training.png"} <= names
     training = json.loads((folder / "training.json").read_text())
     assert {row["status"] for case in training["cases"] for row in case["rows"]} == {"ok", "absent"}
 

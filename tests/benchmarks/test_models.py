@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from segmenter_fast.benchmarks import case
+from segmenter_fast.benchmarks import case, runner
 from segmenter_fast.benchmarks.case import OURS, Row
 from segmenter_fast.benchmarks.device import describe
 from segmenter_fast.benchmarks.models import comparison, parts, throughput
-from segmenter_fast.benchmarks.models.accuracy import Accuracy, Limits
-from segmenter_fast.benchmarks.models.comparison import MODELS, PEER, REFERENCE, compare_models
+from segmenter_fast.benchmarks.models.comparison import MODELS, PEER, REFERENCE, Accuracy, Limits, compare_models
 from segmenter_fast.benchmarks.models.peers import ModelCase, build
 from segmenter_fast.benchmarks.results import read
 from segmenter_fast.cli import app
@@ -28,7 +27,7 @@ SMALL = ("--size=64", "--classes=7", "--dtype=float32", "--device=cpu", "--no-co
 
 @pytest.fixture
 def _ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "measure_ceilings", lambda *args, **kwargs: CEILINGS)
+    monkeypatch.setattr(runner, "measure_ceilings", lambda *args, **kwargs: CEILINGS)
     monkeypatch.setattr(throughput, "CLASSES", (3,))
 
 
@@ -73,7 +72,8 @@ def test_the_command_writes_figures_plots_and_a_table(tmp_path: Path) -> None:
     assert [case["classes"] for case, _ in read(folder / "classes.json").cases] == [3]
     assert {case["part"] for case, _ in read(folder / "split.json").cases} == set(parts.PARTS)
     assert "[1/5," in done.output
-    assert "over ref. " in done.output
+    assert "peer cuDNN: absent" in done.output
+    assert done.output.count("ours  ") >= 5
 
 
 def test_flops_and_batches_are_counted() -> None:
@@ -193,7 +193,7 @@ def test_jobs_begin_with_the_most_valuable(tmp_path: Path, monkeypatch: pytest.M
     def stop(*_: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(throughput, "measure_ceilings", lambda *args, **kwargs: CEILINGS)
+    monkeypatch.setattr(runner, "measure_ceilings", lambda *args, **kwargs: CEILINGS)
     monkeypatch.setattr(throughput, "compare_models", lambda case, *_: [Row(name, "absent") for name in MODELS])
     monkeypatch.setattr(throughput, "measure_parts", stop)
     with pytest.raises(KeyboardInterrupt):

@@ -75,5 +75,5 @@ def test_a_case_says_below_why_a_variant_has_no_figures() -> None:
     assert "…" not in capture.get(), "a cell was cut"
     lines = capture.get().splitlines()
     assert lines[0].strip() == "a case"
-    assert " ".join(lines[4].split()) == "ours compiled 1234 1233..1236 1753 0.123 0.0343 img/s 98% 2e-06"
+    assert " ".join(lines[4].split()) == "ours compiled 1234 1233..1236 1 1753 0.123 0.0343 img/s 98% 2e-06"
     assert "compile: failed: no [compiler]" in lines
