@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -42,8 +44,10 @@ COLOURS = {
     "decoder": "#f58518",
     "upsample": "#54a24b",
 }
-MEMORY = "peak extra memory, MiB"
-LABELS = {"patch": "patch size", "size": "pixels a side"}
+YLABELS = {"ms": "ms", "MiB": "peak extra memory, MiB", "tflops": "TFLOP/s", "images_s": "images/s"}
+XLABELS = {"patch": "patch size", "size": "pixels a side"}
+# Parameters of a case that stand in titles.
+WORDS = {"classes": "{} classes", "patch": "patch {}", "size": "{} px", "batch": "batch {}", "map": "{}", "dtype": "{}"}
 MARKERS = {"t": "o", "s": "s", "b": "^", "l": "D"}
 STYLE: dict[Any, Any] = {
     "axes.spines.top": False,
@@ -57,15 +61,13 @@ STYLE: dict[Any, Any] = {
 
 
 class Panel(NamedTuple):
-    """Lines of ``figure`` (see ``_values``) over the parameter ``axis``, one for each variant."""
+    """Lines of ``figure`` (see YLABELS) over the parameter ``axis``, one for each variant; TFLOP/s from zero."""
 
     cases: CaseRows
     axis: str
     figure: str
-    ylabel: str
     title: str
     ceiling: float | None = None
-    yscale: str = "log"
 
 
 def draw(folder: Path, ops: Sequence[str] = ("upsample", "attention", "training", *MODELS)) -> list[Path]:
@@ -78,37 +80,31 @@ def draw(folder: Path, ops: Sequence[str] = ("upsample", "attention", "training"
     }
     written = []
     for op in ops:
-        results = []
-        for path in (folder / f"{name}.json" for name in (UPSAMPLE if op == "upsample" else (op,))):
-            if path.exists():
-                result = read(path)
-                result.cases = [(case, rows) for case, rows in result.cases if any(row.timing for row in rows)]
-                results += [result] if result.cases else []
-        if results:
-            with plt.rc_context(STYLE):
-                if op == "split":
-                    figure = _draw_split(results[0].cases)
-                elif op == "upsample":
-                    figure = _draw_panels([_upsample_panels(result.cases) for result in results])
-                else:
-                    figure = _draw_panels(panels_of[op](results[0]))
-                written.append(_save(figure, results[0], folder / f"{op}.png"))
+        paths = [folder / f"{name}.json" for name in (UPSAMPLE if op == "upsample" else (op,))]
+        results = [read(path) for path in paths if path.exists()]
+        for result in results:
+            result.cases = [(case, rows) for case, rows in result.cases if any(row.timing for row in rows)]
+        results = [result for result in results if result.cases]
+        if not results:
+            continue
+        with plt.rc_context(STYLE):
+            if op == "split":
+                figure = _draw_split(results[0].cases)
+            elif op == "upsample":
+                figure = _draw_panels([_upsample_panels(result.cases) for result in results])
+            else:
+                figure = _draw_panels(panels_of[op](results[0]))
+            written.append(_save(figure, results[0], folder / f"{op}.png"))
     return written
 
 
 def _upsample_panels(cases: CaseRows) -> list[Panel]:
     """Time against each axis of the grid, and memory against classes."""
-    first = cases[0][0]
-    fixed = {"classes": "{} classes", "patch": "patch {}", "size": "{} px", "batch": "batch {}"}
     panels = []
-    for axis, figure, ylabel in (
-        *((axis, "ms", "ms") for axis in ("classes", "patch", "size")),
-        ("classes", "MiB", MEMORY),
-    ):
-        words = [text.format(first[key]) for key, text in fixed.items() if key != axis]
-        title = f"{first['op']}, {first['pass']}\n{', '.join(words)}, {first['map']}, {first['dtype']}"
-        own = _alike(cases, axis)
-        panels.append(Panel(own if len(own) > 1 else [], axis, figure, ylabel, title))
+    for axis, figure in (("classes", "ms"), ("patch", "ms"), ("size", "ms"), ("classes", "MiB")):
+        first, own = cases[0][0], _alike(cases, axis)
+        title = f"{first['op']}, {first['pass']}\n{_words(first, axis)}"
+        panels.append(Panel(own if len(own) > 1 else [], axis, figure, title))
     return panels
 
 
@@ -117,26 +113,25 @@ def _attention_panels(result: Result) -> list[list[Panel]]:
     rows: list[list[Panel]] = []
     for single, dtype in dict.fromkeys((case["batch"] == 1, case["dtype"]) for case, _ in result.cases):
         ceiling = result.ceilings.matmul_tflops.get(dtype)
-        same = [c for c in result.cases if (c[0]["batch"] == 1, c[0]["dtype"]) == (single, dtype)]
         batch = "batch 1" if single else "batches that fill the device"
         rows.append([])
         for pass_ in ("forward", "backward"):
-            cases = [c for c in same if c[0]["pass"] == pass_]
-            title = f"{pass_}, {dtype}, {batch}"
-            rows[-1].append(Panel(cases, "tokens", "tflops", "TFLOP/s", title, ceiling, "linear"))
+            wanted = single, dtype, pass_
+            cases = [c for c in result.cases if (c[0]["batch"] == 1, c[0]["dtype"], c[0]["pass"]) == wanted]
+            rows[-1].append(Panel(cases, "tokens", "tflops", f"{pass_}, {dtype}, {batch}", ceiling))
     return rows
 
 
 def _training_panels(result: Result) -> list[list[Panel]]:
     """Time of a step and its memory, against the patch size and against the classes."""
     first = result.cases[0][0]
-    rows: list[list[Panel]] = [[], []]
-    for axis, words in (("patch", f"{first['classes']} classes"), ("classes", f"patch {first['patch']}")):
-        cases = _alike(result.cases, axis)
-        title = f"{first['model']}, {words}, {first['size']} px, batch {first['batch']}, {first['dtype']}"
-        rows[0].append(Panel(cases, axis, "ms", "training step, ms", title))
-        rows[1].append(Panel(cases, axis, "MiB", MEMORY, title))
-    return rows
+    return [
+        [
+            Panel(_alike(result.cases, axis), axis, figure, f"training step of {first['model']}\n{_words(first, axis)}")
+            for axis in ("patch", "classes")
+        ]
+        for figure in ("ms", "MiB")
+    ]
 
 
 def _throughput_panels(result: Result) -> list[list[Panel]]:
@@ -144,19 +139,19 @@ def _throughput_panels(result: Result) -> list[list[Panel]]:
 
     Only cases that differ from the first in variant alone are drawn.
     """
-    first, same = result.cases[0][0], _alike(result.cases, "variant", "patch", "tokens")
-    title = f"{first['size']} px, batch {first['batch']}, {first['classes']} classes, {first['dtype']}"
+    same = _alike(result.cases, "variant", "patch", "tokens")
+    title = _words(result.cases[0][0], "patch")
     panels = []
-    for family in sorted(dict.fromkeys(_family(case) for case, _ in same), key=lambda name: "tsbl".find(name[0])):
+    for family in sorted({_family(case) for case, _ in same}, key=lambda name: ("tsbl".find(name[0]), name)):
         own = [c for c in same if _family(c[0]) == family]
-        panels.append(Panel(own, "patch", "images_s", "images/s", f"{family.upper()}\n{title}"))
-    return [[*panels, Panel(same, "tokens", "images_s", "images/s", f"all\n{title}")]]
+        panels.append(Panel(own, "patch", "images_s", f"{family.upper()}\n{title}"))
+    return [[*panels, Panel(same, "tokens", "images_s", f"all\n{title}")]]
 
 
 def _classes_panels(result: Result) -> list[list[Panel]]:
     case = result.cases[0][0]
-    title = f"{case['variant']}, {case['size']} px, batch {case['batch']}, {case['dtype']}, not compiled"
-    return [[Panel(result.cases, "classes", "MiB", MEMORY, title)]]
+    title = f"{case['variant']}, {_words(case, 'classes', 'patch')}, not compiled"
+    return [[Panel(result.cases, "classes", "MiB", title)]]
 
 
 def _draw_split(cases: CaseRows) -> Figure:
@@ -166,12 +161,12 @@ def _draw_split(cases: CaseRows) -> Figure:
     for variant, axes in zip(variants, panels[0], strict=True):
         bottoms: dict[str, float] = {}
         for case, rows in (c for c in cases if c[0]["variant"] == variant):
+            axes.set_title(f"{variant}\n{_words(case, 'classes', 'patch')}, not compiled")
             for row in rows:
                 if row.timing:
                     bottom, part = bottoms.get(row.variant, 0.0), case["part"]
                     axes.bar(row.variant, row.timing.median_ms, 0.6, bottom, color=COLOURS[part], label=part)
                     bottoms[row.variant] = bottom + row.timing.median_ms
-        axes.set(title=f"{variant}, {case['size']} px, batch {case['batch']}\n{case['dtype']}, not compiled")
     panels[0][0].set_ylabel("ms, parts measured one by one")
     return figure
 
@@ -182,16 +177,19 @@ def _alike(cases: CaseRows, *free: str) -> CaseRows:
     return [c for c in cases if all(c[0][key] == value for key, value in first.items() if key not in free)]
 
 
+def _words(case: dict[str, Any], *left_out: str) -> str:
+    return ", ".join(text.format(case[key]) for key, text in WORDS.items() if key in case and key not in left_out)
+
+
 def _draw_panels(rows: list[list[Panel]]) -> Figure:
     """Draw rows of panels; one without cases stays empty."""
     columns = max(map(len, rows))
     size = (3.7 * columns + 0.6, 3.4 * len(rows) + 0.5)
     figure, grid = plt.subplots(len(rows), columns, figsize=size, squeeze=False, sharey=len(rows) == 1)
-    for line, panels in zip(grid, rows, strict=True):
-        for axes, panel in zip(line, panels, strict=True):
-            axes.set_visible(bool(panel.cases))
-            if panel.cases:
-                _draw_panel(axes, panel)
+    for axes, panel in zip(grid.flat, itertools.chain(*rows), strict=True):
+        axes.set_visible(bool(panel.cases))
+        if panel.cases:
+            _draw_panel(axes, panel)
     return figure
 
 
@@ -202,17 +200,16 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
             if found := _values(row, panel.figure):
                 lines.setdefault((row.variant, _family(case)), []).append((case[panel.axis], *found))
     for (variant, family), line in lines.items():
-        x, low, middle, high = (list(values) for values in zip(*sorted(line), strict=True))
-        below = [m - a for m, a in zip(middle, low, strict=True)]
-        above = [b - m for m, b in zip(middle, high, strict=True)]
-        style: dict[str, Any] = (
-            {"linewidth": 2.2, "zorder": 3} if variant == "ours" else {"linewidth": 1.3, "zorder": 2}
-        )
-        style |= {"label": variant, "color": COLOURS.get(variant), "marker": MARKERS.get(family[:1], "o")}
-        axes.errorbar(x, middle, [below, above], markersize=4, capsize=2, **style)
-    axes.set(xlabel=LABELS.get(panel.axis, panel.axis), ylabel=panel.ylabel, title=panel.title, yscale=panel.yscale)
-    if panel.yscale == "linear":
+        x, low, middle, high = np.array(sorted(line)).T
+        width, order = (2.2, 3) if variant == "ours" else (1.3, 2)
+        style: dict[str, Any] = {"color": COLOURS.get(variant), "marker": MARKERS.get(family[:1], "o")}
+        style |= {"linewidth": width, "zorder": order, "markersize": 4, "capsize": 2}
+        axes.errorbar(x, middle, [middle - low, high - middle], label=variant, **style)
+    axes.set(xlabel=XLABELS.get(panel.axis, panel.axis), ylabel=YLABELS[panel.figure], title=panel.title)
+    if panel.figure == "tflops":
         axes.set_ylim(0, None)
+    else:
+        axes.set_yscale("log")
     if panel.ceiling:
         axes.axhline(panel.ceiling, color="black", linestyle=":", linewidth=1, label="matrix product, measured")
     ticks = sorted({point[0] for line in lines.values() for point in line})
