@@ -12,23 +12,22 @@ from __future__ import annotations
 import importlib
 import itertools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from types import ModuleType
 from typing import Annotated, Any
 from unittest.mock import patch
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from segmenter_fast.devices import choose_device
 
-from .case import OURS, TOLERANCE, Case
-from .device import describe
+from .case import OURS, Case, run_case
+from .device import Ceilings, describe
 from .ops import OPS
-from .runner import run_command
-from .timing import Timing, measure, own_stream
+from .runner import make_console, narrow_table, run_command
+from .timing import own_stream
 
 WARPS = (1, 2, 4, 8)
 STAGES = (1, 2, 3, 4)
@@ -47,16 +46,15 @@ def tune(
         raise ValueError(f"unknown op {op}; known are {', '.join(OPS)}")
     device = choose_device("cuda")
     headings = ("case", "shipped", "ms", "best", "ms", "gain", "tried", "skipped")
-    table = Table(*headings, title=f"{op}, {describe(device).name}")
+    console, table = make_console(), narrow_table(f"{op}, {describe(device).name}", headings)
     chosen = OPS[op](device, False)[:cases]
     end = time.monotonic() + budget
     for index, case in enumerate(chosen):
         now = time.monotonic()
-        with own_stream(device):
-            row = search(case, kernel_module(case), now + (end - now) / (len(chosen) - index))
+        row = search(case, kernel_module(case), now + (end - now) / (len(chosen) - index))
         table.add_row(case.name, *row)
-        Console().print(case.name, *row)
-    Console().print(table)
+        console.print(case.name, *row)
+    console.print(table)
 
 
 def kernel_module(case: Case) -> ModuleType:
@@ -69,30 +67,32 @@ def kernel_module(case: Case) -> ModuleType:
 
 def search(case: Case, module: ModuleType, deadline: float) -> tuple[str, ...]:
     """Search ``case`` until ``deadline``: the cells of its row of the table."""
-    generator = torch.Generator(case.device).manual_seed(0)
-    inputs = case.input_sets(case.make_inputs(generator), generator)
-    calls = [case.variant(OURS).bind(arguments) for arguments in inputs]
-    judge = case.judge(inputs[0])
-    shipped = shipped_config(module, calls[0])
+    ours = case.variant(OURS)
+    with own_stream(case.device):
+        inputs = case.make_inputs(torch.Generator(case.device).manual_seed(0))
+        judge = case.judge(inputs)
+        shipped = shipped_config(module, ours.bind(inputs))
+
+    def times(configs: Sequence[Any]) -> dict[Any, float]:
+        """Median milliseconds of the configurations that run and are right."""
+        variants = {str(c): replace(ours, run=with_config(c, shipped, module, ours.run)) for c in configs}
+        judged = replace(case, variants=variants, judge=lambda _: judge)
+        rows = run_case(judged, Ceilings(0.0, {}), 0.1 * len(configs))
+        return {c: row.timing.median_ms for c, row in zip(configs, rows, strict=True) if row.timing}
+
     best, tried, skipped, waiting = shipped, {shipped}, 0, neighbours(shipped)
-
-    def launched_by(configs: Sequence[Any]) -> dict[Any, list[Callable[[], Any]]]:
-        return {config: [with_config(config, shipped, module, call) for call in calls] for config in configs}
-
     while waiting and time.monotonic() < deadline:
         candidates, waiting = waiting[:ROUND], waiting[ROUND:]
         tried.update(candidates)
-        launched = launched_by((best, *candidates))
-        right = [config for config in candidates if is_right(launched[config][0], judge, TOLERANCE[case.dtype])]
-        skipped += len(candidates) - len(right)
-        times = median_times({config: launched[config] for config in (best, *right)}, case.device)
-        fastest = min(times, key=lambda config: times[config])
+        found = times((best, *candidates))
+        skipped += 1 + len(candidates) - len(found)
+        fastest = min(found, key=lambda config: found[config])
         if fastest != best:
             best, waiting = fastest, neighbours(fastest)
         waiting = [config for config in waiting if config not in tried]
-    times = median_times(launched_by((shipped, best)), case.device)
-    cells = (str(shipped), f"{times[shipped]:.4g}", str(best), f"{times[best]:.4g}")
-    return (*cells, f"{times[shipped] / times[best]:.3f}", str(len(tried) - 1), str(skipped))
+    last = times(list(dict.fromkeys((shipped, best))))
+    cells = (str(shipped), f"{last[shipped]:.4g}", str(best), f"{last[best]:.4g}")
+    return (*cells, f"{last[shipped] / last[best]:.3f}", str(len(tried) - 1), str(skipped))
 
 
 def shipped_config(module: ModuleType, call: Callable[[], Any]) -> Any:
@@ -114,7 +114,7 @@ def shipped_config(module: ModuleType, call: Callable[[], Any]) -> Any:
     return seen[-1]
 
 
-def with_config(config: Any, shipped: Any, module: ModuleType, call: Callable[[], Any]) -> Callable[[], Any]:
+def with_config(config: Any, shipped: Any, module: ModuleType, call: Callable[..., Any]) -> Callable[..., Any]:
     """``call`` with ``config`` for the launches that would use ``shipped``."""
     original = module.launch_config
 
@@ -122,9 +122,9 @@ def with_config(config: Any, shipped: Any, module: ModuleType, call: Callable[[]
         found = original(*args, **kwargs)
         return config if found == shipped else found
 
-    def run() -> Any:
+    def run(*inputs: Any) -> Any:
         with patch.object(module, "launch_config", choose):
-            return call()
+            return call(*inputs)
 
     return run
 
@@ -148,20 +148,6 @@ def neighbours(config: Any) -> list[Any]:
                 new = type(tiles)(*values)
                 found.append((changes, new if single else (*config[:part], new, *config[part + 1 :])))
     return [other for _, other in sorted(found, key=lambda pair: pair[0])]
-
-
-def is_right(call: Callable[[], Any], judge: Callable[[Any], float], tolerance: float) -> bool:
-    try:
-        return judge(call()) <= tolerance
-    except Exception:  # a tile that does not compile or does not fit may raise anything
-        return False
-
-
-def median_times(calls: Mapping[Any, Sequence[Callable[[], Any]]], device: torch.device) -> dict[Any, float]:
-    """Median milliseconds of each configuration; infinity for one that failed."""
-    outcomes = measure({str(config): variant for config, variant in calls.items()}, device, seconds=0.1 * len(calls))
-    medians = [outcome.median_ms if isinstance(outcome, Timing) else float("inf") for outcome in outcomes.values()]
-    return dict(zip(calls, medians, strict=True))
 
 
 if __name__ == "__main__":

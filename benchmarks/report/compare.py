@@ -8,15 +8,12 @@ in both folders, so they show how the speed of the machine changed. Peak memory 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.table import Table
-
 from ..case import Row, is_ours
 from ..results import Result, read
-from ..runner import make_console
+from ..runner import make_console, narrow_table
 from ..timing import Timing
 
 # Medians of three runs one after the other, on a quiet AMD EPYC, differed by 3 % at most; each spread by 1 %.
@@ -64,21 +61,16 @@ def print_comparison(before: Path, after: Path, force: bool = False) -> bool:
     found = compare(before, after, force)
     console = make_console()
     if found.changes:
-        table = Table()
-        for heading in ("case", "variant", "figure", "A", "B", "B / A"):
-            table.add_column(heading, overflow="fold")
+        table = narrow_table("", ("case", "variant", "figure", "A", "B", "B / A"))
         for change in found.changes:
-            colour = "red" if change.worse else "green"
             cells = (change.case, change.variant, change.figure, change.before, change.after)
-            table.add_row(*cells, f"[{colour}]{change.ratio:.2f}x[/]")
+            table.add_row(*cells, f"[{'red' if change.worse else 'green'}]{change.ratio:.2f}x[/]")
         console.print(table)
     for line in found.lost:
         console.print(f"[red]no figures any more[/] {line}", highlight=False)
     worse = sum(change.worse for change in found.changes)
-    console.print(
-        f"{worse} worse, {len(found.changes) - worse} better, {found.same} within the noise of both; "
-        f"{found.only} in one folder only"
-    )
+    better = len(found.changes) - worse
+    console.print(f"{worse} worse, {better} better, {found.same} within the noise of both, {found.only} unmatched")
     return found.regressed
 
 
@@ -90,10 +82,11 @@ def compare(before: Path, after: Path, force: bool = False) -> Comparison:
         ValueError: results of different devices without ``force``, of another schema, or with nothing in common.
     """
     results = [_results(folder) for folder in (before, after)]
-    devices = [{result.device.slug for result in found} for found in results]
-    if devices[0] != devices[1] and not force:
-        names = [", ".join(sorted(slugs)) for slugs in devices]
-        raise ValueError(f"{before} was measured on {names[0]}, {after} on {names[1]}; --force compares them anyway")
+    old_device, new_device = (", ".join(sorted({result.device.slug for result in found})) for found in results)
+    if old_device != new_device and not force:
+        raise ValueError(
+            f"{before} was measured on {old_device}, {after} on {new_device}; --force compares them anyway"
+        )
     old, new = (_rows(found) for found in results)
     common = old.keys() & new.keys()
     if not common:
@@ -104,14 +97,15 @@ def compare(before: Path, after: Path, force: bool = False) -> Comparison:
     memory = MEMORY[results[1][0].device.type]
     for case, variant in sorted(common):
         a, b = old[case, variant], new[case, variant]
-        if a.timing is None or b.timing is None:
-            if a.timing and is_ours(variant):
-                lost.append(f"{case}, {variant}: {b.status}: {b.note}")
-            continue
-        peers = [key for key in common if key[0] == case and key[1] != variant and not is_ours(key[1])]
-        found = list(_changes(case, variant, a.timing, b.timing, _drift(old, new, peers), memory))
-        changes += found
-        same += not found
+        if a.timing and b.timing:
+            peers = [key for key in common if key[0] == case and key[1] != variant and not is_ours(key[1])]
+            pairs = [(old[key].timing, new[key].timing) for key in peers]
+            ratios = [after.median_ms / before.median_ms for before, after in pairs if before and after]
+            found = _changes(a.timing, b.timing, _nearest_to_one(ratios), memory)
+            changes += [Change(case, variant, *change) for change in found]
+            same += not found
+        elif a.timing and is_ours(variant):
+            lost.append(f"{case}, {variant}: {b.status}: {b.note}")
     changes.sort(key=lambda change: -change.ratio)
     return Comparison(changes, lost, same, len(old.keys() ^ new.keys()))
 
@@ -134,23 +128,21 @@ def _rows(results: list[Result]) -> dict[Key, Row]:
     }
 
 
-def _drift(old: dict[Key, Row], new: dict[Key, Row], peers: list[Key]) -> float:
-    """The ratio of the machine's times: the peers' ratio nearest to 1, or 1 where they disagree or there are none."""
-    pairs = [(old[key].timing, new[key].timing) for key in peers]
-    ratios = [b.median_ms / a.median_ms for a, b in pairs if a and b] or [1.0]
-    return max(min(ratios), 1.0) * min(max(ratios), 1.0)
+def _nearest_to_one(ratios: list[float]) -> float:
+    """The ratio nearest to 1, or 1 where some are above and others below it or there are none."""
+    return max(min(ratios, default=1.0), 1.0) * min(max(ratios, default=1.0), 1.0)
 
 
-def _changes(
-    case: str, variant: str, a: Timing, b: Timing, drift: float, memory: tuple[float, int]
-) -> Iterator[Change]:
+def _changes(a: Timing, b: Timing, drift: float, memory: tuple[float, int]) -> list[tuple[str, str, str, float]]:
+    """Figure, before, after and ratio of what changed by more than the noise and the peers' ``drift``."""
+    found = []
     slowest, fastest = a.p80_ms * max(drift, 1) * RUNS, a.p20_ms * min(drift, 1) / RUNS
     if b.p20_ms > slowest or b.p80_ms < fastest:
         old, new = (f"{t.median_ms:.4g} ms ({t.p20_ms:.4g} .. {t.p80_ms:.4g})" for t in (a, b))
-        yield Change(case, variant, "time", old, new, b.median_ms / a.median_ms)
+        found.append(("time", old, new, b.median_ms / a.median_ms))
     if a.peak_bytes and b.peak_bytes:
         low, high = sorted((a.peak_bytes, b.peak_bytes))
-        factor, least = memory
-        if high > factor * low and high - low > least:
+        if high > memory[0] * low and high - low > memory[1]:
             old, new = (f"{peak / 2**20:.1f} MiB" for peak in (a.peak_bytes, b.peak_bytes))
-            yield Change(case, variant, "peak memory", old, new, b.peak_bytes / a.peak_bytes)
+            found.append(("peak memory", old, new, b.peak_bytes / a.peak_bytes))
+    return found
