@@ -63,7 +63,9 @@ def describe(device: torch.device) -> DeviceRecord:
     """Describe this machine for results measured on ``device``."""
     git = ("git", "-C", str(Path(__file__).parent))
     changed = _output(*git, "status", "--porcelain", "-uno", "--", ":/", ":/!benchmarks/results")
-    cpu, threads = _cpu_name(), torch.get_num_threads()
+    cpuinfo, threads = Path("/proc/cpuinfo"), torch.get_num_threads()
+    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
+    cpu = found.group(1).strip() if found else platform.processor() or platform.machine()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, memory = properties.name, properties.total_memory
@@ -124,12 +126,6 @@ def _median_ms(function: Any, *args: Any, device: torch.device, seconds: float) 
     if not isinstance(outcome, Timing):
         raise RuntimeError(f"a ceiling could not be measured: {outcome.note}")
     return outcome.median_ms
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.M) if cpuinfo.exists() else None
-    return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def _slug(name: str) -> str:

@@ -98,23 +98,24 @@ def measure(
     if any(clock.launch_bound for clock in clocks.values()):
         clocks = {name: _captured(clock) for name, clock in clocks.items()}
     samples: dict[str, list[float]] = {name: [] for name in clocks}
-    with _no_garbage_collection():
+    gc.disable()
+    try:
         end = time.perf_counter() + seconds
         for round_ in range(max_samples):
             if round_ >= min_samples and time.perf_counter() > end:
                 break
-            for name, clock in clocks.items():
-                if name in outcomes:
-                    continue
+            for name in [name for name in clocks if name not in outcomes]:
                 try:
-                    samples[name].append(clock.sample())
+                    samples[name].append(clocks[name].sample())
                 except Exception as error:
                     outcomes[name] = Failure.of(error)
-    for name, clock in clocks.items():
-        if name not in outcomes:
-            p20, median, p80 = (float(p) for p in np.percentile(samples[name], (20, 50, 80)))
-            found = len(samples[name]), clock.count, len(clock.calls), clock.method, peaks[name]
-            outcomes[name] = Timing(median, p20, p80, *found)
+    finally:
+        gc.enable()
+    for name in [name for name in clocks if name not in outcomes]:
+        p20, median, p80 = (float(p) for p in np.percentile(samples[name], (20, 50, 80)))
+        clock = clocks[name]
+        found = len(samples[name]), clock.count, len(clock.calls), clock.method, peaks[name]
+        outcomes[name] = Timing(median, p20, p80, *found)
     return {name: outcomes[name] for name in variants}
 
 
@@ -270,12 +271,3 @@ def _field(path: Path, name: str) -> int:
         if line.startswith(f"{name}:"):
             return int(line.split()[1]) * 1024
     raise RuntimeError(f"{path} has no line {name}")
-
-
-@contextlib.contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

@@ -30,8 +30,7 @@ from segmenter_fast.reference import ReferenceSegmenter
 from .case import OURS, Case, Variant
 from .device import name_of
 from .models.peers import with_sdpa
-from .ops.upsample import block_target
-from .ops.upsample_judges import IGNORED
+from .ops.upsample import IGNORED, block_target
 from .results import RESULTS
 from .runner import Runner, deadline_after
 

@@ -1,13 +1,16 @@
 """Cases of the three upsample ops: one grid of settings, and one table of the ops.
 
 All masks are contiguous: on a CPU ``F.interpolate`` copies a channels-last result twice, which would flatter us.
+
+The judges use float64 oracles in strips of rows to keep no full-size logits. They interpolate by matrix products, with
+matrices from ``F.interpolate`` of an identity, so they share no code with our ops.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -18,10 +21,12 @@ from torch import Tensor
 
 from segmenter_fast import kernels
 
-from ..case import OURS, Case, Variant, compiled, with_gradients
+from ..case import OURS, Case, Variant, compiled, largest, relative_error, with_gradients
 from ..device import name_of
-from .upsample_judges import IGNORED, judge_argmax, judge_cross_entropy, judge_softmax
 
+IGNORED = 255
+# Elements of the logits of one strip.
+STRIP = 2**24
 CLASSES = (150, 19, 59, 1000)
 PATCHES = (16, 8, 32)
 SIZES = (512, 640, 1024)
@@ -53,6 +58,77 @@ class Op:
     judge: Callable[..., Any]
     copies: dict[str, int]
     cpu_batch: int = 1
+
+
+def judge_argmax(inputs: tuple[Any, ...]) -> Callable[[Tensor], float]:
+    """The largest gap of a chosen label's score to the best score, relative to the largest score."""
+    masks, size = inputs
+
+    def error(labels: Tensor) -> float:
+        if labels.shape != (masks.shape[0], *size) or not 0 <= labels.min() <= labels.max() < masks.shape[1]:
+            return float("inf")
+        gaps = [
+            (logits.amax(0) - logits.gather(0, labels[b, rows].long().unsqueeze(0))[0]).max()
+            for b, rows, logits in _strips(masks.double(), size)
+        ]
+        return (torch.stack(gaps).max() / masks.abs().max()).item()
+
+    return error
+
+
+def judge_softmax(inputs: tuple[Any, ...]) -> Callable[[Any], float]:
+    """Error of the probabilities, or with an output gradient among the inputs the larger of it and the gradient's."""
+    masks, size, *grads = inputs
+    exact = masks.detach().double().requires_grad_(bool(grads))
+    grad_masks = torch.zeros_like(exact)
+    if grads:
+        for b, rows, logits in _strips(exact, size):
+            grad_masks += torch.autograd.grad(logits.softmax(0), exact, grads[0][b, :, rows].double())[0]
+
+    def error(output: Any) -> float:
+        probabilities, grad = output if grads else (output, None)
+        if probabilities.shape != (*masks.shape[:2], *size):
+            return float("inf")
+        gaps = [
+            (probabilities[b, :, rows].double() - logits.softmax(0)).abs().max()
+            for b, rows, logits in _strips(exact.detach(), size)
+        ]
+        # The largest probability counts as 1, so the error is absolute.
+        gap = torch.stack(gaps).max().item()
+        return largest([gap, relative_error(grad, grad_masks)]) if grads else gap
+
+    return error
+
+
+def judge_cross_entropy(inputs: tuple[Any, ...]) -> Callable[[Any], float]:
+    """Error of the loss, or where masks require a gradient the larger of it and the gradient's."""
+    masks, target = inputs
+    exact = masks.detach().double().requires_grad_()
+    count = (target != IGNORED).sum()
+    loss, grad_masks = torch.zeros((), dtype=torch.float64, device=masks.device), torch.zeros_like(exact)
+    for b, rows, logits in _strips(exact, target.shape[1:]):
+        part = F.cross_entropy(logits[None], target[b : b + 1, rows], ignore_index=IGNORED, reduction="sum") / count
+        grad_masks += torch.autograd.grad(part, exact)[0]
+        loss += part.detach()
+
+    oracle = (loss, grad_masks) if masks.requires_grad else loss
+    return lambda output: relative_error(output, oracle)
+
+
+def _strips(masks: Tensor, size: tuple[int, ...]) -> Iterator[tuple[int, slice, Tensor]]:
+    """For float64 masks: image index, rows, and their logits ``(K, rows, W)``."""
+
+    def resize(size_in: int, size_out: int) -> Tensor:
+        """``(size_out, size_in)``: the matrix of a bilinear resize."""
+        identity = torch.eye(size_in, dtype=torch.float64)[None, None]
+        return F.interpolate(identity, size=(size_out, size_in), mode="bilinear")[0, 0].to(masks.device)
+
+    left, right = resize(masks.shape[2], size[0]), resize(masks.shape[3], size[1])
+    step = max(1, STRIP // (masks.shape[1] * size[1]))
+    for b in range(masks.shape[0]):
+        for start in range(0, size[0], step):
+            rows = slice(start, start + step)
+            yield b, rows, left[rows] @ masks[b] @ right.mT
 
 
 def _interpolate(masks: Tensor, size: tuple[int, ...]) -> Tensor:
@@ -97,18 +173,16 @@ def cases(op: str, device: torch.device, quick: bool) -> list[Case]:
     if quick:
         few = (first, noise, Masks(classes=19), Masks(patch=32))
         return [make(main, batch, main_pass, masks) for masks in few]
-    axes = [Masks(classes=classes) for classes in CLASSES[1:]]
-    axes += [Masks(patch=patch) for patch in PATCHES[1:]] + [Masks(size=size) for size in SIZES[1:]]
-    grid = itertools.product(CLASSES, PATCHES, SIZES, MAPS)
-    rest = [Masks(map_, classes, patch, size) for classes, patch, size, map_ in grid]
-    return [
-        *(make(main, batch, main_pass, masks) for masks in (first, noise)),
-        *(make(main, batch, pass_, first) for pass_ in other_passes),
-        *(make(main, other_batch, main_pass, first) for other_batch in other_batches),
-        *(make(main, batch, main_pass, masks) for masks in axes),
-        make(other, batch, main_pass, first),
-        *(make(main, batch, main_pass, masks) for masks in rest if masks not in (first, noise, *axes)),
+    axes = [Masks(classes=classes) for classes in CLASSES]
+    axes += [Masks(patch=patch) for patch in PATCHES] + [Masks(size=size) for size in SIZES]
+    grid = [Masks(map_, *rest) for *rest, map_ in itertools.product(CLASSES, PATCHES, SIZES, MAPS)]
+    settings = [(main, batch, main_pass, masks) for masks in dict.fromkeys((first, noise, *axes, *grid))]
+    settings[2:2] = [
+        *((main, batch, pass_, first) for pass_ in other_passes),
+        *((main, other_batch, main_pass, first) for other_batch in other_batches),
+        (other, batch, main_pass, first),
     ]
+    return [make(*setting) for setting in settings]
 
 
 def upsample_case(op: str, device: torch.device, dtype: torch.dtype, batch: int, pass_: str, masks: Masks) -> Case:

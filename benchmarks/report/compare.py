@@ -84,9 +84,7 @@ def compare(before: Path, after: Path, force: bool = False) -> Comparison:
     results = [_results(folder) for folder in (before, after)]
     old_device, new_device = (", ".join(sorted({result.device.slug for result in found})) for found in results)
     if old_device != new_device and not force:
-        raise ValueError(
-            f"{before} was measured on {old_device}, {after} on {new_device}; --force compares them anyway"
-        )
+        raise ValueError(f"{before} was measured on {old_device}, {after} on {new_device}; --force compares anyway")
     old, new = (_rows(found) for found in results)
     common = old.keys() & new.keys()
     if not common:
