@@ -1,13 +1,11 @@
-"""The generated tables of both READMEs: ``python -m segmenter_fast.benchmarks.report.tables`` writes them.
+"""The generated tables of README.md: ``python -m segmenter_fast.benchmarks.report.tables`` writes them.
 
-They come from the committed JSON alone and stand between ``<!-- measured -->`` and ``<!-- /measured -->`` in README.md,
-between ``<!-- roofline -->`` and ``<!-- /roofline -->`` in benchmarks/README.md.
+They come from the committed JSON alone and stand between ``<!-- measured -->`` and ``<!-- /measured -->``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +16,20 @@ from ..models.table import memory, pair, speeds
 from ..ops import OPS
 from ..results import RESULTS, Result, read
 
-ROOT = RESULTS.parents[1]
-# Rows of the README's table of ops: label, file, parameters of the case.
+README = RESULTS.parents[1] / "README.md"
+SMOOTH = {"classes": 150, "patch": 16, "map": "smooth"}
+# Rows of the table of ops: label, file, parameters of the case.
 OP_ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
-    ("`upsample_argmax`, smooth maps", "upsample_argmax", {"classes": 150, "patch": 16, "map": "smooth"}),
-    ("`upsample_argmax`, noise", "upsample_argmax", {"classes": 150, "patch": 16, "map": "noise"}),
+    ("`upsample_argmax`, smooth maps", "upsample_argmax", SMOOTH),
+    ("`upsample_argmax`, noise", "upsample_argmax", SMOOTH | {"map": "noise"}),
     (
         "`upsample_cross_entropy`, forward and backward",
         "upsample_cross_entropy",
-        {"classes": 150, "patch": 16, "map": "smooth", "pass": "forward+backward"},
+        SMOOTH | {"pass": "forward+backward"},
     ),
-    ("`upsample_softmax`", "upsample_softmax", {"classes": 150, "patch": 16, "map": "smooth", "pass": "forward"}),
-    *(
-        ("`attention`", "attention", {"tokens": 1025, "pass": "forward", "dtype": dtype})
-        for dtype in ("float32", "bfloat16")
-    ),
+    ("`upsample_softmax`", "upsample_softmax", SMOOTH | {"pass": "forward"}),
+    ("`attention`", "attention", {"tokens": 1025, "pass": "forward", "dtype": "float32"}),
+    ("`attention`", "attention", {"tokens": 1025, "pass": "forward", "dtype": "bfloat16"}),
 )
 PICTURES = {
     "throughput": "Throughput against patch size and against tokens",
@@ -41,17 +38,17 @@ PICTURES = {
 }
 
 
-def rewritten(text: str, mark: str, folder_text: Callable[[Path], str], results: Path) -> str:
-    """``text`` with ``folder_text`` of each folder below ``results`` as its block ``mark``.
+def rewritten(text: str, results: Path) -> str:
+    """``text`` with the tables of each folder below ``results`` in its block.
 
     Raises:
         ValueError: no block, or more than one.
     """
-    block = "\n\n".join(filter(None, map(folder_text, sorted(results.iterdir()))))
-    pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
+    block = "\n\n".join(filter(None, map(measured, sorted(results.iterdir()))))
+    pattern = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
     text, count = pattern.subn(lambda found: f"{found[1]}\n{block}\n\n{found[2]}", text)
     if count != 1:
-        raise ValueError(f"there must be one block <!-- {mark} --> ... <!-- /{mark} -->, found {count}")
+        raise ValueError(f"there must be one block <!-- measured --> ... <!-- /measured -->, found {count}")
     return text
 
 
@@ -131,57 +128,5 @@ def _milliseconds(row: Row | None) -> str:
     return f"{time:.0f} ms" if time >= 100 else f"{time:.3g} ms"
 
 
-def roofline(folder: Path) -> str:
-    """A row for the first case of each op, pass and dtype in ``folder``; nothing where it has no file of an op.
-
-    Attainable is the longer of two times: the least bytes at the measured copy bandwidth, the counted FLOPs at the
-    measured matrix-product rate. Exponentials are in neither.
-    """
-    results = [read(folder / f"{op}.json") for op in OPS if (folder / f"{op}.json").exists()]
-    if not results:
-        return ""
-    device, ceilings = results[0].device, results[0].ceilings
-    rates = ", ".join(f"{rate:.2f} TFLOP/s {name}" for name, rate in ceilings.matmul_tflops.items())
-    lines = [
-        f"{device.name}, {device.threads} threads, PyTorch {device.torch}, commit {(device.commit or 'unknown')[:10]}, "
-        f"measured {results[0].started[:10]}. Ceilings: copy {ceilings.copy_gb_s:.1f} GB/s, matrix product {rates}.",
-        "",
-        "| op, case | MB | GFLOP | attainable ms | attained ms | share | eager ms |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    return "\n".join([*lines, *(line for result in results for line in _roofline_rows(result))])
-
-
-def _roofline_rows(result: Result) -> Iterator[str]:
-    seen = set()
-    for case, rows in result.cases:
-        by_name = {row.variant: row for row in rows}
-        ours, eager = by_name.get(OURS), by_name.get("eager")
-        kind = case["pass"], case["dtype"]
-        if kind in seen or ours is None or ours.timing is None or eager is None:
-            continue
-        seen.add(kind)
-        ms = ours.timing.median_ms
-        megabytes, gigaflops = (ours.gb_s or 0) * ms, (ours.tflops or 0) * ms
-        attainable = megabytes / result.ceilings.copy_gb_s
-        if gigaflops and (rate := result.ceilings.matmul_tflops.get(case["dtype"])):
-            attainable = max(attainable, gigaflops / rate)
-        words = (f"{v}" if isinstance(v, str) else f"{k} {v}" for k, v in case.items() if k not in ("op", "head_dim"))
-        cells = (
-            f"`{result.op}`, {', '.join(words)}",
-            f"{megabytes:.2f}",
-            f"{gigaflops:.2f}" if gigaflops else "",
-            f"{attainable:.3g}",
-            f"{ms:.3g}",
-            f"{attainable / ms:.1%}",
-            f"{eager.timing.median_ms:.3g}" if eager.timing else eager.status,
-        )
-        yield f"| {' | '.join(cells)} |"
-
-
-# README, name of its block, text of a folder in it.
-BLOCKS = ((ROOT / "README.md", "measured", measured), (ROOT / "benchmarks" / "README.md", "roofline", roofline))
-
 if __name__ == "__main__":
-    for path, mark, text_of in BLOCKS:
-        path.write_text(rewritten(path.read_text(), mark, text_of, RESULTS))
+    README.write_text(rewritten(README.read_text(), RESULTS))
