@@ -23,7 +23,7 @@ import typer
 
 from segmenter_fast.devices import choose_device
 
-from .case import OURS, Case, run_case
+from .case import OURS, Case, Variant, run_case
 from .device import Ceilings, describe
 from .ops import OPS
 from .runner import make_console, narrow_table, run_command
@@ -75,7 +75,9 @@ def search(case: Case, module: ModuleType, deadline: float) -> tuple[str, ...]:
 
     def times(configs: Sequence[Any]) -> dict[Any, float]:
         """Median milliseconds of the configurations that run and are right."""
-        variants = {str(c): replace(ours, run=with_config(c, shipped, module, ours.run)) for c in configs}
+        variants: dict[str, Variant | str] = {
+            str(c): replace(ours, run=with_config(c, shipped, module, ours.run)) for c in configs
+        }
         judged = replace(case, variants=variants, judge=lambda _: judge)
         rows = run_case(judged, Ceilings(0.0, {}), 0.1 * len(configs))
         return {c: row.timing.median_ms for c, row in zip(configs, rows, strict=True) if row.timing}

@@ -154,9 +154,10 @@ class Comparison:
     def _checked(self) -> tuple[dict[str, Row], dict[str, Segment]]:
         """A row for each model, and the calls of those that agree."""
         self.report("reference")
-        rows, calls = {}, {}
-        rows[REFERENCE], logits = self._run_reference()
-        if rows[REFERENCE].status == "ok":
+        calls: dict[str, Segment] = {}
+        row, logits = self._run_reference()
+        rows = {REFERENCE: row}
+        if row.status == "ok":
             calls[REFERENCE] = partial(self.reference.segment, self.images)
         expected = logits.argmax(1)
         self.report("checking logits")
