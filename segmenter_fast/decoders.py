@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 from . import kernels
 from .config import Pair, SegmenterConfig
-from .vit import make_blocks, padded_size
+from .vit import make_blocks
 
 
 def upsampled_size(config: SegmenterConfig, size: Sequence[int]) -> Pair:
     """(height, width) in pixels that the masks of an image of ``size`` are upsampled to, before the crop to it."""
-    return padded_size(size, config.patch_size if config.upsample_to == "padded" else 1)
+    patch = config.patch_size if config.upsample_to == "padded" else 1
+    return -(-size[0] // patch) * patch, -(-size[1] // patch) * patch
 
 
 class LinearDecoder(nn.Module):

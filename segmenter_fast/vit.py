@@ -6,7 +6,6 @@ Parameter names are those of timm and of the official Segmenter program.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -25,18 +24,11 @@ def check_images(images: Tensor, uint8: bool = False) -> None:
         raise TypeError(f"images must be {allowed}, got {images.dtype}; segmenter_fast.predict takes uint8 images")
 
 
-def padded_size(size: Sequence[int], patch_size: int) -> Pair:
-    """(height, width) in pixels rounded up to whole patches."""
-    return -(-size[0] // patch_size) * patch_size, -(-size[1] // patch_size) * patch_size
-
-
 def pad_to_patches(images: Tensor, patch_size: int) -> Tensor:
     """``(B, 3, H, W)`` zero-padded at the bottom and right to whole patches."""
-    height, width = images.shape[2:]
-    padded = padded_size((height, width), patch_size)
-    if padded != (height, width):
-        images = F.pad(images, (0, padded[1] - width, 0, padded[0] - height))
-    return images
+    # Not -side % patch_size: the compiler's symbolic sizes have no modulus of a negative number.
+    below, right = ((patch_size - side % patch_size) % patch_size for side in images.shape[2:])
+    return F.pad(images, (0, right, 0, below)) if below or right else images
 
 
 def rotation_table(grid: Pair, num_prefix_tokens: int, head_dim: int, temperature: float, like: Tensor) -> Tensor:
