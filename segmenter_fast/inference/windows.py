@@ -11,6 +11,7 @@ Source: the official program's inference; weights in exact integer arithmetic an
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,7 @@ class Lattice:
     weights: Tensor  # float64
 
     @classmethod
+    @lru_cache(maxsize=64)  # views of one image, and images of one size, share lattices
     def make(cls, windows: Windows, size: int, mirrored: bool = False) -> Lattice:
         """The lattice of ``windows`` resized to ``size`` outputs, in reversed order where ``mirrored``."""
         patches, weights = windows.taps(size)
