@@ -134,14 +134,9 @@ class SegmenterConfig:
         Raises:
             TypeError: an unknown field.
         """
-        known = {field.name for field in dataclasses.fields(self)}
-        if unknown := sorted(set(fields) - known):
-            raise TypeError(f"unknown configuration field {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        if isinstance(fields.get("image_size"), int):
-            fields["image_size"] = (fields["image_size"],) * 2
         if fields.get("num_classes", self.num_classes) != self.num_classes:
             fields = {"class_names": (), "palette": (), **fields}
-        return dataclasses.replace(self, **{name: _frozen(value) for name, value in fields.items()})
+        return self.from_dict({**vars(self), **fields})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready fields."""
@@ -149,14 +144,18 @@ class SegmenterConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> SegmenterConfig:
-        """The inverse of ``to_dict``; absent fields take their defaults.
+        """The inverse of ``to_dict``; absent fields take their defaults, an int ``image_size`` is a square.
 
         Raises:
             TypeError: an unknown field.
             ValueError: a field outside its range.
         """
-        given = dict(fields)
-        return cls(num_classes=given.pop("num_classes", cls.num_classes)).replace(**given)
+        known = cls.__dataclass_fields__.keys()
+        if unknown := sorted(fields.keys() - known):
+            raise TypeError(f"unknown configuration field {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        if isinstance(fields.get("image_size"), int):
+            fields = {**fields, "image_size": (fields["image_size"],) * 2}
+        return cls(**{name: _frozen(value) for name, value in fields.items()})
 
 
 def _require(holds: bool, name: str, given: object, allowed: str) -> None:
