@@ -10,7 +10,7 @@ import torch
 import segmenter_fast as sf
 from segmenter_fast.classes import DATASET_CLASSES
 from segmenter_fast.weights.official import config_from_variant
-from segmenter_fast.weights.reading import read_yaml
+from segmenter_fast.weights.reading import read_mapping
 from support.checkpoints import GOLDEN
 
 
@@ -45,7 +45,7 @@ def test_classes_are_their_publishers(name: str, index: int, label: str, color: 
 
 def config_trained_on(dataset: object, count: int) -> sf.SegmenterConfig:
     """The configuration of an official checkpoint that names its data set."""
-    variant = read_yaml(GOLDEN / "official_mask" / "variant.yml")
+    variant = read_mapping(GOLDEN / "official_mask" / "variant.yml")
     variant["net_kwargs"]["n_cls"] = count
     variant["dataset_kwargs"] = dataset
     return config_from_variant(variant, {})

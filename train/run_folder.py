@@ -36,7 +36,7 @@ from ..config import SegmenterConfig
 from ..io.atomic import atomic_files, atomic_path
 from ..segmenter import Segmenter
 from ..weights.hub import write_folder
-from ..weights.reading import CheckpointError, read_json, read_torch
+from ..weights.reading import CheckpointError, read_mapping, read_torch
 from .presets import Recipe
 from .stepping import FORMAT_VERSION
 
@@ -80,7 +80,7 @@ def open_run(
             "another --out"
         )
     if steps and (run / RUN).exists():
-        before = read_json(run / RUN)
+        before = read_mapping(run / RUN)
         fields, now = before.get("model", {}), json.loads(json.dumps(config.to_dict()))
         different = recipe.differences(before.get("recipe", {}))
         different += [
@@ -102,7 +102,7 @@ def open_run(
         (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         description = {
             "package_version": importlib.metadata.version("segmenter-fast"),
-            "recipe": recipe.to_dict(),
+            "recipe": asdict(recipe),
             "model": config.to_dict(),
             "samples": samples,
         }
@@ -235,7 +235,7 @@ def read_scores(run: Path, step: int) -> EvaluationSummary:
     """Read the summary as of a step; evaluations of later steps are left out."""
     if not (run / SCORES).exists():
         return EvaluationSummary()
-    summary = EvaluationSummary(**read_json(run / SCORES))
+    summary = EvaluationSummary(**read_mapping(run / SCORES))
     if summary.best_step > step:
         return EvaluationSummary()
     best = summary.best_step, summary.best_miou

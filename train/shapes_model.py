@@ -25,7 +25,7 @@ from ..segmenter import Segmenter
 from ..visualize import colorize
 from ..weights.hub import CONFIG, WEIGHTS
 from ..weights.load import load
-from ..weights.reading import read_json
+from ..weights.reading import read_mapping
 from .datasets.base import SegmentationDataset
 from .datasets.shapes import Shapes
 from .evaluation import ConfusionMatrix, Scores, evaluate
@@ -97,7 +97,7 @@ def replace_shapes_model(run: Path, out: Path = MODEL) -> dict[str, object]:
     log = read_log(run)
     times = [line["time"] for line in log]
     record = {
-        "recipe": read_json(run / RUN)["recipe"],
+        "recipe": read_mapping(run / RUN)["recipe"],
         "steps": max((line["step"] for line in log), default=None),
         "seconds": round(max(times) - min(times)) if times else None,
         "machine": f"{os.cpu_count()} CPUs, {torch.backends.cpu.get_cpu_capability()}",

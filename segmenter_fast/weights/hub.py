@@ -22,7 +22,7 @@ from ..config import SegmenterConfig
 from ..describe import describe_config
 from ..io.atomic import atomic_files
 from .build import SavedModel, build
-from .reading import CheckpointError, read_json, read_safetensors
+from .reading import CheckpointError, read_mapping, read_safetensors
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
@@ -39,7 +39,7 @@ def read_folder(folder: Path) -> SavedModel:
         CheckpointError: one of them is damaged, of another library or of a newer format.
     """
     path = folder / CONFIG
-    fields = read_json(path)
+    fields = read_mapping(path)
     version, writer = fields.pop("format_version", None), fields.pop("package_version", "unknown")
     if not isinstance(version, int):
         raise CheckpointError(f"{path}: no configuration of segmenter-fast: it has no format_version")

@@ -20,7 +20,7 @@ from ..segmenter import Segmenter
 from . import hub, mmseg, official, timm
 from .build import SavedModel, build, load_strictly
 from .infer_config import ARCHITECTURE
-from .reading import CheckpointError, read_safetensors, read_torch, read_yaml
+from .reading import CheckpointError, read_mapping, read_safetensors, read_torch
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -147,7 +147,7 @@ def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
     variant = path.parent / official.VARIANT
     if not is_folder and not (official.recognises(state) and variant.exists()):
         return _from_state(state, meta, str(path), overrides)
-    described = read_yaml(variant)
+    described = read_mapping(variant)
     try:
         return SavedModel(str(path), official.config_from_variant(described, state), state)
     except ValueError as error:

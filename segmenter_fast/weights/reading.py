@@ -6,7 +6,6 @@ import json
 import pickle
 import threading
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,29 +47,19 @@ class _Placeholder:
     def __setstate__(self, _: Any) -> None: ...
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file; every Python tag but ``!!python/tuple`` is refused.
+def read_mapping(path: Path) -> dict[str, Any]:
+    """Return the mapping in a file whose name ends in .json, or in a YAML file.
+
+    Every Python tag of YAML but ``!!python/tuple`` is refused.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: not YAML, a refused tag, or no mapping.
+        CheckpointError: not of that language, a refused tag, or no mapping.
     """
-    return _read_mapping(path, "YAML", lambda text: yaml.load(text, _YamlLoader))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the object in a JSON file.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: not JSON, or no object.
-    """
-    return _read_mapping(path, "JSON", json.loads)
-
-
-def _read_mapping(path: Path, language: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+    language = "JSON" if path.suffix == ".json" else "YAML"
     try:
-        content = parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text) if language == "JSON" else yaml.load(text, _YamlLoader)
     except (yaml.YAMLError, ValueError) as error:
         raise CheckpointError(f"{path} is refused as {language}: {error}") from error
     if not isinstance(content, dict):

@@ -21,7 +21,7 @@ from segmenter_fast.weights.official import (
     variant_from_config,
     write_folder,
 )
-from segmenter_fast.weights.reading import CheckpointError, read_torch, read_yaml
+from segmenter_fast.weights.reading import CheckpointError, read_mapping, read_torch
 from support.checkpoints import GOLDEN, official_folder, same, small_model
 from support.official_lookalike import OfficialSegmenter
 
@@ -71,7 +71,7 @@ def test_distilled_and_rates_may_be_absent(tmp_path: Path) -> None:
 
 
 def test_the_variant_is_named_where_the_dimensions_are_its_own() -> None:
-    variant = read_yaml(GOLDEN / "official_mask" / "variant.yml")
+    variant = read_mapping(GOLDEN / "official_mask" / "variant.yml")
     variant["net_kwargs"] |= {"d_model": 192, "n_heads": 3, "n_layers": 12}
     config = config_from_variant(variant, {})
     assert config.variant == "seg_t_mask_16"
@@ -166,7 +166,7 @@ def test_classes_of_a_known_data_set_come_back(tmp_path: Path) -> None:
     names = DATASET_CLASSES["cityscapes"]
     model = small_model(num_classes=19, class_names=names.class_names, palette=names.palette)
     assert write_folder(tmp_path, model.config, model.state_dict()) == []
-    assert read_yaml(tmp_path / "variant.yml")["dataset_kwargs"]["dataset"] == "cityscapes"
+    assert read_mapping(tmp_path / "variant.yml")["dataset_kwargs"]["dataset"] == "cityscapes"
     assert sf.load(tmp_path).config.palette == names.palette
 
 
