@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -55,7 +55,7 @@ class World:
     size: int = 1
     local_rank: int = 0
     """Rank on this machine."""
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: torch.device = field(default=torch.device("cpu"))
     """Device of training."""
     store: Any = None
     """Key-value store of the ranks of a prediction."""
@@ -79,19 +79,18 @@ class World:
             raise ValueError(f"RANK and WORLD_SIZE must be whole numbers with RANK below WORLD_SIZE, got {said}")
         return cls(rank, size, local_rank)
 
-    @property
-    def leads(self) -> bool:
-        """True where this process reports for all: on rank 0, and on every rank that is not connected to others."""
-        return self.rank == 0 or (self.store is None and not (dist.is_available() and dist.is_initialized()))
-
     # Prediction: each image is one rank's, and a store counts them.
 
-    def with_store(self) -> World:
-        """Connect to the store of the ranks, if there are several and MASTER_ADDR and MASTER_PORT say where.
+    def for_prediction(self) -> World:
+        """Connect to the store of the ranks, if there are several and MASTER_ADDR and MASTER_PORT are set.
+
+        The GPU of LOCAL_RANK becomes the current one, in turns where there are fewer GPUs than processes.
 
         Raises:
             OSError: the ranks do not meet there.
         """
+        if self.local_rank and torch.cuda.is_available():
+            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
         if self.size == 1 or "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
             return self
         try:
@@ -102,49 +101,32 @@ class World:
         prefix = f"predict {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         return dataclasses.replace(self, store=dist.PrefixStore(prefix, store))
 
-    def use_own_gpu(self) -> None:
-        """Make the GPU of LOCAL_RANK the current one, in turns where there are fewer GPUs than processes."""
-        if self.local_rank and torch.cuda.is_available():
-            torch.cuda.set_device(self.local_rank % torch.cuda.device_count())
+    def count(self, done: int = 0, total: int = 0) -> tuple[int, int] | None:
+        """Add to the images that are done, and to all images, of a prediction; return both sums over all ranks.
 
-    def share(self, items: Sequence[T]) -> list[T]:
-        """Return every ``size``-th item from the ``rank``-th on, so that each item is one rank's."""
-        return list(items[self.rank :: self.size])
+        None without a store.
+        """
+        return None if self.store is None else (self.store.add("done", done), self.store.add("images", total))
 
-    def begin(self, images: int) -> None:
-        """Count the images that this rank is going to segment."""
-        if self.store is not None:
-            self.store.add("images", images)
+    def collect(self, own: PredictionReport, show: Callable[..., object] = lambda **counts: None) -> None:
+        """Add the reports of all ranks to that of rank 0, once all have sent theirs.
 
-    def advance(self) -> None:
-        """Count one more image as done."""
-        if self.store is not None:
-            self.store.add("done", 1)
-
-    def counts(self) -> tuple[int, int] | None:
-        """Images done, and images to do, of all ranks; None without a store."""
-        return None if self.store is None else (self.store.add("done", 0), self.store.add("images", 0))
-
-    def collect(self, own: PredictionReport, waiting: Callable[[], None] = lambda: None) -> PredictionReport:
-        """Add the reports of all ranks to that of rank 0, once all have sent theirs; other ranks return ``own``.
-
-        ``waiting`` is called several times a second until then.
+        Until then ``show`` is called several times a second with the sums of ``count`` as ``completed`` and ``total``.
         """
         if self.store is None:
-            return own
+            return
         if self.rank > 0:
             self.store.set(f"report {self.rank}", json.dumps(asdict(own)))
-            return own
+            return
         for rank in range(1, self.size):
             while not self.store.check([f"report {rank}"]):  # store.wait would not end on a signal
-                waiting()
+                show(completed=self.store.add("done", 0), total=self.store.add("images", 0))
                 time.sleep(_POLL_SECONDS)
             content = json.loads(self.store.get(f"report {rank}"))
             for name in ("failures", "restarts"):
                 content[name] = [(image, reason) for image, reason in content[name]]
             own.add(PredictionReport(**content))
-        waiting()
-        return own
+        show(completed=self.store.add("done", 0), total=self.store.add("images", 0))
 
     # Training: collectives of the process group.
 

@@ -33,21 +33,17 @@ def _two_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_process_does_everything() -> None:
     world = World.from_environment({"LOCAL_RANK": "3"})
     assert world == World(local_rank=3)
-    assert world.with_store() is world
-    assert world.leads
-    assert world.share(range(5)) == [0, 1, 2, 3, 4]
-    assert world.counts() is None
+    assert world.for_prediction() is world
+    assert world.count(done=1, total=5) is None
     own = PredictionReport(written=3)
-    assert world.collect(own) is own
+    world.collect(own)
+    assert own == PredictionReport(written=3)
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 20])
-def test_every_item_belongs_to_one_rank(size: int) -> None:
-    shares = [
-        World.from_environment({"RANK": str(rank), "WORLD_SIZE": str(size)}).share(range(11)) for rank in range(size)
-    ]
-    assert sorted(item for share in shares for item in share) == list(range(11))
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+@pytest.mark.parametrize("size", [1, 2, 20])
+def test_the_environment_tells_rank_and_size(size: int) -> None:
+    for rank in range(size):
+        assert World.from_environment({"RANK": str(rank), "WORLD_SIZE": str(size)}) == World(rank, size)
 
 
 @pytest.mark.parametrize(
@@ -79,26 +75,26 @@ def test_the_error_names_the_place_of_the_store(monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setenv("MASTER_PORT", str(port))
         monkeypatch.setattr("segmenter_fast.processes._STORE_TIMEOUT", timedelta(seconds=1))
         with pytest.raises(OSError, match=rf"the ranks did not meet at 127\.0\.0\.1:{port}: "):
-            World.from_environment().with_store()
+            World.from_environment().for_prediction()
 
 
 def test_rank_0_collects_the_reports_of_all() -> None:
     store = HashStore()
     worlds = [World(rank, 3, store=store) for rank in range(3)]
-    assert [each.leads for each in worlds] == [True, False, False]
-    waits: list[None] = []
+    shown: list[dict[str, int]] = []
+    own = PredictionReport(1, 0, [("a", "broken")])
     with ThreadPoolExecutor() as pool:
         for each in worlds:
-            each.begin(2)
-        last = pool.submit(worlds[0].collect, PredictionReport(1, 0, [("a", "broken")]), lambda: waits.append(None))
-        worlds[1].advance()
+            each.count(total=2)
+        last = pool.submit(worlds[0].collect, own, lambda **counts: shown.append(counts))
+        worlds[1].count(done=1)
         worlds[1].collect(PredictionReport(1, 1, [("b", "missing")]))
         assert not last.done()
         worlds[2].collect(PredictionReport(2, 0, [], [("c", "another model")]))
-        total = last.result(timeout=30)
-    assert total == PredictionReport(4, 1, [("a", "broken"), ("b", "missing")], [("c", "another model")])
-    assert worlds[0].counts() == (1, 6)
-    assert waits
+        last.result(timeout=30)
+    assert own == PredictionReport(4, 1, [("a", "broken"), ("b", "missing")], [("c", "another model")])
+    assert worlds[0].count() == (1, 6)
+    assert shown[-1] == {"completed": 1, "total": 6}
 
 
 def test_a_process_on_its_own_needs_no_group() -> None:

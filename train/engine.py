@@ -112,7 +112,9 @@ class _Run:
         self.out, self.world, self.request = out, world, request
         self.length = len(dataset)
         self.total_steps, epoch_steps = recipe.total_steps(self.length), recipe.epoch_steps(self.length)
-        self.evaluate_every = recipe.evaluate_every or epoch_steps
+        every = recipe.evaluate_every or epoch_steps
+        evaluated = {*range(every, self.total_steps, every), self.total_steps}
+        self.evaluated_steps = evaluated if val_dataset is not None else set()
         self.save_every = recipe.save_every or epoch_steps
         self.settings = Settings(recipe.window, recipe.stride)
         self.batches = Batches(dataset, recipe, model.config, world)
@@ -147,13 +149,13 @@ class _Run:
     def _loop(self) -> bool:
         """Take all steps that are left; return False where a signal ended them."""
         stepper, recipe, total = self.stepper, self.recipe, self.total_steps
-        if stepper.steps and self._evaluates_at(stepper.steps) and self.summary.last_step != stepper.steps:
+        if stepper.steps in self.evaluated_steps and self.summary.last_step != stepper.steps:
             self._evaluate()
         for batch in self.batches.between(stepper.steps, total):
             for message in batch.broken:
                 self.log.event("broken", f"{message}; another sample takes its place")
             result = stepper.step(batch.images, batch.labels, self.request)
-            step, evaluates = stepper.steps, self._evaluates_at(stepper.steps)
+            step, evaluates = stepper.steps, stepper.steps in self.evaluated_steps
             if result.updated:
                 self.bad_in_a_row = 0
             else:
@@ -189,9 +191,6 @@ class _Run:
                 f"whose images are {images}. Checkpoints in {self.out} stay as they are; a lower --lr, --clip, or "
                 "--precision float32 may help"
             )
-
-    def _evaluates_at(self, step: int) -> bool:
-        return self.val_dataset is not None and (step == self.total_steps or step % self.evaluate_every == 0)
 
     def _evaluate(self) -> None:
         """Score the step whose checkpoint was just written, and keep the best model."""

@@ -119,10 +119,6 @@ class Recipe:
         """Return a copy with other values for some fields."""
         return dataclasses.replace(self, **fields)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready fields."""
-        return dataclasses.asdict(self)
-
     def model_fields(self) -> dict[str, Any]:
         """Return the fields of a ``SegmenterConfig`` that the recipe decides."""
         return {
@@ -144,7 +140,7 @@ class Recipe:
 
     def differences(self, other: dict[str, Any]) -> list[str]:
         """Describe each field that differs from another recipe's and changes the result of a run."""
-        mine = self.to_dict()
+        mine = dataclasses.asdict(self)
         return [
             f"{name} is {mine.get(name)!r}, was {other.get(name)!r}"
             for name in {**mine, **other}

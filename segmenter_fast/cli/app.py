@@ -91,15 +91,11 @@ def load_model(name: str, device: Device, dtype: Dtype) -> Segmenter:
     kind = choose_dtype(dtype.value, place)
     if name in VARIANTS and not Path(name).exists():
         say(f"WARNING: {name} has RANDOM weights. Its labels mean nothing; give a checkpoint for real ones.", "yellow")
-        model = create_model(name)
+        model = create_model(name).eval()
     else:
-        model = load_checkpoint(name)
-    return model.to(place, kind).eval()
-
-
-def load_checkpoint(name: str) -> Segmenter:
-    with short_warnings():
-        return load(name)
+        with short_warnings():
+            model = load(name)
+    return model.to(place, kind)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from .. import load
 from ..describe import info_table, variants_table
 from ..weights import hub, official
-from .app import CheckpointArgument, Device, Dtype, ModelArgument, app, load_checkpoint, load_model, say
+from .app import CheckpointArgument, Device, Dtype, ModelArgument, app, load_model, say, short_warnings
 
 
 class Format(str, Enum):
@@ -38,7 +39,8 @@ def convert(
     to: Annotated[Format, typer.Option(help="The format to write.")] = Format.ours,
 ) -> None:
     """Convert a checkpoint to our format, or back to the official one."""
-    model = load_checkpoint(source)
+    with short_warnings():
+        model = load(source)
     for other, names in _FILES.items():
         if other != to and (found := [name for name in names if (out / name).exists()]):
             raise ValueError(f"{out} holds another checkpoint ({', '.join(found)}); choose a folder without one")
@@ -58,7 +60,8 @@ def push(
     licence: Annotated[str | None, typer.Option("--license", help="Of the weights, such as mit.")] = None,
 ) -> None:
     """Upload a checkpoint in our format, with a model card, to the Hugging Face Hub."""
-    segmenter = load_checkpoint(model)
+    with short_warnings():
+        segmenter = load(model)
     if repository.count("/") != 1:
         raise ValueError(f"repository must be org/name, got {repository!r}")
     card = {"license": licence} if licence else {}

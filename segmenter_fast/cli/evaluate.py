@@ -63,14 +63,14 @@ def evaluate(
         resize = _resize(data, kind, segmenter.config) if resize is None else resize
         factor_list = parse_scales(scales) if scales else MULTISCALE if multiscale else (1.0,)
         settings = Settings.of(segmenter.config, window, stride, factor_list, flip or multiscale, batch_size)
-        with Progress(console=Console(stderr=True), disable=not world.leads) as progress:
+        with Progress(console=Console(stderr=True), disable=world.rank > 0) as progress:
             task = progress.add_task("evaluating", total=None)
 
             def show(done: int, share: int) -> None:
                 progress.update(task, completed=done, total=share)
 
             scores = scores_of(segmenter, dataset, resize, settings, world, show)
-        if not world.leads:
+        if world.rank > 0:
             return
     table = Table("class", header_style="bold")
     for title in ("IoU", "accuracy"):

@@ -6,7 +6,7 @@ import functools
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ..inference.folders import make_writable, plan, run
+from ..inference.folders import Job, make_writable, plan, run
 from ..inference.settings import Settings
 from ..processes import PredictionReport, World
 from .app import Device, DeviceOption, Dtype, DtypeOption, InferenceOptions, app, load_model, parse_scales, say
@@ -62,59 +62,40 @@ def predict(
     Images above 8192 x 8192 pixels are read, segmented and written by rows; their overlays are reduced to 2048 pixels.
     Under torchrun each process takes its share of the images.
     """
-    scale_factors = parse_scales(scales)
+    factors = parse_scales(scales)
     for name, given in (("--window", window), ("--stride", stride), ("--batch-size", batch_size)):
         if given is not None and given < 1:
             raise typer.BadParameter(f"{name} must be at least 1, got {given}")
     if stride is not None and overlap is not None:
         raise typer.BadParameter(f"give --stride or --overlap, not both; got --stride {stride}, --overlap {overlap}")
+    if window is not None:
+        stride = _stride(stride, overlap, window)
     with _sigterm_as_interrupt():
-        world = World.from_environment().with_store()
-        leads = world.leads
         jobs = plan(inputs, out, overlay, format.value)
         make_writable(out, overlay)
-        jobs = world.share(jobs)
+        world = World.from_environment().for_prediction()
+        leads = world.rank == 0 or world.store is None  # a rank that no store connects to others reports on its own
+        jobs = jobs[world.rank :: world.size]
         remaining = [job for job in jobs if not (resume and job.finished)]
         report = PredictionReport(skipped=len(jobs) - len(remaining))
-        world.begin(len(remaining))
-        done, total = world.counts() or (0, len(remaining))
+        done, total = world.count(total=len(remaining)) or (0, len(remaining))
         try:
+            segment: Callable[..., str | None] = run
             if remaining:
-                world.use_own_gpu()
                 segmenter = load_model(model, device, dtype)
-                config = segmenter.config
-                side = config.window_size if window is None else window
-                if overlap is not None and not 0 <= overlap < side:
-                    allowed = f"at least 0 and below the window of {side} pixels"
-                    raise typer.BadParameter(f"--overlap must be {allowed}, got {overlap}")
-                stride = stride if overlap is None else side - overlap
-                settings = Settings.of(config, window, stride, scale_factors, flip, batch_size)
+                if window is None:
+                    stride = _stride(stride, overlap, segmenter.config.window_size)
+                settings = Settings.of(segmenter.config, window, stride, factors, flip, batch_size)
+                segment = functools.partial(run, segmenter, settings=settings, name=model, resume=resume)
             start = time.perf_counter()
-            with _bars(leads) as bars:
-                images = bars.add_task("segmenting", completed=done, total=total, unit="images/s")
-                windows = bars.add_task("", total=None, visible=False, unit="windows/s")
-
-                def show() -> None:
-                    """Update the bar of the images: those of all ranks where the ranks count together."""
-                    own = report.written + len(report.failures), len(remaining)
-                    done, total = world.counts() or own
-                    bars.update(images, completed=done, total=total)
-
-                for job in remaining:
-                    bars.reset(windows, description=job.source.name, visible=False)
-                    progress = functools.partial(bars.update, windows, visible=True)
-                    try:
-                        restarted = run(segmenter, job, settings, name=model, resume=resume, progress=progress)
-                    except (OSError, ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: a GPU's is full
-                        report.failures.append((str(job.source), str(error)))
-                    else:
-                        report.written += 1
-                        if restarted:
-                            report.restarts.append((str(job.source), restarted))
-                    world.advance()
-                    bars.update(windows, visible=False)
-                    show()
-                report = world.collect(report, show)
+            bars = Progress(
+                *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()),
+                console=Console(stderr=True),
+                disable=not leads,
+            )
+            bars.add_task("segmenting", completed=done, total=total, unit="images/s")
+            bars.add_task("", total=None, visible=False, unit="windows/s")
+            _segment_all(remaining, segment, report, world, bars)
         except KeyboardInterrupt as interrupt:
             if leads:
                 done = report.written + len(report.failures)
@@ -122,6 +103,48 @@ def predict(
             raise typer.Exit(143 if isinstance(interrupt, _SigTerm) else 130) from None
     if leads:
         _summarise(report, time.perf_counter() - start, out)
+
+
+def _stride(stride: int | None, overlap: int | None, window: int) -> int | None:
+    """Return ``--stride``, or that of ``--overlap`` for windows of this side."""
+    if overlap is None:
+        return stride
+    if not 0 <= overlap < window:
+        allowed = f"at least 0 and below the window of {window} pixels"
+        raise typer.BadParameter(f"--overlap must be {allowed}, got {overlap}")
+    return window - overlap
+
+
+def _segment_all(
+    jobs: Sequence[Job], segment: Callable[..., str | None], report: PredictionReport, world: World, bars: Progress
+) -> None:
+    """Segment the images of this rank, and complete the report: on rank 0 by those of all ranks.
+
+    Args:
+        segment: ``run`` for a job and ``progress``.
+        bars: the display, with a bar of the images and one of an image's windows.
+    """
+    images, windows = bars.task_ids
+    with bars:
+        for number, job in enumerate(jobs, 1):
+            bars.reset(windows, description=job.source.name, visible=False)
+            try:
+                restarted = segment(job, progress=functools.partial(bars.update, windows, visible=True))
+            except (OSError, ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: a GPU's is full
+                report.failures.append((str(job.source), str(error)))
+            else:
+                report.written += 1
+                if restarted:
+                    report.restarts.append((str(job.source), restarted))
+            bars.update(windows, visible=False)
+            done, total = world.count(done=1) or (number, len(jobs))
+            bars.update(images, completed=done, total=total)
+        world.collect(report, functools.partial(bars.update, images))
+
+
+class _Rate(ProgressColumn):
+    def render(self, task: Task) -> Text:
+        return Text(f"{task.completed / task.elapsed if task.elapsed else 0:.2f} {task.fields['unit']}")
 
 
 def _summarise(report: PredictionReport, seconds: float, out: Path) -> None:
@@ -151,13 +174,3 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-class _Rate(ProgressColumn):
-    def render(self, task: Task) -> Text:
-        return Text(f"{task.completed / task.elapsed if task.elapsed else 0:.2f} {task.fields['unit']}")
-
-
-def _bars(shown: bool) -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()
-    return Progress(*columns, console=Console(stderr=True), disable=not shown)

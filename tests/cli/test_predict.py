@@ -149,6 +149,22 @@ def test_bad_options_are_named(arguments: tuple[object, ...], message: str, tmp_
     assert "Traceback" not in result.output
 
 
+def test_an_overlap_is_checked_against_the_window_before_anything_is_read(tmp_path: Path) -> None:
+    arguments = (photo(tmp_path / "x.png"), "--out", tmp_path / "out", "--window", 32, "--overlap", 32)
+    result = call("predict", *arguments, "--model", tmp_path / "absent")
+    assert result.exit_code == 2
+    assert "below the window of 32 pixels, got 32" in " ".join(result.stderr.replace("│", "").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_overlap_is_checked_where_nothing_is_left_to_do(tmp_path: Path) -> None:
+    arguments = (photo(tmp_path / "x.png"), "--out", tmp_path / "out", "--resume")
+    assert predict(*arguments).exit_code == 0
+    result = predict(*arguments, "--window", 32, "--overlap", -1)
+    assert result.exit_code == 2
+    assert "got -1" in result.stderr
+
+
 def test_tiff_without_tifffile_names_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = photo(tmp_path / "x.png")
     monkeypatch.setitem(sys.modules, "tifffile", None)

@@ -36,7 +36,7 @@ COMMON = {"optimizer": "sgd", "momentum": 0.9, "weight_decay": 0.0, "power": 0.9
 
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_recipes(name: str) -> None:
-    recipe = PRESETS[name].to_dict()
+    recipe = dataclasses.asdict(PRESETS[name])
     wanted = {**COMMON, **PAPER[name], "drop_path": 0.1, "dropout": 0.0, "decoder_dropout": 0.0, "freeze": "nothing"}
     assert {key: recipe[key] for key in wanted} == wanted
 
@@ -74,9 +74,11 @@ def test_fields_out_of_range_are_refused(fields: dict[str, Any], message: str) -
 
 def test_differences_name_what_changes_the_result_only() -> None:
     recipe = Recipe()
-    assert recipe.differences(recipe.replace(workers=0, parallel="fsdp", keep=9, accumulate=2).to_dict()) == []
-    assert recipe.replace(lr=0.5).differences(recipe.to_dict()) == ["lr is 0.5, was 0.001"]
-    assert recipe.differences({**recipe.to_dict(), "unknown": 3}) == ["unknown is None, was 3"]
+    assert (
+        recipe.differences(dataclasses.asdict(recipe.replace(workers=0, parallel="fsdp", keep=9, accumulate=2))) == []
+    )
+    assert recipe.replace(lr=0.5).differences(dataclasses.asdict(recipe)) == ["lr is 0.5, was 0.001"]
+    assert recipe.differences({**dataclasses.asdict(recipe), "unknown": 3}) == ["unknown is None, was 3"]
 
 
 def test_every_field_has_a_type_and_a_sentence() -> None:
