@@ -35,8 +35,6 @@ COLOURS = {
     "SDPA cuDNN": "#2ca02c",
     "SDPA efficient": "#9467bd",
     "SDPA math": "#8c564b",
-    "xformers": "#e377c2",
-    "flash-attn": "#ff7f0e",
     "peer": "#1f77b4",
     "peer max-autotune": "#17becf",
     "peer cuDNN": "#2ca02c",

@@ -39,16 +39,12 @@ class Result:
 
 
 def write(result: Result, folder: Path) -> Path:
-    """Write ``<folder>/<device>/<op>.json`` and return its path."""
+    """Write ``<folder>/<device>/<op>.json`` and return its path. NaN and infinities are refused."""
     content = asdict(result) | {
         "schema": SCHEMA,
         "cases": [{"case": case, "rows": [asdict(row) for row in rows]} for case, rows in result.cases],
     }
-    return write_json(content, folder / result.device.slug / f"{result.op}.json")
-
-
-def write_json(content: Any, path: Path) -> Path:
-    """Write ``content`` to ``path``. NaN and infinities are refused."""
+    path = folder / result.device.slug / f"{result.op}.json"
     text = json.dumps(content, indent=1, allow_nan=False) + "\n"
     with atomic_path(path) as temporary:
         temporary.write_text(text)
@@ -64,10 +60,10 @@ def read(path: Path) -> Result:
     content = json.loads(path.read_text())
     if content.pop("schema", None) != SCHEMA:
         raise ValueError(f"{path} must have schema {SCHEMA}; run the benchmark again")
-    cases = [(entry["case"], [_row(**row) for row in entry["rows"]]) for entry in content.pop("cases")]
+    cases = []
+    for entry in content.pop("cases"):
+        timings = [Timing(**row["timing"]) if row["timing"] else None for row in entry["rows"]]
+        rows = [Row(**row | {"timing": timing}) for row, timing in zip(entry["rows"], timings, strict=True)]
+        cases.append((entry["case"], rows))
     device, ceilings = DeviceRecord(**content.pop("device")), Ceilings(**content.pop("ceilings"))
     return Result(**content, device=device, ceilings=ceilings, cases=cases)
-
-
-def _row(timing: dict[str, Any] | None, **fields: Any) -> Row:
-    return Row(**fields, timing=Timing(**timing) if timing else None)

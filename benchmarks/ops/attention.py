@@ -5,8 +5,6 @@ Every peer starts from the packed ``(B, N, 3, H, D)`` and ends contiguous; copie
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 
@@ -24,6 +22,7 @@ from ..device import name_of
 HEADS, HEAD_DIM = 12, 64
 # Tokens -> the batch that fills a large GPU at that length.
 FILLING = {1025: 32, 4097: 8, 577: 64, 257: 128, 2305: 16, 1601: 16, 16385: 2}
+# PyTorch ships the kernels of FlashAttention-2 (flash) and xFormers (efficient).
 BACKENDS = {
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
@@ -65,12 +64,6 @@ def attention_case(device: torch.device, dtype: torch.dtype, batch: int, tokens:
             variants[name] = "PyTorch has no such backend on a CPU"
         else:
             variants[name] = wrap(partial(_forced, backend), needs_bytes=scores if backend is SDPBackend.MATH else 0)
-    packages = {"xformers": ("xformers", _xformers), "flash-attn": ("flash_attn", _flash_attn)}
-    for name, (package, function) in packages.items():
-        if importlib.util.find_spec(package) is None:
-            variants[name] = f"{package} is not installed"
-        else:
-            variants[name] = "it has no kernel for a CPU" if device.type == "cpu" else wrap(function)
     variants[OURS] = wrap(kernels.attention)
     element = batch * tokens * HEADS * HEAD_DIM * dtype.itemsize
     parameters = {"op": "attention", "pass": pass_, "tokens": tokens, "batch": batch, "heads": HEADS}
@@ -119,14 +112,6 @@ def _sdpa(qkv: Tensor) -> Tensor:
 def _forced(backend: SDPBackend, qkv: Tensor) -> Tensor:
     with sdpa_kernel(backend):
         return _sdpa(qkv)
-
-
-def _xformers(qkv: Tensor) -> Tensor:
-    return importlib.import_module("xformers.ops").memory_efficient_attention(*qkv.unbind(2))
-
-
-def _flash_attn(qkv: Tensor) -> Tensor:
-    return importlib.import_module("flash_attn").flash_attn_qkvpacked_func(qkv)
 
 
 def _judge(backward: bool, inputs: tuple[Tensor, Tensor]) -> Callable[[Tensor], float]:

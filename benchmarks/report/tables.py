@@ -6,10 +6,11 @@ They come from the committed JSON alone and stand between ``<!-- measured -->`` 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..case import OURS, Row
+from ..case import OURS
 from ..models.comparison import compared
 from ..models.peers import in_words
 from ..models.table import memory, pair, speeds
@@ -62,53 +63,51 @@ def measured(folder: Path) -> str:
             if (folder / f"{name}.png").exists() and (folder / f"{name}.json").exists():
                 parts.append(f"![{caption}](benchmarks/results/{folder.name}/{name}.png)")
     results = {op: read(folder / f"{op}.json") for op in OPS if (folder / f"{op}.json").exists()}
-    rows = [line for label, op, wanted in OP_ROWS if op in results and (line := _op_line(label, results[op], wanted))]
+    rows = [cells for label, op, wanted in OP_ROWS if op in results and (cells := _op_row(label, results[op], wanted))]
     if rows:
         where = _where(next(iter(results.values())))
-        parts.append(
-            f"The ops on {where} (150 classes, 32 x 32 patches to 512 x 512; attention: 12 heads of 64):\n\n"
-            "| op | eager | `torch.compile` | ours | over eager | peak MiB, eager / ours |\n"
-            "|---|---|---|---|---|---|\n" + "\n".join(rows)
-        )
+        title = f"The ops on {where} (150 classes, 32 x 32 patches to 512 x 512; attention: 12 heads of 64):"
+        header = "| op | eager | `torch.compile` | ours | over eager | peak MiB, eager / ours |"
+        parts.append(_table(title, header, rows))
     return "\n\n".join(parts)
+
+
+def _table(title: str, header: str, rows: Iterable[Sequence[str]]) -> str:
+    rule = "|---" * (header.count("|") - 1) + "|"
+    return "\n".join([title, "", header, rule, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
 
 def _models_table(result: Result) -> str:
     """A line for each case of a ``throughput.json``: figures, or the reason why there are none."""
     shared = {key: value for key, value in result.cases[0][0].items() if all(c[key] == value for c, _ in result.cases)}
-    lines = [
-        f"Images per second on {_where(result)} (PyTorch {result.device.torch}), {in_words(shared)}, a photograph:",
-        "",
-        "| | tokens | reference | peer | ours | over reference | over peer | share of peak | MiB, reference / ours "
-        "| error of the logits, peer / ours |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    title = f"Images per second on {_where(result)} (PyTorch {result.device.torch}), {in_words(shared)}, a photograph:"
+    header = "| | tokens | reference | peer | ours | over reference | over peer | share of peak "
+    header += "| MiB, reference / ours | error of the logits, peer / ours |"
+    table = []
     for case, rows in sorted(result.cases, key=lambda found: _order(found[0])):
         reference, peer, ours = compared(rows)
         own = in_words({key: value for key, value in case.items() if key not in shared})
         name = f"`{case['variant']}`" + (f", {own}" if own else "")
         errors = pair(("" if row.error is None else f"{row.error:.2g}" for row in (peer, ours)), " / ")
-        cells = (name, str(case["tokens"]), *speeds(rows), memory((reference, ours), " / "), errors)
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        table.append((name, str(case["tokens"]), *speeds(rows), memory((reference, ours), " / "), errors))
+    return _table(title, header, table)
 
 
-def _op_line(label: str, result: Result, wanted: dict[str, Any]) -> str | None:
-    for case, rows in result.cases:
-        # A dtype without a ceiling is emulated by the device, and every ratio of it is large.
-        if any(case[key] != value for key, value in wanted.items()) or (
-            case["dtype"] not in result.ceilings.matmul_tflops
-        ):
-            continue
-        by_name = {row.variant: row for row in rows}
-        eager, ours = by_name["eager"], by_name[OURS]
-        if not (eager.timing and ours.timing):
-            return None
-        times = [_milliseconds(row) for row in (eager, by_name.get("compile"), ours)]
-        gain = eager.timing.median_ms / ours.timing.median_ms
-        name = f"{label}, batch {case['batch']}, {case['dtype']}"
-        return f"| {name} | {' | '.join(times)} | {gain:.1f}x | {memory((eager, ours), ' / ')} |"
-    return None
+def _op_row(label: str, result: Result, wanted: dict[str, Any]) -> tuple[str, ...] | None:
+    # A dtype without a ceiling is emulated by the device, and every ratio of it is large.
+    own = [(c, rows) for c, rows in result.cases if c.items() >= wanted.items()]
+    case, rows = next((found for found in own if found[0]["dtype"] in result.ceilings.matmul_tflops), ({}, []))
+    by_name = {row.variant: row for row in rows}
+    eager, compiled, ours = (by_name.get(name) for name in ("eager", "compile", OURS))
+    if not (eager and eager.timing and ours and ours.timing):
+        return None
+    times = [row.timing.median_ms if row and row.timing else None for row in (eager, compiled, ours)]
+    return (
+        f"{label}, batch {case['batch']}, {case['dtype']}",
+        *("" if time is None else f"{time:.0f} ms" if time >= 100 else f"{time:.3g} ms" for time in times),
+        f"{eager.timing.median_ms / ours.timing.median_ms:.1f}x",
+        memory((eager, ours), " / "),
+    )
 
 
 def _order(case: dict[str, Any]) -> tuple[Any, ...]:
@@ -119,13 +118,6 @@ def _order(case: dict[str, Any]) -> tuple[Any, ...]:
 def _where(result: Result) -> str:
     device = result.device
     return device.name if device.type == "cuda" else f"{device.name} with {device.threads} threads"
-
-
-def _milliseconds(row: Row | None) -> str:
-    if row is None or row.timing is None:
-        return ""
-    time = row.timing.median_ms
-    return f"{time:.0f} ms" if time >= 100 else f"{time:.3g} ms"
 
 
 if __name__ == "__main__":

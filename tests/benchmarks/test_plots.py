@@ -26,7 +26,7 @@ def test_every_committed_file_is_drawn(path: Path, tmp_path: Path) -> None:
 
 
 def test_absent_variants_and_cases_without_figures_are_left_out(tmp_path: Path) -> None:
-    rows = [Row(OURS, "ok", "", 1e-7, timing_of(2.0), 1.0, 0.1, 0.3), Row("xformers", "absent", "not installed")]
+    rows = [Row(OURS, "ok", "", 1e-7, timing_of(2.0), 1.0, 0.1, 0.3), Row("SDPA cuDNN", "absent", "for CUDA only")]
     cases = [(case.parameters, rows) for case in OPS["attention"](CPU, True)]
     result = Result("attention", describe(CPU), Ceilings(10.0, {"float32": 0.3}), "2026", True, cases)
     (plot,) = draw(write(result, tmp_path).parent)
