@@ -70,11 +70,6 @@ class Case:
         assert isinstance(variant, Variant)
         return variant
 
-    def input_sets(self, first: tuple[Any, ...], generator: torch.Generator) -> list[tuple[Any, ...]]:
-        """``first`` and as many further inputs as make the caches cold."""
-        size = sum(t.nbytes for t in first if isinstance(t, torch.Tensor))
-        return [first] + [self.make_inputs(generator) for _ in range(input_sets(size, self.device) - 1)]
-
 
 @dataclass(frozen=True)
 class Row:
@@ -142,7 +137,8 @@ def run_case(case: Case, ceilings: Ceilings, seconds: float, min_samples: int = 
         for name, row in rows.items():
             if is_ours(name) and row.status in {"disagrees", "failed"}:
                 raise DisagreementError(f"{case.name}: {name} {row.status}: {row.note}")
-        inputs = case.input_sets(first, generator)
+        size = sum(t.nbytes for t in first if isinstance(t, torch.Tensor))
+        inputs = [first] + [case.make_inputs(generator) for _ in range(input_sets(size, case.device) - 1)]
         calls = {}
         for name in [name for name, row in rows.items() if row.status == "ok"]:
             try:

@@ -84,20 +84,14 @@ def share(holds: Tensor) -> float:
     return holds.float().mean().item()
 
 
-def compare_models(
-    case: ModelCase,
-    device: torch.device,
-    ceilings: Ceilings,
-    seconds: float,
-    report: Callable[[str], None] = lambda _: None,
-) -> list[Row]:
-    """A row for each of ``MODELS``; ``report`` receives the current step.
+def compare_models(case: ModelCase, device: torch.device, ceilings: Ceilings, seconds: float) -> list[Row]:
+    """A row for each of ``MODELS``.
 
     Where our output is wrong, or ours cannot run, all rows are "refused" and have no figures.
     """
     with own_stream(device), torch.inference_mode():
         try:
-            return Comparison(case, device, report=report).rows(ceilings, seconds)
+            return Comparison(case, device).rows(ceilings, seconds)
         except DisagreementError as error:
             return [Row(name, "refused", str(error)) for name in MODELS]
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -122,16 +116,10 @@ class Comparison:
 
     labels: Tensor
 
-    def __init__(
-        self,
-        case: ModelCase,
-        device: torch.device,
-        image: ImageSource = PHOTOGRAPH,
-        report: Callable[[str], None] = lambda _: None,
-    ) -> None:
+    def __init__(self, case: ModelCase, device: torch.device, image: ImageSource = PHOTOGRAPH) -> None:
         torch._dynamo.reset()
         gc.collect()
-        self.case, self.device, self.report = case, device, report
+        self.case, self.device = case, device
         self.model, self.reference, self.images = build(case, device, image)
         self.low = self.images.to(case.dtype)
 
@@ -143,7 +131,6 @@ class Comparison:
             torch.OutOfMemoryError, MemoryError: no room for the check.
         """
         rows, calls = self._checked()
-        self.report("timing")
         slow = {"min_samples": 3, "max_samples": 5} if self.reference_seconds > SLOW_SECONDS else {}
         outcomes = measure({name: [call] for name, call in calls.items()}, self.device, seconds=seconds, **slow)
         for name, outcome in outcomes.items():
@@ -153,14 +140,12 @@ class Comparison:
 
     def _checked(self) -> tuple[dict[str, Row], dict[str, Segment]]:
         """A row for each model, and the calls of those that agree."""
-        self.report("reference")
         calls: dict[str, Segment] = {}
         row, logits = self._run_reference()
         rows = {REFERENCE: row}
         if row.status == "ok":
             calls[REFERENCE] = partial(self.reference.segment, self.images)
         expected = logits.argmax(1)
-        self.report("checking logits")
         peer = Accuracy.of(with_sdpa(self.reference, self.case.dtype)(self.low), logits)
         limits = Limits(peer, self.case.dtype)
         own_logits = self.model.optimize(self.case.dtype, compile=False)(self.low)
@@ -172,7 +157,6 @@ class Comparison:
             if isinstance(make, str):
                 rows[name] = Row(name, "absent", make)
                 continue
-            self.report(f"{name}: compiling, checking" if self.case.compile else f"{name}: checking")
             try:
                 call = make()
                 labels = call()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -45,11 +45,10 @@ class Job:
     op: str
     case: ModelCase
 
-    def run(self, device: torch.device, ceilings: Ceilings, seconds: float, report: Callable[[str], None]) -> CaseRows:
+    def run(self, device: torch.device, ceilings: Ceilings, seconds: float) -> CaseRows:
         if self.op == "split":
-            report("encoder, decoder, upsampling one by one")
             return measure_parts(self.case, device, seconds / 3)
-        return [(self.case.parameters, compare_models(self.case, device, ceilings, seconds, report))]
+        return [(self.case.parameters, compare_models(self.case, device, ceilings, seconds))]
 
     def not_run(self, note: str) -> CaseRows:
         if self.op == "split":
@@ -125,8 +124,8 @@ def run_models(
                 left = max(0.0, deadline - begin)
                 found[job] = job.not_run(f"takes about {expected:.0f} s, {left:.0f} s of the budget were left")
             else:
-                report = lambda step, start=position + job.case.name: status.update(f"{start}: {step}")  # noqa: E731
-                found[job] = job.run(device, runner.ceilings, seconds, report)
+                status.update(position + job.case.name)
+                found[job] = job.run(device, runner.ceilings, seconds)
                 estimate.update(job, found[job], time.monotonic() - begin)
             result = Result(job.op, runner.record, runner.ceilings, started, False)
             for other in jobs:

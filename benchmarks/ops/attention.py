@@ -5,6 +5,7 @@ Every peer starts from the packed ``(B, N, 3, H, D)`` and ends contiguous; copie
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from functools import partial
 
@@ -24,6 +25,7 @@ HEADS, HEAD_DIM = 12, 64
 FILLING = {1025: 32, 4097: 8, 577: 64, 257: 128, 2305: 16, 1601: 16, 16385: 2}
 # PyTorch ships the kernels of FlashAttention-2 (flash) and xFormers (efficient).
 BACKENDS = {
+    "SDPA default": None,
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -55,15 +57,12 @@ def attention_case(device: torch.device, dtype: torch.dtype, batch: int, tokens:
     wrap = _backward if backward else _forward
     # Peers that materialise hold the scores and the probabilities, backward their gradients, too.
     scores = batch * HEADS * tokens**2 * dtype.itemsize * (3 if backward else 2)
-    variants: dict[str, Variant | str] = {
-        "eager": wrap(reference.attention, needs_bytes=scores),
-        "SDPA default": wrap(_sdpa),
-    }
+    variants: dict[str, Variant | str] = {"eager": wrap(reference.attention, scores)}
     for name, backend in BACKENDS.items():
         if device.type == "cpu" and backend in ONLY_GPU:
             variants[name] = "PyTorch has no such backend on a CPU"
         else:
-            variants[name] = wrap(partial(_forced, backend), needs_bytes=scores if backend is SDPBackend.MATH else 0)
+            variants[name] = wrap(partial(_sdpa, backend), scores if backend is SDPBackend.MATH else 0)
     variants[OURS] = wrap(kernels.attention)
     element = batch * tokens * HEADS * HEAD_DIM * dtype.itemsize
     parameters = {"op": "attention", "pass": pass_, "tokens": tokens, "batch": batch, "heads": HEADS}
@@ -104,14 +103,10 @@ def _backward(function: Callable[[Tensor], Tensor], needs_bytes: int = 0) -> Var
     return Variant(run, prepare, needs_bytes)
 
 
-def _sdpa(qkv: Tensor) -> Tensor:
+def _sdpa(backend: SDPBackend | None, qkv: Tensor) -> Tensor:
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, H, N, D); the backward of unbind is one copy
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
-
-
-def _forced(backend: SDPBackend, qkv: Tensor) -> Tensor:
-    with sdpa_kernel(backend):
-        return _sdpa(qkv)
+    with sdpa_kernel(backend) if backend else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).contiguous()
 
 
 def _judge(backward: bool, inputs: tuple[Tensor, Tensor]) -> Callable[[Tensor], float]:
