@@ -25,7 +25,7 @@ from .results import RESULTS
 from .runner import run_command
 from .training import StepShape, step_case, training_dtype
 
-CALLS = 5
+CALLS, LONGEST = 5, 25
 
 
 def profile(
@@ -36,7 +36,6 @@ def profile(
     batch: Annotated[int | None, typer.Option(min=1, help="Images a call; default 8, on a CPU 1.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32 or bfloat16.")] = "auto",
     compile: Annotated[bool, typer.Option(help="Profile the compiled forms.")] = True,
-    top: Annotated[int, typer.Option(help="Number of kernels.")] = 25,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     out: Annotated[Path, typer.Option(help="Folder of the results; each device has its own below.")] = RESULTS,
 ) -> None:
@@ -51,7 +50,7 @@ def profile(
     record = describe(place)
     settings = f"{step}, {name_of(kind)}, compiled {compile}"
     parts = [f"{record.name}, PyTorch {record.torch}, commit {record.commit}\n{settings}"]
-    parts += [f"{name}, {CALLS} calls\n{_table(call, place, top)}" for name, call in calls.items()]
+    parts += [f"{name}, {CALLS} calls\n{_table(call, place)}" for name, call in calls.items()]
     text = "\n\n".join(parts)
     print(text)
     with atomic_path(out / record.slug / "profile.txt") as path:
@@ -81,8 +80,8 @@ def _training_step(step: StepShape, device: torch.device, dtype: torch.dtype, co
     return case.variant(name).bind(inputs)
 
 
-def _table(call: Callable[[], Any], device: torch.device, top: int) -> str:
-    """PyTorch's table of the ``top`` longest kernels in CALLS calls after a warm-up."""
+def _table(call: Callable[[], Any], device: torch.device) -> str:
+    """PyTorch's table of the longest kernels in CALLS calls after a warm-up."""
     cuda = device.type == "cuda"
     call()
     with torch_profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]) as profiler:
@@ -91,7 +90,7 @@ def _table(call: Callable[[], Any], device: torch.device, top: int) -> str:
         if cuda:
             torch.cuda.synchronize(device)
     key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=key, row_limit=top, max_name_column_width=60).strip()
+    return profiler.key_averages().table(sort_by=key, row_limit=LONGEST, max_name_column_width=60).strip()
 
 
 if __name__ == "__main__":

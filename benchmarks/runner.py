@@ -124,7 +124,8 @@ def case_table(name: str, rows: Sequence[Row]) -> RenderableType:
     for row in rows:
         timing = row.timing
         if timing is None:
-            reasons.setdefault(f"[yellow]{row.status}[/]: {escape(row.note)}", []).append(row.variant)
+            colour = "bold red" if row.status == "refused" else "yellow"
+            reasons.setdefault(f"[{colour}]{row.status}[/]: {escape(row.note)}", []).append(row.variant)
             continue
         rate = f"{row.images_s:.3g} img/s" if row.images_s else f"{row.gb_s:.3g} GB/s" if row.gb_s else ""
         result.add_row(

@@ -23,10 +23,9 @@ from ..device import Ceilings
 from ..plots import MODELS as PLOTS
 from ..results import RESULTS, CaseRows, Result, now, write
 from ..runner import Runner, case_table, deadline_after
-from .comparison import MODELS, compare_models
+from .comparison import MODELS, case_name, compare_models, models_table
 from .parts import measure_parts, without_figures
 from .peers import ModelCase
-from .table import case_name, models_table
 
 DEFAULT = tuple(f"seg_{size}_mask_{patch}" for size, patch in (
     ("s", 16), ("t", 16), ("b", 16), ("s", 32), ("s", 8), ("t", 32), ("t", 8), ("b", 32), ("b", 8),
@@ -137,11 +136,8 @@ def run_models(
             for case, rows in found[job]:
                 runner.console.print(case_table(position + case_name(case, {}), rows))
     runner.console.print(models_table([case for job in jobs for case in found[job]]))
-    refused = [note for job in jobs for note in _notes(job, found[job], "refused")]
-    for note in refused:
-        runner.console.print(f"refused: {note}", style="bold red", markup=False)
     runner.draw(PLOTS)
-    return len(refused)
+    return sum(bool(_notes(job, found[job], "refused")) for job in jobs)
 
 
 def _notes(job: Job, found: CaseRows, status: str) -> list[str]:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from ..case import OURS
-from ..models.comparison import compared
+from ..models.comparison import compared, memory, pair, speeds
 from ..models.peers import in_words
-from ..models.table import memory, pair, speeds
 from ..ops import OPS
 from ..results import RESULTS, Result, read
 

@@ -24,9 +24,9 @@ def demo(
 ) -> None:
     """Segment scenes that a small trained model never saw, and compare the speed of large ones on a photograph."""
     from ..benchmarks.case import DisagreementError
+    from ..benchmarks.models.comparison import models_table
     from ..benchmarks.models.demo import VARIANTS, run_demo
     from ..benchmarks.models.peers import PHOTOGRAPH
-    from ..benchmarks.models.table import models_table
 
     place = choose_device(device.value)
     _show(out, place)

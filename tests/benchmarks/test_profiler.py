@@ -13,7 +13,7 @@ SMALL: dict[str, Any] = {"model": "t", "size": 32, "classes": 3, "dtype": "float
 
 
 def test_the_longest_operators_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    profile(**SMALL, top=5, out=tmp_path)
+    profile(**SMALL, out=tmp_path)
     (path,) = tmp_path.glob("*/profile.txt")
     text = path.read_text()
     assert text == capsys.readouterr().out

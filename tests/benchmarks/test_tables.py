@@ -11,9 +11,8 @@ import torch
 from rich.console import Console
 
 from segmenter_fast.benchmarks.case import Row
-from segmenter_fast.benchmarks.models.comparison import MODELS
+from segmenter_fast.benchmarks.models.comparison import MODELS, models_table
 from segmenter_fast.benchmarks.models.peers import ModelCase
-from segmenter_fast.benchmarks.models.table import models_table
 from segmenter_fast.benchmarks.report.tables import README, measured, rewritten
 from segmenter_fast.benchmarks.results import RESULTS
 from support.benchmarks import timing_of
