@@ -20,6 +20,8 @@ OURS = "ours"
 # Largest accepted error of an output, relative to the largest value of the float64 oracle. It tells a wrong result from
 # a rounded one, since peers round as they like; the tests hold far tighter bounds.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Measured: matrix products in TFLOP/s, a copy in GB/s.
+Rates = tuple[float | None, float | None]
 
 
 class DisagreementError(Exception):
@@ -97,13 +99,7 @@ class Row:
         return cls(variant, failure.status, where + failure.note)
 
     def timed(
-        self,
-        outcome: Timing | Failure,
-        images: int,
-        flops: int = 0,
-        bytes_moved: int = 0,
-        matmul_tflops: float | None = None,
-        copy_gb_s: float | None = None,
+        self, outcome: Timing | Failure, images: int, flops: int = 0, bytes_moved: int = 0, rates: Rates = (None, None)
     ) -> Row:
         """This row with the figures of ``outcome``, or with the reason why there are none."""
         if isinstance(outcome, Failure):
@@ -111,7 +107,7 @@ class Row:
         ms = outcome.median_ms
         gb_s = bytes_moved / ms / 1e6 if bytes_moved else None
         tflops = flops / ms / 1e9 if flops else None
-        rate, ceiling = (tflops, matmul_tflops) if tflops else (gb_s, copy_gb_s)
+        rate, ceiling = (tflops, rates[0]) if tflops else (gb_s, rates[1])
         share = rate / ceiling if rate and ceiling else None
         images_s = images * 1e3 / ms if images else None
         return replace(self, timing=outcome, gb_s=gb_s, tflops=tflops, share=share, images_s=images_s)
@@ -147,7 +143,7 @@ def run_case(case: Case, ceilings: Ceilings, seconds: float, min_samples: int = 
                 rows[name] = Row.failed(name, error)
         rates = ceilings.matmul_tflops.get(name_of(case.dtype)), ceilings.copy_gb_s
         for name, outcome in measure(calls, case.device, seconds=seconds, min_samples=min_samples).items():
-            rows[name] = rows[name].timed(outcome, case.images, case.flops, case.bytes_moved, *rates)
+            rows[name] = rows[name].timed(outcome, case.images, case.flops, case.bytes_moved, rates)
     return list(rows.values())
 
 
@@ -190,8 +186,6 @@ def relative_error(output: Any, oracle: Any) -> float:
         return largest(relative_error(a, b) for a, b in zip(output, oracle, strict=True))
     if output.shape != oracle.shape:
         return float("inf")
-    if oracle.numel() == 0:
-        return 0.0
     difference = (output.double() - oracle.double()).abs().max() / oracle.double().abs().max()
     return difference.item()
 
@@ -201,11 +195,10 @@ def largest(errors: Iterable[float]) -> float:
     return torch.tensor(list(errors), dtype=torch.float64).max().item()
 
 
-def with_gradients(function: Callable[..., torch.Tensor], count: int) -> Callable[..., tuple[torch.Tensor, ...]]:
-    """Return a function that gives ``function``'s result and its gradients.
+def in_pass(function: Callable[..., torch.Tensor], count: int, backward: bool) -> Callable[..., Any]:
+    """``function``, or for ``backward`` one that gives its result and the gradients of the inputs that require one.
 
-    It takes the ``count`` inputs of ``function``, and where the result is no scalar, the gradient of the result. The
-    gradients are those of all inputs that require one.
+    That one takes the ``count`` inputs of ``function``, and where the result is no scalar, the gradient of the result.
     """
 
     def run(*inputs: Any) -> tuple[torch.Tensor, ...]:
@@ -213,7 +206,7 @@ def with_gradients(function: Callable[..., torch.Tensor], count: int) -> Callabl
         leaves = [x for x in inputs[:count] if isinstance(x, torch.Tensor) and x.requires_grad]
         return (out.detach(), *torch.autograd.grad(out, leaves, *inputs[count:]))
 
-    return run
+    return run if backward else function
 
 
 def compiled(function: Callable[..., Any], device: torch.device, autotune: bool = True) -> Callable[..., Any]:

@@ -102,30 +102,29 @@ def describe(device: torch.device) -> DeviceRecord:
 def measure_ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...], seconds: float = 1.0) -> Ceilings:
     """Measure the copy bandwidth and the matrix-product rate of each dtype, ``seconds`` for each."""
     cuda = device.type == "cuda"
+
+    def median_ms(function: Any, *args: Any) -> float:
+        outcome = measure({"": [lambda: function(*args)]}, device, seconds=seconds)[""]
+        if not isinstance(outcome, Timing):
+            raise RuntimeError(f"a ceiling could not be measured: {outcome.note}")
+        return outcome.median_ms
+
     with own_stream(device):
         count = min(2**30 if cuda else 2**28, available_memory(device) // 8) // 4
         source = torch.randn(count, device=device)
-        copy_ms = _median_ms(torch.empty_like(source).copy_, source, device=device, seconds=seconds)
-        bandwidth = 2 * source.nbytes / copy_ms / 1e6
+        bandwidth = 2 * source.nbytes / median_ms(torch.empty_like(source).copy_, source) / 1e6
         del source
         rates = {}
         side = 8192 if cuda else 2048
         for dtype in dtypes:
             a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-            rates[name_of(dtype)] = 2 * side**3 / _median_ms(torch.mm, a, b, device=device, seconds=seconds) / 1e9
+            rates[name_of(dtype)] = 2 * side**3 / median_ms(torch.mm, a, b) / 1e9
     return Ceilings(bandwidth, rates)
 
 
 def name_of(dtype: torch.dtype) -> str:
     """``bfloat16`` for ``torch.bfloat16``."""
     return str(dtype).removeprefix("torch.")
-
-
-def _median_ms(function: Any, *args: Any, device: torch.device, seconds: float) -> float:
-    outcome = measure({"": [lambda: function(*args)]}, device, seconds=seconds)[""]
-    if not isinstance(outcome, Timing):
-        raise RuntimeError(f"a ceiling could not be measured: {outcome.note}")
-    return outcome.median_ms
 
 
 def _slug(name: str) -> str:

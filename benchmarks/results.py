@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,6 @@ SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
 # Each case's parameters and rows.
 CaseRows = list[tuple[dict[str, Any], list[Row]]]
-
-
-def now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from .case import Case, DisagreementError, Row, is_ours, run_case
 from .device import Ceilings, DeviceRecord, describe, measure_ceilings
-from .results import Result, now, write
+from .results import Result, write
 
 
 def run_command(function: Callable[..., None]) -> None:
@@ -55,6 +56,7 @@ class Runner:
     quick: bool
     seconds: float
     console: Console
+    started: str
 
     @classmethod
     def start(
@@ -65,7 +67,12 @@ class Runner:
         console.print(f"{record.name}, PyTorch {record.torch}, Triton {record.triton}, commit {record.commit}")
         ceilings = measure_ceilings(device, tuple(dtypes), seconds=0.3 if quick or device.type == "cuda" else 1.0)
         console.print(f"measured ceilings: {ceilings}")
-        return cls(record, ceilings, out, quick, seconds, console)
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return cls(record, ceilings, out, quick, seconds, console, started)
+
+    def result(self, op: str) -> Result:
+        """A result of this run, still without cases."""
+        return Result(op, self.record, self.ceilings, self.started, self.quick)
 
     def run(self, op: str, cases: list[Case], deadline: float) -> int:
         """Run ``cases`` until ``deadline`` and write ``<out>/<device>/<op>.json`` after each of them.
@@ -73,7 +80,7 @@ class Runner:
         The list is emptied, so that a finished case frees its memory. Returns the number of cases that were refused
         because an output of ours was wrong.
         """
-        result = Result(op, self.record, self.ceilings, now(), self.quick)
+        result = self.result(op)
         count = len(cases)
         with self.console.status("") as status:
             while cases:

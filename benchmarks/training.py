@@ -144,7 +144,7 @@ def step_case(device: torch.device, dtype: torch.dtype, step: StepShape, compile
     models: list[tuple[str, Callable[[SegmenterConfig], Any], torch.dtype, int]] = [
         ("eager", ReferenceSegmenter, torch.float32, 4 * scores + 8 * logits),
         ("eager AMP", ReferenceSegmenter, dtype, dtype.itemsize * scores + 6 * logits),
-        ("compile", _sdpa_model, dtype, 4 * logits),
+        ("compile", lambda config: with_sdpa(ReferenceSegmenter(config), torch.float32), dtype, 4 * logits),
         (OURS, Segmenter, dtype, 0),
         (f"{OURS} compiled", Segmenter, dtype, 0),
     ]
@@ -204,14 +204,9 @@ class _Step:
         return loss.detach(), gradients
 
 
-def _sdpa_model(config: SegmenterConfig) -> ReferenceSegmenter:
-    return with_sdpa(ReferenceSegmenter(config), torch.float32)
-
-
 def _inputs(step: StepShape, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    side = step.size
-    images = torch.randn((step.batch, 3, side, side), generator=generator, device=generator.device)
-    return images, block_target((step.batch, step.classes), (side, side), generator)
+    images = torch.randn((step.batch, 3, step.size, step.size), generator=generator, device=generator.device)
+    return images, block_target((step.batch, step.classes), (step.size, step.size), generator)
 
 
 def _judge(config: SegmenterConfig, inputs: tuple[Tensor, Tensor]) -> Callable[[tuple[Tensor, Gradients]], float]:

@@ -45,8 +45,8 @@ def tune(
     if op not in OPS:
         raise ValueError(f"unknown op {op}; known are {', '.join(OPS)}")
     device = choose_device("cuda")
-    headings = ("case", "shipped", "ms", "best", "ms", "gain", "tried", "skipped")
-    console, table = make_console(), narrow_table(f"{op}, {describe(device).name}", headings)
+    console, headings = make_console(), ("case", "shipped", "ms", "best", "ms", "gain", "tried", "skipped")
+    table = narrow_table(f"{op}, {describe(device).name}", headings)
     chosen = OPS[op](device, False)[:cases]
     end = time.monotonic() + budget
     for index, case in enumerate(chosen):

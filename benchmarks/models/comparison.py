@@ -140,7 +140,7 @@ class Comparison:
         outcomes = measure({name: [call] for name, call in calls.items()}, self.device, seconds=seconds, **slow)
         for name, outcome in outcomes.items():
             rate = ceilings.matmul_tflops.get("float32" if name == REFERENCE else name_of(self.case.dtype))
-            rows[name] = rows[name].timed(outcome, self.case.batch, self.case.flops, matmul_tflops=rate)
+            rows[name] = rows[name].timed(outcome, self.case.batch, self.case.flops, rates=(rate, None))
         return [rows[name] for name in MODELS]
 
     def _checked(self) -> tuple[dict[str, Row], dict[str, Segment]]:

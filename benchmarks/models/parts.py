@@ -32,8 +32,7 @@ def measure_parts(case: ModelCase, device: torch.device, seconds: float) -> Case
     The parts first run one after the other. Every row is "refused" where the labels that come out are wrong, and "out
     of memory" where there is no room.
     """
-    note = lack_of_memory(case.needs_bytes, device)
-    if device.type == "cpu" and note:
+    if device.type == "cpu" and (note := lack_of_memory(case.needs_bytes, device)):
         return without_figures(case, "out of memory", note)
     gc.collect()
     with own_stream(device), torch.inference_mode():
@@ -71,7 +70,7 @@ def _calls(case: ModelCase, device: torch.device) -> tuple[dict[str, dict[str, C
         features = whole.encoder(padded)
         # Contiguous for all: F.interpolate copies channels-last results twice on a CPU.
         masks = whole.decoder(features).mT.unflatten(2, (grid, grid)).contiguous()
-        upsample = kernels.upsample_argmax if name == OURS else _interpolate_argmax
+        upsample = kernels.upsample_argmax if name == OURS else lambda *given: _logits(*given).argmax(1)
         calls["encoder"][name] = partial(whole.encoder, padded)
         calls["decoder"][name] = partial(whole.decoder, features)
         calls["upsample"][name] = partial(upsample, masks, size, crop)
@@ -83,10 +82,6 @@ def _calls(case: ModelCase, device: torch.device) -> tuple[dict[str, dict[str, C
         or limits.argmax_fault(labels[OURS], logits[OURS])
     )
     return calls, fault
-
-
-def _interpolate_argmax(masks: Tensor, size: tuple[int, int], crop: tuple[int, int]) -> Tensor:
-    return _logits(masks, size, crop).argmax(1)
 
 
 def _logits(masks: Tensor, size: tuple[int, int], crop: tuple[int, int]) -> Tensor:

@@ -21,7 +21,7 @@ from segmenter_fast.devices import choose_dtype
 from ..case import Row
 from ..device import Ceilings
 from ..plots import MODELS as PLOTS
-from ..results import RESULTS, CaseRows, Result, now, write
+from ..results import RESULTS, CaseRows, write
 from ..runner import Runner, case_table, deadline_after
 from .comparison import MODELS, case_name, compare_models, models_table
 from .parts import measure_parts, without_figures
@@ -112,7 +112,7 @@ def run_models(
         jobs[BEFORE_EXTRAS:BEFORE_EXTRAS] = _extra_jobs(cases)
     found = {job: job.not_run("the run ended before it") for job in jobs}
     runner = Runner.start(device, {torch.float32, *kinds}, out, False, seconds)
-    start, started = time.monotonic(), now()
+    start = time.monotonic()
     estimate = TimeEstimate(runner.ceilings.matmul_tflops["float32"] / 2)
     with runner.console.status("") as status:
         for number, job in enumerate(jobs, 1):
@@ -126,7 +126,7 @@ def run_models(
                 status.update(position + job.case.name)
                 found[job] = job.run(device, runner.ceilings, seconds)
                 estimate.update(job, found[job], time.monotonic() - begin)
-            result = Result(job.op, runner.record, runner.ceilings, started, False)
+            result = runner.result(job.op)
             for other in jobs:
                 if other.op == job.op:
                     result.cases += found[other]

@@ -12,7 +12,7 @@ from torch import Tensor
 from segmenter_fast import kernels
 from segmenter_fast.kernels import reference
 
-from ..case import OURS, Case, Variant, compiled, relative_error, with_gradients
+from ..case import OURS, Case, Variant, compiled, in_pass, relative_error
 from ..device import name_of
 
 # Patches of a grid, width of the decoder, classes. The first is B-Mask/16 at 512 pixels.
@@ -44,15 +44,11 @@ def scores_case(
         dtype=dtype,
         make_inputs=partial(_inputs, backward, batch, patches, dim, classes, dtype),
         judge=partial(_judge, backward),
-        variants={name: Variant(_in_pass(function, backward)) for name, function in functions.items()},
+        variants={name: Variant(in_pass(function, 4, backward)) for name, function in functions.items()},
         bytes_moved=elements * dtype.itemsize * (2 if backward else 1),
         # One matrix product forward. Backward: one for the patches and one for the classes.
         flops=2 * batch * patches * dim * classes * (3 if backward else 1),
     )
-
-
-def _in_pass(function: Callable[..., Tensor], backward: bool) -> Callable[..., Any]:
-    return with_gradients(function, 4) if backward else function
 
 
 def _inputs(
@@ -68,5 +64,5 @@ def _inputs(
 def _judge(backward: bool, inputs: tuple[Tensor, ...]) -> Callable[[Any], float]:
     """The largest error of the scores and of each gradient."""
     exact = (tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs)
-    oracle = _in_pass(reference.mask_scores, backward)(*exact)
+    oracle = in_pass(reference.mask_scores, 4, backward)(*exact)
     return lambda output: relative_error(output, oracle)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from segmenter_fast import kernels
 
-from ..case import OURS, Case, Variant, compiled, largest, relative_error, with_gradients
+from ..case import OURS, Case, Variant, compiled, in_pass, largest, relative_error
 from ..device import name_of
 
 IGNORED = 255
@@ -110,7 +110,6 @@ def judge_cross_entropy(inputs: tuple[Any, ...]) -> Callable[[Any], float]:
         part = F.cross_entropy(logits[None], target[b : b + 1, rows], ignore_index=IGNORED, reduction="sum") / count
         grad_masks += torch.autograd.grad(part, exact)[0]
         loss += part.detach()
-
     oracle = (loss, grad_masks) if masks.requires_grad else loss
     return lambda output: relative_error(output, oracle)
 
@@ -171,8 +170,7 @@ def cases(op: str, device: torch.device, quick: bool) -> list[Case]:
     main_pass, *other_passes = OPS[op].copies
     make = partial(upsample_case, op, device)
     if quick:
-        few = (first, noise, Masks(classes=19), Masks(patch=32))
-        return [make(main, batch, main_pass, masks) for masks in few]
+        return [make(main, batch, main_pass, masks) for masks in (first, noise, Masks(classes=19), Masks(patch=32))]
     axes = [Masks(classes=classes) for classes in CLASSES]
     axes += [Masks(patch=patch) for patch in PATCHES] + [Masks(size=size) for size in SIZES]
     grid = [Masks(map_, *rest) for *rest, map_ in itertools.product(CLASSES, PATCHES, SIZES, MAPS)]
@@ -189,16 +187,15 @@ def upsample_case(op: str, device: torch.device, dtype: torch.dtype, batch: int,
     table, backward = OPS[op], pass_ == BOTH
     shape = (batch, masks.classes, masks.size // masks.patch, masks.size // masks.patch)
     logits = batch * masks.classes * masks.size**2
-    in_pass = partial(with_gradients, count=2) if backward else lambda function: function
     needs_bytes = table.copies[pass_] * logits * dtype.itemsize
     variants: dict[str, Variant | str] = {
-        "eager": Variant(in_pass(table.peer), needs_bytes=needs_bytes),
-        "compile": Variant(in_pass(compiled(table.peer, device)), needs_bytes=needs_bytes),
-        OURS: Variant(in_pass(table.ours)),
+        "eager": Variant(in_pass(table.peer, 2, backward), needs_bytes=needs_bytes),
+        "compile": Variant(in_pass(compiled(table.peer, device), 2, backward), needs_bytes=needs_bytes),
+        OURS: Variant(in_pass(table.ours, 2, backward)),
     }
     if dtype is not torch.float32 and backward:
         # PyTorch sums the gradient of a low-precision F.interpolate in that precision; this peer does not.
-        in_float32 = in_pass(lambda scores, *rest: table.peer(scores.float(), *rest))
+        in_float32 = in_pass(lambda scores, *rest: table.peer(scores.float(), *rest), 2, backward)
         variants["eager float32"] = Variant(in_float32, needs_bytes=2 * needs_bytes)
     return Case(
         parameters={"op": op, "pass": pass_, **asdict(masks), "batch": batch, "dtype": name_of(dtype)},
