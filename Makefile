@@ -15,15 +15,16 @@ $(VENV)/.installed: pyproject.toml constraints.txt mend_torchvision.py
 demo: $(VENV)/.installed
 	$(PY) -m segmenter_fast.cli demo
 
-# Two passes side by side, one core each: the second interprets the Triton kernels on the CPU, and is shown when both are
-# done. What is marked slow, the compilation of every build for every target: python -m pytest -m slow
+# Two lanes side by side, one core each. The second one interprets the Triton kernels on the CPU, then tests training; its
+# output follows that of the first. Tests marked slow (all builds for all targets among them): python -m pytest -m slow
 test: $(VENV)/.installed
 	@mkdir -p build
 	@export OMP_NUM_THREADS=1; \
-	TRITON_INTERPRET=1 $(PY) -m pytest -m interpret > build/interpret.log 2>&1 & interpret=$$!; \
-	$(PY) -m pytest -m "not interpret and not slow"; native=$$?; \
-	wait $$interpret; interpret=$$?; \
-	cat build/interpret.log; test $$native -eq 0 -a $$interpret -eq 0
+	( TRITON_INTERPRET=1 $(PY) -m pytest -m interpret && $(PY) -m pytest -m "not interpret and not slow" tests/train ) \
+	  > build/second.log 2>&1 & second=$$!; \
+	$(PY) -m pytest -m "not interpret and not slow" --ignore=tests/train; first=$$?; \
+	wait $$second; second=$$?; \
+	cat build/second.log; test $$first -eq 0 -a $$second -eq 0
 
 # mypy needs the installed layout, in which kernels, train and benchmarks lie below segmenter_fast.
 lint: $(VENV)/.installed
