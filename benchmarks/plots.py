@@ -34,6 +34,8 @@ COLOURS = {
     "SDPA flash": "#17becf",
     "SDPA cuDNN": "#2ca02c",
     "SDPA efficient": "#9467bd",
+    "xformers": "#e377c2",
+    "flash-attn": "#ff7f0e",
     "SDPA math": "#8c564b",
     "peer": "#1f77b4",
     "peer max-autotune": "#17becf",

@@ -6,8 +6,10 @@ Every peer starts from the packed ``(B, N, 3, H, D)`` and ends contiguous; copie
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +25,17 @@ from ..device import name_of
 HEADS, HEAD_DIM = 12, 64
 # Tokens -> the batch that fills a large GPU at that length.
 FILLING = {1025: 32, 4097: 8, 577: 64, 257: 128, 2305: 16, 1601: 16, 16385: 2}
-# PyTorch ships the kernels of FlashAttention-2 (flash) and xFormers (efficient).
 BACKENDS = {
     "SDPA default": None,
     "SDPA flash": SDPBackend.FLASH_ATTENTION,
     "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
     "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
     "SDPA math": SDPBackend.MATH,
+}
+# Optional peers: the package that must be installed, and its attention on a packed projection.
+PACKAGES: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+    "xformers": ("xformers", lambda qkv: import_module("xformers.ops").memory_efficient_attention(*qkv.unbind(2))),
+    "flash-attn": ("flash_attn", lambda qkv: import_module("flash_attn").flash_attn_qkvpacked_func(qkv)),
 }
 ONLY_GPU = (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 # Queries of one step of the oracle.
@@ -63,6 +69,11 @@ def attention_case(device: torch.device, dtype: torch.dtype, batch: int, tokens:
             variants[name] = "PyTorch has no such backend on a CPU"
         else:
             variants[name] = wrap(partial(_sdpa, backend), scores if backend is SDPBackend.MATH else 0)
+    for name, (package, call) in PACKAGES.items():
+        if importlib.util.find_spec(package) is None:
+            variants[name] = f"{package} is not installed"
+        else:
+            variants[name] = "it has no kernel for a CPU" if device.type == "cpu" else wrap(call)
     variants[OURS] = wrap(kernels.attention)
     element = batch * tokens * HEADS * HEAD_DIM * dtype.itemsize
     parameters = {"op": "attention", "pass": pass_, "tokens": tokens, "batch": batch, "heads": HEADS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -81,6 +82,13 @@ def test_variants_of_every_op_include_eager_and_ours() -> None:
         case = cases(CPU, True)[0]
         assert case.variant("eager")
         assert case.variant(OURS)
+
+
+def test_attention_names_its_optional_peers() -> None:
+    variants = attention.attention_case(CPU, torch.float32, 1, 9, "forward").variants
+    for peer, (package, _) in attention.PACKAGES.items():
+        missing = importlib.util.find_spec(package) is None
+        assert variants[peer] == (f"{package} is not installed" if missing else "it has no kernel for a CPU")
 
 
 @pytest.mark.parametrize("op", OPS)
