@@ -49,7 +49,8 @@ def test_a_wrong_kernel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "refused" in done.output
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     arguments = ["demo", "--out", str(tmp_path), "--variant", "seg_t_linear_16", "--dtype", "float32"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output

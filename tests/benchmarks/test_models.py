@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
+from segmenter_fast import VARIANTS
 from segmenter_fast.benchmarks import case, runner
 from segmenter_fast.benchmarks.case import OURS, Row
 from segmenter_fast.benchmarks.device import describe
@@ -23,6 +24,12 @@ from support.benchmarks import CEILINGS, CPU, timing_of
 
 CASE = ModelCase("seg_t_mask_16", torch.float32, size=64, classes=7, compile=False)
 SMALL = ("--size=64", "--classes=7", "--dtype=float32", "--device=cpu", "--no-compile", "--seconds=0.05")
+
+
+@pytest.fixture(autouse=True)
+def _shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("seg_t_mask_16", "seg_t_mask_32"):
+        monkeypatch.setitem(VARIANTS, name, VARIANTS[name].replace(depth=2, decoder_depth=1))
 
 
 @pytest.fixture

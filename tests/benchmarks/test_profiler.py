@@ -7,9 +7,15 @@ from typing import Any
 
 import pytest
 
+from segmenter_fast import VARIANTS
 from segmenter_fast.benchmarks.profiler import profile
 
 SMALL: dict[str, Any] = {"model": "t", "size": 32, "classes": 3, "dtype": "float32", "compile": False, "device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def _shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(VARIANTS, "seg_t_mask_16", VARIANTS["seg_t_mask_16"].replace(depth=2, decoder_depth=1))
 
 
 def test_the_longest_operators_are_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,6 +92,7 @@ def test_the_search_finds_the_fastest_right_configuration(monkeypatch: pytest.Mo
         }
 
     monkeypatch.setattr(cases, "measure", measure)
+    monkeypatch.setattr(tune, "ROUND", 20)
     row = tune.search(case, module, float("inf"))
     assert row[0] == str(Tiles(64, 64, 4, 3))
     assert row[2] == str(Tiles(32, 128, 1, 2))
