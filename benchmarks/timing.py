@@ -136,9 +136,7 @@ def available_memory(device: torch.device) -> int:
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
     meminfo = Path("/proc/meminfo")
-    if not meminfo.exists():
-        return 2**33
-    return _field(meminfo, "MemAvailable")
+    return _field(meminfo, "MemAvailable") if meminfo.exists() else 2**33
 
 
 def peak_memory(call: Call, device: torch.device) -> int | None:

@@ -63,10 +63,6 @@ class ModelCase:
         }
 
     @property
-    def name(self) -> str:
-        return f"{self.variant}, {in_words(self.parameters)}"
-
-    @property
     def flops(self) -> int:
         """FLOPs of the matrix products of one call, counted on the reference."""
         return 2 * self.batch * count_macs(self.config, self.size)

@@ -123,7 +123,7 @@ def run_models(
                 left = max(0.0, deadline - begin)
                 found[job] = job.not_run(f"takes about {expected:.0f} s, {left:.0f} s of the budget were left")
             else:
-                status.update(position + job.case.name)
+                status.update(position + case_name(job.case.parameters, {}))
                 found[job] = job.run(device, runner.ceilings, seconds)
                 estimate.update(job, found[job], time.monotonic() - begin)
             result = runner.result(job.op)
@@ -143,7 +143,7 @@ def run_models(
 def _notes(job: Job, found: CaseRows, status: str) -> list[str]:
     """The job and the reason, if its rows have this status."""
     notes = [row.note for _, rows in found for row in rows if row.status == status]
-    return [f"{job.case.name}: {note}" for note in notes[:1]]
+    return [f"{case_name(job.case.parameters, {})}: {note}" for note in notes[:1]]
 
 
 def _extra_jobs(cases: Sequence[ModelCase]) -> Iterator[Job]:

@@ -16,8 +16,8 @@ from ..results import RESULTS
 from ..runner import Runner, deadline_after
 from . import attention, mask_scores, sliding, upsample
 
+# (device, quick) -> the cases of an op.
 MakeCases = Callable[[torch.device, bool], list[Case]]
-# For each op: (device, quick) -> its cases.
 OPS: dict[str, MakeCases] = {
     **{op: partial(upsample.cases, op) for op in upsample.OPS},
     "attention": attention.cases,
