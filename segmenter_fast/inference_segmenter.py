@@ -55,7 +55,7 @@ class InferenceSegmenter(nn.Module):
     ) -> None:
         super().__init__()
         if dtype not in DTYPES.values():
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
         self.config = config
         self.encoder = copy.deepcopy(encoder)
         self.decoder = copy.deepcopy(decoder)

@@ -136,7 +136,7 @@ def test_takes_the_models_place_in_prediction() -> None:
 
 def test_refusals() -> None:
     model, _ = pair("mask_16", torch.float32)
-    with pytest.raises(ValueError, match=r"dtype must be one of float32, bfloat16, float16, got torch\.int8"):
+    with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, .* got torch\.int8"):
         model.optimize(torch.int8)
     fast = model.optimize(compile=False)
     with pytest.raises(NotImplementedError, match="cannot be trained"):

@@ -90,7 +90,7 @@ def _pretrained(config: SegmenterConfig, source: str, fields: Mapping[str, Any])
     """Return a model with the weights of ``source``, see ``create_model``."""
     name, path = config.timm_backbone if source == "timm" else source, Path(source)
     if name is None:
-        raise CheckpointError(f"there are no timm weights for {config.variant}; pass timm_backbone= or a file")
+        raise CheckpointError(f"there are no timm weights for {config.variant}; give a timm model's name or a file")
     if source == "timm" or (not path.exists() and timm.names_a_model(name)):
         encoder, pixels = timm.download(name, config)
         return _with_encoder(config.replace(**{**pixels, "timm_backbone": name, **fields}), encoder, f"timm's {name}")
@@ -130,7 +130,7 @@ def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
         return _from_state(*_unwrapped(source, "the state dict"), "the state dict", overrides)
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
+        raise FileNotFoundError(f"{path}: no such file or folder, and no hub id such as org/name")
     is_folder = path.is_dir()
     if is_folder and any((path / name).exists() for name in (hub.CONFIG, hub.WEIGHTS)):
         return hub.read_folder(path)

@@ -47,6 +47,11 @@ class _Placeholder:
     def __setstate__(self, _: Any) -> None: ...
 
 
+def _require_file(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+
+
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return the mapping in a file whose name ends in .json, or in a YAML file.
 
@@ -57,6 +62,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         CheckpointError: not of that language, a refused tag, or no mapping.
     """
     language = "JSON" if path.suffix == ".json" else "YAML"
+    _require_file(path)
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if language == "JSON" else yaml.load(text, _YamlLoader)
@@ -74,6 +80,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         CheckpointError: damaged, truncated or of another format.
     """
+    _require_file(path)
     try:
         return load_file(path)
     except safetensors.SafetensorError as error:
@@ -90,14 +97,13 @@ def read_torch(path: Path) -> Any:
         FileNotFoundError: no such file.
         CheckpointError: damaged, truncated, of another format, or it names other code.
     """
+    _require_file(path)
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             with _ALLOWING, torch.serialization.safe_globals(_placeholders(path)):
                 return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is refused, and nothing in it was executed: {_reason(error)}") from error
     except Exception as error:  # torch raises almost anything for a damaged file
@@ -120,5 +126,5 @@ def _reason(error: Exception) -> str:
     """Return the first sentence of torch's error that is no advice on how to read the file unsafely."""
     advice = ("Weights only load failed", "(1)", "(2)", "Check the documentation")
     lines = [line.strip() for line in str(error).split("WeightsUnpickler error:")[-1].splitlines()]
-    reasons = [line for line in lines if line and not line.startswith(advice)]
+    reasons = [line for line in lines if " " in line and not line.startswith(advice)]  # not a bare KeyError's key
     return (reasons or [type(error).__name__])[0].split(". ")[0]

@@ -152,6 +152,17 @@ def test_missing_files_are_named(tmp_path: Path) -> None:
             sf.load(tmp_path / name)
 
 
+@pytest.mark.parametrize("missing", ["variant.yml", "checkpoint.pth", "config.json", "model.safetensors"])
+def test_a_missing_part_of_a_folder_is_named(missing: str, tmp_path: Path) -> None:
+    if missing in ("config.json", "model.safetensors"):
+        small_model().save_pretrained(tmp_path)
+    else:
+        official_folder(tmp_path)
+    (tmp_path / missing).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{missing}: no such file"):
+        sf.load(tmp_path)
+
+
 def test_an_empty_folder_says_what_is_expected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no checkpoint: expected config\.json and model\.safetensors, or"):
         sf.load(tmp_path)

@@ -249,7 +249,7 @@ def test_another_backbone_can_be_named_and_must_fit() -> None:
 
 
 def test_a_variant_without_timm_weights_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="no timm weights for seg_t_mask_8; pass timm_backbone="):
+    with pytest.raises(CheckpointError, match="no timm weights for seg_t_mask_8; give a timm model's name"):
         create_model("seg_t_mask_8", pretrained="timm")
 
 
