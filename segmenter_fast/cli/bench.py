@@ -86,7 +86,7 @@ def train(
     model: Annotated[list[Size] | None, typer.Option(help="Size of the model; this and the next two repeat.")] = None,
     patch: Annotated[list[int] | None, typer.Option(min=1, help="Patch size.")] = None,
     classes: Annotated[list[int] | None, typer.Option(min=1, help="Number of classes.")] = None,
-    size: Annotated[int | None, typer.Option(min=1, help="Of the images: pixels a side.")] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,

@@ -57,7 +57,7 @@ def push(
     model: CheckpointArgument,
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hugging Face Hub.")],
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    licence: Annotated[str | None, typer.Option("--license", help="Of the weights, such as mit.")] = None,
+    licence: Annotated[str | None, typer.Option("--license", help="Licence of the weights, such as mit.")] = None,
 ) -> None:
     """Upload a checkpoint in our format, with a model card, to the Hugging Face Hub."""
     with short_warnings():

@@ -26,7 +26,7 @@ def check(
     kind: Annotated[
         str, typer.Option(help="ade20k, cityscapes, pascal_context, folder, or auto: by content.")
     ] = "auto",
-    show: Annotated[int, typer.Option(min=1, help="How many problems to print at most.")] = 100,
+    show: Annotated[int, typer.Option(min=1, help="Most problems to print.")] = 100,
 ) -> None:
     """Read every file of a data set, report problems and the pixels of each class. Exit code 1: problems."""
     from ..train.datasets.layouts import LAYOUTS, SPLITS, kind_of, open_files
@@ -80,7 +80,7 @@ def _checked(split: str, files: PairedFiles) -> tuple[list[int], list[str]]:
 @dataset.command()
 def make(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write; new or empty.")],
-    images: Annotated[int, typer.Option(help="How many; a fifth of them is for validation.")] = 40,
+    images: Annotated[int, typer.Option(help="Number of images; a fifth of them is for validation.")] = 40,
     size: Annotated[int, typer.Option(help="Their side in pixels.")] = 128,
     seed: Annotated[int, typer.Option(help="Other seeds give other images.")] = 0,
 ) -> None:

@@ -46,7 +46,7 @@ def evaluate(
     batch_size: Annotated[int, InferenceOptions.batch_size] = 2,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,
-    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Where to write all figures.")] = None,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="File for all figures.")] = None,
 ) -> None:
     """Compare a model's labels with those of a data set: IoU for each class, mIoU, mAcc, aAcc.
 

@@ -54,7 +54,7 @@ def predict(
     batch_size: Annotated[int, InferenceOptions.batch_size] = 2,
     overlay: Annotated[bool, typer.Option(help="Write overlays.")] = True,
     format: Annotated[
-        Format, typer.Option(help="Of the labels. auto: PNG up to 8192 x 8192 pixels, tiled TIFF above.")
+        Format, typer.Option(help="Format of the labels. auto: PNG up to 8192 x 8192 pixels, tiled TIFF above.")
     ] = Format.auto,
 ) -> None:
     """Segment images: a file of class indices, and an overlay, for each.

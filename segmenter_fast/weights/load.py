@@ -132,17 +132,20 @@ def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder, and no hub id such as org/name")
     is_folder = path.is_dir()
-    if is_folder and any((path / name).exists() for name in (hub.CONFIG, hub.WEIGHTS)):
-        return hub.read_folder(path)
-    if path.name == hub.WEIGHTS and (path.parent / hub.CONFIG).exists():
-        return hub.read_folder(path.parent)
-    if is_folder and not any((path / name).exists() for name in (official.WEIGHTS, official.VARIANT)):
-        raise CheckpointError(
-            f"{path} holds no checkpoint: expected {hub.CONFIG} and {hub.WEIGHTS}, "
-            f"or {official.WEIGHTS} and {official.VARIANT}; name a file to load another one"
-        )
     if is_folder:
+        ours, theirs = (hub.CONFIG, hub.WEIGHTS), (official.WEIGHTS, official.VARIANT)
+        parts = next((names for names in (ours, theirs) if any((path / name).exists() for name in names)), ())
+        if not parts:
+            expected = ", or ".join(" and ".join(names) for names in (ours, theirs))
+            raise CheckpointError(f"{path} holds no checkpoint: expected {expected}; name a file to load another one")
+        for name in parts:
+            if not (path / name).exists():
+                raise FileNotFoundError(f"{path / name}: no such file")
+        if parts == ours:
+            return hub.read_folder(path)
         path /= official.WEIGHTS
+    elif path.name == hub.WEIGHTS and (path.parent / hub.CONFIG).exists():
+        return hub.read_folder(path.parent)
     state, meta = _read_file(path)
     variant = path.parent / official.VARIANT
     if not is_folder and not (official.recognises(state) and variant.exists()):

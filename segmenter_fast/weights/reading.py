@@ -47,11 +47,6 @@ class _Placeholder:
     def __setstate__(self, _: Any) -> None: ...
 
 
-def _require_file(path: Path) -> None:
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file")
-
-
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return the mapping in a file whose name ends in .json, or in a YAML file.
 
@@ -62,7 +57,6 @@ def read_mapping(path: Path) -> dict[str, Any]:
         CheckpointError: not of that language, a refused tag, or no mapping.
     """
     language = "JSON" if path.suffix == ".json" else "YAML"
-    _require_file(path)
     try:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if language == "JSON" else yaml.load(text, _YamlLoader)
@@ -80,7 +74,6 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         FileNotFoundError: no such file.
         CheckpointError: damaged, truncated or of another format.
     """
-    _require_file(path)
     try:
         return load_file(path)
     except safetensors.SafetensorError as error:
@@ -97,13 +90,14 @@ def read_torch(path: Path) -> Any:
         FileNotFoundError: no such file.
         CheckpointError: damaged, truncated, of another format, or it names other code.
     """
-    _require_file(path)
     try:
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError:
             with _ALLOWING, torch.serialization.safe_globals(_placeholders(path)):
                 return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} is refused, and nothing in it was executed: {_reason(error)}") from error
     except Exception as error:  # torch raises almost anything for a damaged file

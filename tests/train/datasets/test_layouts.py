@@ -29,7 +29,7 @@ NAMES = {
     "pascal_context": (["2008_000002", "2008_000008"], ["2008_000003"]),
     "folder": (["b", "c", "sub/a"], ["d"]),
 }
-# What the values that the writers write become.
+# Classes that the written values become.
 BECOME = {
     "ade20k": [255, 0, 20, 149],
     "cityscapes": [0, 13, 18, 255, 255],
