@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from segmenter_fast.io.atomic import atomic_path
+from segmenter_fast.io.atomic import write_json
 
 from .case import Row
 from .device import Ceilings, DeviceRecord
@@ -40,9 +40,7 @@ def write(result: Result, folder: Path) -> Path:
         "cases": [{"case": case, "rows": [asdict(row) for row in rows]} for case, rows in result.cases],
     }
     path = folder / result.device.slug / f"{result.op}.json"
-    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
-    with atomic_path(path) as temporary:
-        temporary.write_text(text)
+    write_json(path, content, indent=1, allow_nan=False)
     return path
 
 

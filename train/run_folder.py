@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import re
 import shutil
 from dataclasses import asdict, dataclass
@@ -33,7 +32,7 @@ from typing import Any
 import torch
 
 from ..config import SegmenterConfig
-from ..io.atomic import atomic_files, atomic_path
+from ..io.atomic import atomic_files, atomic_path, write_json
 from ..segmenter import Segmenter
 from ..weights.hub import write_folder
 from ..weights.reading import CheckpointError, read_mapping, read_torch
@@ -106,7 +105,7 @@ def open_run(
             "model": config.to_dict(),
             "samples": samples,
         }
-        _write_json(run / RUN, description)
+        write_json(run / RUN, description, indent=2)
     except OSError as error:
         raise OSError(f"the run's folder {run} cannot be written: {error.strerror or error}") from error
     content, problems = read_latest(run)
@@ -227,7 +226,7 @@ def save_scores(run: Path, summary: EvaluationSummary, keep: int) -> None:
         with atomic_files(run / BEST) as temporary:
             for file in (run / LAST).iterdir():
                 shutil.copy(file, temporary)
-    _write_json(run / SCORES, asdict(summary))
+    write_json(run / SCORES, asdict(summary), indent=2)
     prune(run, keep, summary.best_step)
 
 
@@ -240,8 +239,3 @@ def read_scores(run: Path, step: int) -> EvaluationSummary:
         return EvaluationSummary()
     best = summary.best_step, summary.best_miou
     return summary if summary.last_step <= step else EvaluationSummary(*best, *best)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2) + os.linesep, encoding="utf-8")

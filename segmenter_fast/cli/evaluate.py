@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from .. import SegmenterConfig
 from ..inference.settings import Settings
-from ..io.atomic import atomic_path
+from ..io.atomic import write_json
 from ..processes import process_group
 from .app import (
     CheckpointArgument,
@@ -82,13 +81,17 @@ def evaluate(
     typer.echo(f"{totals}; {len(dataset):,} images, {scores.pixels:,} labelled pixels")
     if out is not None:
         content = {
-            **{"model": model, "data": data, "split": split, "images": len(dataset), "resize": resize},
+            "model": model,
+            "data": data,
+            "split": split,
+            "images": len(dataset),
+            "resize": resize,
             **asdict(settings),
-            **{"dtype": str(next(segmenter.parameters()).dtype), "classes": list(dataset.class_names)},
+            "dtype": str(next(segmenter.parameters()).dtype),
+            "classes": list(dataset.class_names),
             **asdict(scores),
         }
-        with atomic_path(out) as temporary:
-            temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+        write_json(out, content, indent=1, allow_nan=False)
         typer.echo(f"written: {out}")
 
 

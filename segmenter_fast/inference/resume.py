@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from ..config import Pair
-from ..io.atomic import atomic_path
+from ..io.atomic import write_json
 from .settings import Settings
 
 
@@ -58,8 +58,7 @@ class FinishedRows:
         self.restarted = _difference(self._description, run) if resume and self._description.exists() else None
         if not resume or self.restarted or not (self._rows.exists() and self._description.exists()):
             self.remove()
-            with atomic_path(self._description) as temporary:
-                temporary.write_text(json.dumps(run, indent=1) + "\n")
+            write_json(self._description, run, indent=1)
             self._rows.touch()
         self.count = min(self._rows.stat().st_size // self._row_bytes, size[0])
         os.truncate(self._rows, self.count * self._row_bytes)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -44,6 +46,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """``atomic_files`` for a single file, or a new folder: yield the temporary path that becomes ``path``."""
     with atomic_files(path.parent) as temporary:
         yield temporary / path.name
+
+
+def write_json(path: Path, content: dict[str, Any], **options: Any) -> None:
+    """Write a mapping as JSON; ``options`` are those of ``json.dumps``. See ``atomic_files``."""
+    text = json.dumps(content, **options) + "\n"
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_png(image: Image.Image, path: Path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segmenter_fast.io.atomic import atomic_files, atomic_path, write_png
+from segmenter_fast.io.atomic import atomic_files, atomic_path, write_json, write_png
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -82,3 +82,12 @@ def test_a_png_cut_short_leaves_nothing_and_spares_what_was_there(
             write_png(image, tmp_path / "a" / name)
     assert os.listdir(tmp_path / "a") == ["x.png"]
     assert (tmp_path / "a/x.png").read_bytes() == before
+
+
+def test_json_that_is_refused_leaves_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "scores.json"
+    write_json(path, {"miou": 0.5}, indent=1, allow_nan=False)
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(path, {"miou": float("nan")}, allow_nan=False)
+    assert path.read_text() == '{\n "miou": 0.5\n}\n'
+    assert [entry.name for entry in path.parent.iterdir()] == ["scores.json"]
