@@ -1,1 +1,1 @@
-"""Reports from result files alone: the tables of the READMEs, and what changed between two folders."""
+"""Reports from result files alone: the tables of README.md, and what changed between two folders."""

@@ -1,4 +1,4 @@
-"""The generated tables of README.md: ``python -m segmenter_fast.benchmarks.report.tables`` writes them.
+"""The generated tables of benchmarks/README.md: ``python -m segmenter_fast.benchmarks.report.tables`` writes them.
 
 They come from the committed JSON alone and stand between ``<!-- measured -->`` and ``<!-- /measured -->``.
 """
@@ -16,7 +16,7 @@ from ..models.peers import in_words
 from ..ops import OPS
 from ..results import RESULTS, Result, read
 
-README = RESULTS.parents[1] / "README.md"
+README = RESULTS.parent / "README.md"
 SMOOTH = {"classes": 150, "patch": 16, "map": "smooth"}
 # Rows of the table of ops: label, file, parameters of the case.
 OP_ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -60,7 +60,7 @@ def measured(folder: Path) -> str:
         parts.append(_models_table(read(models)))
         for name, caption in PICTURES.items():
             if (folder / f"{name}.png").exists() and (folder / f"{name}.json").exists():
-                parts.append(f"![{caption}](benchmarks/results/{folder.name}/{name}.png)")
+                parts.append(f"![{caption}](results/{folder.name}/{name}.png)")
     results = {op: read(folder / f"{op}.json") for op in OPS if (folder / f"{op}.json").exists()}
     rows = [cells for label, op, wanted in OP_ROWS if op in results and (cells := _op_row(label, results[op], wanted))]
     if rows:
