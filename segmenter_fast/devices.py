@@ -1,8 +1,10 @@
-"""Choice of device and dtype, "auto" among them."""
+"""Choice of device, dtype and compilation, "auto" among them."""
 
 from __future__ import annotations
 
 import os
+import warnings
+from functools import cache
 
 import torch
 
@@ -27,25 +29,80 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a name; "auto" is bfloat16 if the hardware multiplies it fast, else float16 on a GPU or float32.
+def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """A dtype of ``DTYPES``, by itself or by name.
+
+    "auto" is bfloat16 if the hardware multiplies it fast, else float16 on a GPU or float32.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: another name or dtype.
     """
-    if name == "auto":
+    if dtype == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         return torch.bfloat16 if device.type == "cpu" and cpu_is_fast_in_bfloat16() else torch.float32
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")
+    return chosen
+
+
+def choose_compile(compile: bool | str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return ``compile``, or for "auto" True where ``torch.compile`` makes the inference form faster.
+
+    | device | "auto" |
+    |---|---|
+    | CUDA, ROCm | True |
+    | CPU with AMX, bfloat16 | True |
+    | other CPUs, other dtypes | False |
+
+    Raises:
+        ValueError: another value.
+    """
+    if compile == "auto":
+        return device.type == "cuda" or (device.type == "cpu" and dtype == torch.bfloat16 and _cpu_has("amx_tile"))
+    if not isinstance(compile, bool):
+        raise ValueError(f"compile must be True, False or 'auto', got {compile!r}")
+    return compile
+
+
+def computes_slowly(dtype: torch.dtype, device: torch.device) -> bool:
+    """True if matrix products in a low-precision ``dtype`` are slower than float32 on the device, for want of units."""
+    if device.type == "cpu":
+        fast = {torch.bfloat16: cpu_is_fast_in_bfloat16, torch.float16: cpu_is_fast_in_float16}
+        return dtype in fast and not fast[dtype]()
+    return device.type == "cuda" and dtype == torch.bfloat16 and not torch.cuda.is_bf16_supported(False)
+
+
+@cache
+def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Warn, once for a dtype and device, that ``computes_slowly``."""
+    name = str(dtype).removeprefix("torch.")
+    if device.type == "cpu":
+        has = f"this CPU ({torch.backends.cpu.get_cpu_capability()}) has no {name} units"
+        doing = f"linear layers keep their weights in {name}, for half the memory, and compute in float32"
+    else:
+        has = f"{torch.cuda.get_device_name(device)} has no {name} units"
+        doing = f"it emulates {name} slowly"
+    best = str(choose_dtype("auto", device)).removeprefix("torch.")
+    warnings.warn(f"{has}: {doing}; dtype='auto' takes {best}, the fastest here", stacklevel=4)
 
 
 def cpu_is_fast_in_bfloat16() -> bool:
     """True if the CPU has bfloat16 matrix products (AMX or AVX512-BF16); False also if PyTorch cannot tell."""
-    checks = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(bool(check()) for check in checks if callable(check))
+    return _cpu_has("amx_tile") or _cpu_has("avx512_bf16")
+
+
+def cpu_is_fast_in_float16() -> bool:
+    """True if the CPU has float16 matrix products (AMX or AVX512-FP16); False also if PyTorch cannot tell."""
+    supported = getattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", None)
+    return supported is not None and bool(supported())
+
+
+def _cpu_has(feature: str) -> bool:
+    """True if PyTorch detects an instruction set of x86 and may use it: ATEN_CPU_CAPABILITY can forbid AVX512."""
+    check = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return bool(check and check()) and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def usable_cores() -> int:

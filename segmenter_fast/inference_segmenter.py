@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from . import kernels
 from .config import SegmenterConfig
 from .decoders import LinearDecoder, MaskTransformer, upsampled_size
-from .devices import DTYPES
-from .vit import VisionTransformer, check_images, pad_to_patches
+from .devices import choose_compile, choose_dtype, computes_slowly, warn_of_slow_dtype
+from .linears import store_linears
+from .vit import VisionTransformer, channels_last_maps, check_images, pad_to_patches
 
 # Input shapes that keep a CUDA graph; the least recently used is dropped first.
 _MAX_GRAPHS = 8
@@ -37,8 +38,10 @@ class InferenceSegmenter(nn.Module):
     Takes ``(B, 3, H, W)`` images on the model's device: floating point and normalised, as the Segmenter takes them, or
     uint8 RGB, whose normalisation is folded into the patch embedding. Encoder and decoder are copied.
 
-    Precision: weights and activations have the given dtype. Softmax, norm statistics and accumulators are float32
-    inside the ops, and so are the class scores and their LayerNorm, because small differences of them decide labels.
+    Precision: weights and activations have the given dtype; on a CPU that is slow in it, the weights of linear layers
+    do, and everything is computed in float32. ``Segmenter.optimize`` decides by the model's device. Softmax, norm
+    statistics and accumulators are float32 inside the ops, and so are the class scores and their LayerNorm, because
+    small differences of them decide labels.
 
     It may be copied, pickled, moved with ``.to`` and loaded into. The next call then derives, compiles and captures
     everything again. ``state_dict`` has the Segmenter's keys.
@@ -49,19 +52,24 @@ class InferenceSegmenter(nn.Module):
         config: SegmenterConfig,
         encoder: VisionTransformer,
         decoder: MaskTransformer | LinearDecoder,
-        dtype: torch.dtype,
-        compile: bool,
+        dtype: torch.dtype | str,
+        compile: bool | str,
         cuda_graph: bool,
     ) -> None:
         super().__init__()
-        if dtype not in DTYPES.values():
-            raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
+        device = next(encoder.parameters()).device
+        dtype = choose_dtype(dtype, device)
+        stored_only = device.type == "cpu" and computes_slowly(dtype, device)
         self.config = config
         self.encoder = copy.deepcopy(encoder)
         self.decoder = copy.deepcopy(decoder)
-        self.compile_graph = compile
+        self.compile_graph = choose_compile(compile, device, dtype)
         self.cuda_graph = cuda_graph
-        self.to(dtype)
+        self.to(torch.float32 if stored_only else dtype)
+        if stored_only:
+            warn_of_slow_dtype(dtype, device)
+            for part in (self.encoder.blocks, self.decoder):
+                store_linears(part, dtype)
         self.requires_grad_(False)
         self.train(False)
 
@@ -214,7 +222,7 @@ class InferenceSegmenter(nn.Module):
         x = torch.cat([prefix.expand(images.shape[0], -1, -1), patches], 1)
         for block in self.encoder.blocks:
             x = block(x, rotation)
-        masks = self.decoder(self.encoder.norm(x)[:, prefix.shape[1] :]).mT.unflatten(2, grid)
+        masks = channels_last_maps(self.decoder(self.encoder.norm(x)[:, prefix.shape[1] :]), grid)
         if result == "masks":
             return masks
         upsampled = upsampled_size(self.config, size)
@@ -222,7 +230,7 @@ class InferenceSegmenter(nn.Module):
             return kernels.upsample_argmax(masks, upsampled, size)
         if result == "probabilities":
             return kernels.upsample_softmax(masks, upsampled, size)
-        return kernels.reference.upsample(masks.contiguous(), upsampled, (height, width), align_corners=False)
+        return kernels.reference.upsample(masks, upsampled, (height, width), align_corners=False)
 
 
 @dataclass(frozen=True)

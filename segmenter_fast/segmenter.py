@@ -9,7 +9,7 @@ from . import kernels
 from .config import SegmenterConfig
 from .decoders import LinearDecoder, MaskTransformer, upsampled_size
 from .inference_segmenter import InferenceSegmenter
-from .vit import Block, VisionTransformer
+from .vit import Block, VisionTransformer, channels_last_maps
 from .weights.hub import HubMixin
 
 # Largest number of attention scores of one chunk of queries, beside the result of ``attention_maps``.
@@ -40,11 +40,11 @@ class Segmenter(nn.Module, HubMixin):
     def masks(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, K, h, w)`` scores of the patches of the padded images (channels-last strides)."""
         scores, patch = self.decoder(self.encoder(images)), self.config.patch_size  # (B, h w, K)
-        return scores.mT.unflatten(2, [-(-side // patch) for side in images.shape[2:]])
+        return channels_last_maps(scores, [-(-side // patch) for side in images.shape[2:]])
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` -> ``(B, K, H, W)`` logits. No other method builds this tensor."""
-        masks = self.masks(images).contiguous()  # interpolate copies the full-size result of channels-last masks
+        masks = self.masks(images)
         height, width = images.shape[2:]
         size = upsampled_size(self.config, (height, width))
         return kernels.reference.upsample(masks, size, (height, width), align_corners=False)
@@ -98,19 +98,23 @@ class Segmenter(nn.Module, HubMixin):
         return self.train(self.training)
 
     def optimize(
-        self, dtype: torch.dtype = torch.bfloat16, compile: bool = True, cuda_graph: bool = True
+        self, dtype: torch.dtype | str = "auto", compile: bool | str = "auto", cuda_graph: bool = True
     ) -> InferenceSegmenter:
         """Return the inference form of this model, a copy; see ``InferenceSegmenter``.
 
         Args:
-            dtype: of weights and activations: bfloat16, float16 or float32.
+            dtype: of weights and activations: bfloat16, float16 or float32, or a name of them. "auto" is bfloat16 if
+                the hardware multiplies it fast, else float16 on a GPU and float32 elsewhere; see
+                ``devices.choose_dtype``. A CPU that is slow in the given dtype keeps the weights of linear layers in
+                it, for their memory, computes in float32, and warns once.
             compile: run ``torch.compile`` on everything between the ops. The first call of a shape then takes a minute
-                or so; another batch size or image size compiles once more.
+                or so; another batch size or image size compiles once more. "auto" compiles where it wins; see
+                ``devices.compiles``.
             cuda_graph: on a GPU, capture one CUDA graph per input shape, for the last 8 shapes, each with its own
                 memory. No effect on other devices.
 
         Raises:
-            ValueError: another dtype.
+            ValueError: another dtype, or another ``compile``.
         """
         return InferenceSegmenter(self.config, self.encoder, self.decoder, dtype, compile, cuda_graph)
 

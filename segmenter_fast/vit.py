@@ -6,6 +6,7 @@ Parameter names are those of timm and of the official Segmenter program.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,15 @@ def pad_to_patches(images: Tensor, patch_size: int) -> Tensor:
     # Not -side % patch_size: the compiler's symbolic sizes have no modulus of a negative number.
     below, right = ((patch_size - side % patch_size) % patch_size for side in images.shape[2:])
     return F.pad(images, (0, right, 0, below)) if below or right else images
+
+
+def channels_last_maps(tokens: Tensor, grid: Sequence[int]) -> Tensor:
+    """``(B, h w, D)`` values of a grid of patches -> ``(B, D, h, w)`` maps, a view.
+
+    It has the official program's strides: PyTorch sees channels-last maps, at batch 1, too. A transposed view has a
+    batch stride of D there, and ``interpolate`` then copies its full-size result twice.
+    """
+    return tokens.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
 
 
 def rotation_table(grid: Pair, num_prefix_tokens: int, head_dim: int, temperature: float, like: Tensor) -> Tensor:
@@ -187,7 +197,7 @@ def resize_positions(positions: Tensor, grid: Pair, size: Pair, mode: str) -> Te
     The entries of prefix tokens are unchanged; ``mode`` is a configuration's ``pos_embed_mode``.
     """
     prefix = positions.shape[1] - grid[0] * grid[1]
-    patches = positions[:, prefix:].mT.unflatten(2, grid)
+    patches = channels_last_maps(positions[:, prefix:], grid)
     if patches.dtype != torch.float64:
         patches = patches.float()
     kind, _, antialias = mode.partition("_")

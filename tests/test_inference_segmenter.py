@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import warnings
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 import segmenter_fast as sf
+from segmenter_fast import devices
 from segmenter_fast.reference import ReferenceSegmenter
 from support.models import FAMILIES, normalised, pair
 
@@ -72,7 +74,7 @@ def test_compiles_for_many_image_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """From the second size on, the compiler represents height and width by symbols."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     model = sf.create_model("seg_t_linear_16", image_size=32, num_classes=2, depth=1).eval()
-    fast = model.optimize(torch.float32)
+    fast = model.optimize(torch.float32, compile=True)
     with torch.no_grad():
         for size in ((32, 40), (48, 56), (128, 33)):
             images = torch.randn(1, 3, *size)
@@ -126,6 +128,33 @@ def test_copies_pickles_and_later_weights() -> None:
         torch.testing.assert_close(fast.to(torch.bfloat16)(pixels), other(images), rtol=0, atol=0.3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cpu_without_units_stores_linear_weights_in_the_dtype_and_computes_in_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("cpu_is_fast_in_bfloat16", "cpu_is_fast_in_float16"):
+        monkeypatch.setattr(devices, name, lambda: False)
+    devices.warn_of_slow_dtype.cache_clear()
+    model, _ = pair("mask_16", torch.float32)
+    with pytest.warns(UserWarning, match=r"this CPU \(.*\) has no b?float16 units: .* dtype='auto' takes float32"):
+        fast = model.optimize(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.optimize(dtype)
+        assert model.optimize().encoder.blocks[0].attn.qkv.weight.dtype == torch.float32
+    rounded = copy.deepcopy(model)
+    for part in (rounded.encoder.blocks, rounded.decoder):
+        for module in part.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.to(dtype).float()
+    pixels, images = images_of(model, 2, 48, 32)
+    with torch.no_grad():
+        for form in (fast, pickle.loads(pickle.dumps(fast))):
+            torch.testing.assert_close(form(pixels), rounded(images), rtol=0, atol=2e-4)
+    assert fast.encoder.blocks[0].mlp.fc1.weight.dtype == fast.decoder.proj_dec.weight.dtype == dtype
+    assert sum(p.nbytes for p in fast.parameters()) < 0.6 * sum(p.nbytes for p in model.parameters())
+
+
 def test_takes_the_models_place_in_prediction() -> None:
     model, _ = pair("mask_16", torch.float32)
     image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -136,8 +165,10 @@ def test_takes_the_models_place_in_prediction() -> None:
 
 def test_refusals() -> None:
     model, _ = pair("mask_16", torch.float32)
-    with pytest.raises(ValueError, match=r"dtype must be one of torch\.float32, .* got torch\.int8"):
+    with pytest.raises(ValueError, match=r"dtype must be one of auto, float32, .* got torch\.int8"):
         model.optimize(torch.int8)
+    with pytest.raises(ValueError, match="compile must be True, False or 'auto', got 'always'"):
+        model.optimize(compile="always")
     fast = model.optimize(compile=False)
     with pytest.raises(NotImplementedError, match="cannot be trained"):
         fast.loss(torch.randn(1, 3, 32, 32), torch.zeros(1, 32, 32, dtype=torch.long))

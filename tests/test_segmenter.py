@@ -59,6 +59,20 @@ def test_any_size_even_below_a_patch(size: tuple[int, int]) -> None:
     assert model.segment(images).shape == (1, *size)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("family", ["mask_16", "linear_16"])
+def test_masks_and_logits_are_channels_last_to_pytorch(family: str, batch: int) -> None:
+    """The official program's strides, in every form; others make ``interpolate`` copy the full-size logits."""
+    model, _ = pair(family, torch.float32)
+    images = torch.randn(batch, 3, 40, 32)
+    with torch.no_grad():
+        for form in (model, model.optimize(torch.float32, compile=False)):
+            masks, logits = form.masks(images), form(images)
+            assert masks.stride() == (masks[0].numel(), 1, masks.shape[3] * masks.shape[1], masks.shape[1])
+            assert torch._prims_common.suggest_memory_format(masks) == torch.channels_last
+            assert logits.stride(1) == 1
+
+
 def test_empty_batch() -> None:
     model = small()
     images = torch.randn(0, 3, 32, 32)

@@ -164,4 +164,4 @@ class FusedMaskTransformer(Fused):
         patches, classes = x[:, : -self.n_cls] @ self.proj_patch, x[:, -self.n_cls :] @ self.proj_classes
         norm = self.mask_norm
         scores = kernels.mask_scores(patches, classes, norm.weight, norm.bias, norm.eps)  # (B, h w, K)
-        return scores.mT.unflatten(2, (int(image_size[0] // self.patch_size), -1))
+        return scores.unflatten(1, (int(image_size[0] // self.patch_size), -1)).permute(0, 3, 1, 2)

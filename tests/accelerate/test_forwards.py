@@ -45,6 +45,17 @@ def test_low_precision_is_as_accurate_as_before(name: str, dtype: torch.dtype) -
         assert_as_accurate(ours[key], peer[key], oracle[key])
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_masks_have_the_official_strides(batch: int) -> None:
+    model, x = build("official").eval(), images("official")[:1].repeat(batch, 1, 1, 1)
+    with torch.no_grad():
+        tokens = model.encoder(x, return_features=True)[:, 1:]
+        before = model.decoder(tokens, x.shape[2:])
+        after = sf.accelerate(model).decoder(tokens, x.shape[2:])
+    assert after.stride() == before.stride()
+    assert torch._prims_common.suggest_memory_format(after) == torch.channels_last
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_autocast_keeps_the_dtype_and_the_accuracy(name: str) -> None:
     model, x = build(name, torch.float32), images(name, torch.float32)

@@ -139,7 +139,7 @@ class OfficialMaskTransformer(nn.Module):
         patches = patches / patches.norm(dim=-1, keepdim=True)
         classes = classes / classes.norm(dim=-1, keepdim=True)
         masks = self.mask_norm(patches @ classes.mT)
-        return masks.mT.unflatten(2, (im_size[0] // self.patch_size, -1))
+        return masks.unflatten(1, (im_size[0] // self.patch_size, -1)).permute(0, 3, 1, 2)
 
 
 class OfficialSegmenter(nn.Module):
