@@ -2,7 +2,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint types bench clean
 
 # Reinstalls only when the requirements changed.
 $(VENV)/.installed: pyproject.toml constraints.txt mend_torchvision.py
@@ -26,10 +26,13 @@ test: $(VENV)/.installed
 	wait $$second; second=$$?; \
 	cat build/second.log; test $$first -eq 0 -a $$second -eq 0
 
-# mypy needs the installed layout, in which kernels, train and benchmarks lie below segmenter_fast.
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(MAKE) --no-print-directory types
+
+# mypy needs the installed layout, in which kernels, train and benchmarks lie below segmenter_fast.
+types: $(VENV)/.installed
 	rm -rf build/types && mkdir -p build/types/segmenter_fast
 	ln -s $(CURDIR)/segmenter_fast/* $(CURDIR)/kernels $(CURDIR)/train $(CURDIR)/benchmarks build/types/segmenter_fast/
 	cd build/types && ../../$(VENV)/bin/mypy --config-file ../../pyproject.toml -p segmenter_fast
