@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 Pair = tuple[int, int]
@@ -247,8 +249,15 @@ def variant_config(name: str) -> SegmenterConfig:
     """The configuration of a named variant.
 
     Raises:
-        ValueError: an unknown variant; the message lists the known ones.
+        ValueError: an unknown variant; the message names the most similar one, or lists the known ones.
     """
     if name not in VARIANTS:
-        raise ValueError(f"unknown variant {name!r}; known are {', '.join(VARIANTS)}")
+        hint = did_you_mean(name, VARIANTS) or f"; known are {', '.join(VARIANTS)}"
+        raise ValueError(f"unknown variant {name!r}{hint}")
     return VARIANTS[name]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the known name most similar to ``name``, or nothing where none is."""
+    similar = get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"; did you mean {similar[0]}?" if similar else ""

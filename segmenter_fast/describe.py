@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from rich.table import Table
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from .config import PUBLISHED_MIOU, VARIANTS, SegmenterConfig
-from .reference import ReferenceSegmenter
 
 # Programs by their numerics: encoder eps, decoder eps, resizing of positions or "rotary", size of the upsampled masks.
 _PROGRAMS = {
@@ -19,21 +17,56 @@ _PROGRAMS = {
 }
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of values in all parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
+def _linear(inputs: int, outputs: int, bias: bool = True) -> tuple[int, int]:
+    """Return parameters, and multiply-accumulates for one token, of a linear layer."""
+    return inputs * outputs + bias * outputs, inputs * outputs
+
+
+def _block(config: SegmenterConfig, encoder: bool, tokens: int) -> tuple[int, int]:
+    """Return parameters, and multiply-accumulates for ``tokens`` tokens, of one transformer layer."""
+    dim, hidden = config.embed_dim, int(config.mlp_ratio * config.embed_dim)
+    layers = [_linear(dim, 3 * dim, config.qkv_bias or not encoder), _linear(dim, dim)]
+    if encoder and config.mlp == "swiglu":
+        hidden = math.ceil(hidden / 8) * 8
+        layers.append(_linear(dim, hidden))
+    layers += [_linear(dim, hidden), _linear(hidden, dim)]
+    parameters, macs = (sum(counts) for counts in zip(*layers, strict=True))
+    vectors = 6 if encoder and config.layer_scale else 4  # of the norms and the layer scale
+    return parameters + vectors * dim, tokens * macs + 2 * tokens**2 * dim
+
+
+def _costs(config: SegmenterConfig, size: int) -> tuple[int, int]:
+    """Return parameters, and multiply-accumulates for one square image of ``size`` pixels."""
+    dim, classes, prefix = config.embed_dim, config.num_classes, config.num_prefix_tokens
+    patches = math.ceil(size / config.patch_size) ** 2
+    kernel = 3 * config.patch_size**2 * dim
+    parameters, macs = kernel + dim + prefix * dim + 2 * dim, patches * kernel
+    if config.pos_embed_kind == "learned":
+        parameters += (prefix * config.pos_embed_prefix + config.grid[0] * config.grid[1]) * dim
+    parameters += config.head_classes * (dim + 1) * (1 + config.distillation_token)
+    stacks = [(config.depth, _block(config, True, patches + prefix))]
+    if config.decoder == "mask":
+        stacks.append((config.decoder_depth, _block(config, False, patches + classes)))
+        parameters += 3 * dim * dim + dim + classes * dim + 2 * dim + 2 * classes
+        macs += (2 * patches + classes) * dim * dim
+    else:
+        parameters += (dim + 1) * classes
+    for depth, (more, macs_of_block) in stacks:
+        parameters, macs = parameters + depth * more, macs + depth * macs_of_block
+    return parameters, macs + patches * dim * classes
+
+
+def count_parameters(config: SegmenterConfig) -> int:
+    """Return the number of values in all parameters of a model."""
+    return _costs(config, 1)[0]
 
 
 def count_macs(config: SegmenterConfig, size: int = 512) -> int:
     """Multiply-accumulates of the matrix products for one square image of ``size`` pixels, up to the masks.
 
-    Counted on the plain PyTorch model on the meta device, without softmax, norms and the like.
+    Those of the plain PyTorch model, without softmax, norms and the like.
     """
-    with torch.device("meta"):
-        model, images = ReferenceSegmenter(config).eval(), torch.empty(1, 3, size, size)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.masks(images)
-    return counter.get_total_flops() // 2
+    return _costs(config, size)[1]
 
 
 def variants_table() -> Table:
@@ -46,21 +79,19 @@ def variants_table() -> Table:
     for heading in ("variant", "parameters", "GMAC at 512", "published mIoU"):
         table.add_column(heading, justify="left" if heading == "variant" else "right", no_wrap=True)
     for name, config in VARIANTS.items():
-        with torch.device("meta"):
-            parameters = count_parameters(ReferenceSegmenter(config))
         published = " / ".join(f"{value:.1f}" for value in PUBLISHED_MIOU.get(name, ()))
-        size, macs = f"{parameters / 1e6:.1f} M", f"{count_macs(config) / 1e9:.1f}"
+        size, macs = f"{count_parameters(config) / 1e6:.1f} M", f"{count_macs(config) / 1e9:.1f}"
         table.add_row(name, size, macs, published)
     return table
 
 
-def info_table(model: nn.Module, config: SegmenterConfig, origin: str) -> Table:
+def info_table(config: SegmenterConfig, origin: str) -> Table:
     """Origin, costs and configuration of a model."""
     table = Table(title=origin, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
     costs = {
-        "parameters": f"{count_parameters(model):,}",
+        "parameters": f"{count_parameters(config):,}",
         "GMAC at 512 x 512": f"{count_macs(config) / 1e9:.1f}",
     }
     for name, value in (costs | describe_config(config)).items():

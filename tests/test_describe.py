@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 
 import segmenter_fast as sf
 from segmenter_fast.describe import count_macs, count_parameters, info_table
+from segmenter_fast.reference import ReferenceSegmenter
 
 
 @pytest.mark.parametrize(("size", "patches"), [(512, 1024), (100, 49)])
@@ -25,7 +29,42 @@ def test_parameters_of_a_linear_model() -> None:
     model = sf.create_model("seg_t_linear_16", **fields, num_heads=2, decoder_num_heads=2)
     layer = 12 * dim * dim + 13 * dim
     embedding = 3 * 16 * 16 * dim + dim + (1 + 4) * dim + dim
-    assert count_parameters(model) == embedding + depth * layer + 2 * dim + classes * dim + classes
+    assert (
+        count_parameters(model.config)
+        == sum(p.numel() for p in model.parameters())
+        == embedding + depth * layer + 2 * dim + classes * dim + classes
+    )
+
+
+SMALL = {"embed_dim": 64, "depth": 2, "num_heads": 2, "decoder_num_heads": 2, "num_classes": 5, "image_size": (32, 48)}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"distillation_token": True, "head_classes": 7},
+        {"head_classes": 3, "class_token": False, "decoder_depth": 0},
+        {"mlp": "swiglu", "mlp_ratio": 2.55, "qkv_bias": False, "layer_scale": True, "num_register_tokens": 3},
+        {"pos_embed_kind": "rotary", "decoder": "linear"},
+        {"pos_embed_prefix": False, "mlp_ratio": 1.3},
+    ],
+)
+def test_costs_are_those_of_the_model(fields: dict[str, Any]) -> None:
+    config = sf.SegmenterConfig(**SMALL, **fields)
+    with torch.device("meta"):
+        model, images = ReferenceSegmenter(config).eval(), torch.empty(1, 3, 100, 100)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.masks(images)
+    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
+    assert count_macs(config, 100) == counter.get_total_flops() // 2
+
+
+@pytest.mark.parametrize("name", sf.VARIANTS)
+def test_parameters_of_the_variants(name: str) -> None:
+    config = sf.VARIANTS[name].replace(depth=1)
+    with torch.device("meta"):
+        model = ReferenceSegmenter(config)
+    assert count_parameters(config) == sum(parameter.numel() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -43,7 +82,7 @@ def test_parameters_of_a_linear_model() -> None:
 def test_facts_of_a_model(variant: str, positions: str, program: str) -> None:
     model = sf.create_model(variant, depth=1, num_classes=2)
     printed = Console(width=200, file=io.StringIO(), record=True)
-    printed.print(info_table(model, model.config, "here"))
+    printed.print(info_table(model.config, "here"))
     rows = [line.split("│")[1:3] for line in printed.export_text().splitlines() if line.count("│") == 3]
     facts = {name.strip(): value.strip() for name, value in rows}
     assert facts["position embedding"] == positions

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import re
 from pathlib import Path
 
 import pytest
+
+import segmenter_fast as sf
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {
@@ -53,3 +56,11 @@ def test_every_asset_is_package_data() -> None:
     assert package / "assets" / "shapes" / "model.safetensors" in assets
     assert assets <= listed
     assert sum(path.stat().st_size for path in assets) < 7_000_000
+
+
+def test_the_version_has_one_source() -> None:
+    """A literal, which the build reads without importing the package."""
+    project = (ROOT / "pyproject.toml").read_text()
+    assert 'version = { attr = "segmenter_fast.__version__" }' in project
+    assert not re.search(r'^version = "', project, re.M)
+    assert importlib.metadata.version("segmenter-fast") == sf.__version__

@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    from torch import nn
 
-from .forwards import Fused, fused_class
-from .match import match_modules
-
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound="nn.Module")
 
 # Key of the report in the model's __dict__, so that deepcopy and pickle keep it.
 _REPORT = "_acceleration_report"
@@ -81,7 +78,12 @@ def accelerate(model: Model) -> Model:
     Raises:
         TypeError: not a ``torch.nn.Module``, or a TorchScript module, whose forward is compiled already.
     """
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+    import torch
+
+    from .forwards import Fused, fused_class
+    from .match import match_modules
+
+    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must be a torch.nn.Module that is not TorchScript, got {type(model).__name__}")
     replaced, left = [], []
     for name, module, match in list(match_modules(model)):
@@ -122,6 +124,8 @@ def restore(model: Model) -> Model:
         RuntimeError: something derived a new class from a fused one since (fully_shard, parametrizations). Undo that
             first; nothing has been changed.
     """
+    from .forwards import Fused
+
     fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
     for name, module in fused.items():
         if "original" not in vars(type(module)):

@@ -1,4 +1,7 @@
-"""The application, and what several commands share: options, models, messages."""
+"""The application, and what several commands share: options, models, messages.
+
+The modules of the command line import PyTorch, and what needs it, inside of the commands: help answers at once.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,37 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from .. import VARIANTS, Segmenter, __version__, create_model, load
-from ..devices import choose_device, choose_dtype
+from .. import VARIANTS, __version__
+
+if TYPE_CHECKING:
+    from .. import Segmenter
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        say("interrupted", "yellow")
+        raise typer.Exit(130) from None
 
 
 class _Group(TyperGroup):
     """Print errors that users can cause in one line, with exit code 2; an interrupt has exit code 130."""
 
+    def make_context(self, *arguments: Any, **options: Any) -> Any:
+        with _interruptible():
+            return super().make_context(*arguments, **options)
+
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            say("interrupted", "yellow")
-            raise typer.Exit(130) from None
+            with _interruptible():
+                return super().invoke(ctx)
         except BrokenPipeError:
             raise  # the reader of the output is gone; typer exits silently
         except (OSError, ValueError) as error:
@@ -87,6 +103,9 @@ def _options(
 
 def load_model(name: str, device: Device, dtype: Dtype) -> Segmenter:
     """Load a checkpoint, or make a variant with random weights and warn about them."""
+    from .. import create_model, load
+    from ..devices import choose_device, choose_dtype
+
     place = choose_device(device.value)
     kind = choose_dtype(dtype.value, place)
     if name in VARIANTS and not Path(name).exists():

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-from ..devices import choose_device
 from .app import Device, DeviceOption, Dtype, DtypeOption, app
 
 bench = typer.Typer(help="Measure speed and memory; every output is checked before it is timed.")
@@ -49,6 +48,7 @@ def models(
     if context.invoked_subcommand is not None:
         return
     from ..benchmarks.models.throughput import run_models
+    from ..devices import choose_device
 
     refused = run_models(
         variant or (),
@@ -76,6 +76,7 @@ def kernels(
 ) -> None:
     """Every fused op against its peers; `sliding`, where it is named: sliding windows against the canvas method."""
     from ..benchmarks.ops import run_ops
+    from ..devices import choose_device
 
     refused = run_ops(op or (), device=choose_device(device.value), quick=quick, out=out, budget=budget)
     raise typer.Exit(int(refused > 0))
@@ -97,6 +98,7 @@ def train(
 ) -> None:
     """Training steps of whole models: time, images per second and memory, against patch size and classes."""
     from ..benchmarks.training import run_training
+    from ..devices import choose_device
 
     refused = run_training(
         [choice.value for choice in model or ()],

@@ -9,9 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .. import load
 from ..describe import info_table, variants_table
-from ..weights import hub, official
 from .app import CheckpointArgument, Device, Dtype, ModelArgument, app, load_model, say, short_warnings
 
 
@@ -22,14 +20,11 @@ class Format(str, Enum):
     official = "official"
 
 
-_FILES = {Format.ours: (hub.CONFIG, hub.WEIGHTS), Format.official: (official.VARIANT, official.WEIGHTS)}
-
-
 @app.command()
 def info(model: ModelArgument) -> None:
     """Print what a checkpoint is."""
     segmenter = load_model(model, Device.cpu, Dtype.float32)
-    Console().print(info_table(segmenter, segmenter.config, model))
+    Console().print(info_table(segmenter.config, model))
 
 
 @app.command()
@@ -39,9 +34,13 @@ def convert(
     to: Annotated[Format, typer.Option(help="The format to write.")] = Format.ours,
 ) -> None:
     """Convert a checkpoint to our format, or back to the official one."""
+    from .. import load
+    from ..weights import hub, official
+
+    files = {Format.ours: (hub.CONFIG, hub.WEIGHTS), Format.official: (official.VARIANT, official.WEIGHTS)}
     with short_warnings():
         model = load(source)
-    for other, names in _FILES.items():
+    for other, names in files.items():
         if other != to and (found := [name for name in names if (out / name).exists()]):
             raise ValueError(f"{out} holds another checkpoint ({', '.join(found)}); choose a folder without one")
     if to is Format.official:
@@ -60,6 +59,8 @@ def push(
     licence: Annotated[str | None, typer.Option("--license", help="Licence of the weights, such as mit.")] = None,
 ) -> None:
     """Upload a checkpoint in our format, with a model card, to the Hugging Face Hub."""
+    from .. import load
+
     with short_warnings():
         segmenter = load(model)
     if repository.count("/") != 1:

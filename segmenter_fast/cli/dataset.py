@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import track
@@ -65,6 +64,8 @@ def check(
 
 def _checked(split: str, files: PairedFiles) -> tuple[list[int], list[str]]:
     """Return the pixels of each class and of none, and the problems of one split; shows a progress bar."""
+    import numpy as np
+
     from ..train.datasets.pairs import check_files
 
     pixels, ignored = np.zeros(len(files.class_names), np.int64), 0

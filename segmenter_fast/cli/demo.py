@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import torch
 import typer
 from rich.console import Console
 
-from ..devices import choose_device, choose_dtype
-from ..io.atomic import write_png
 from .app import Device, DeviceOption, Dtype, DtypeOption, app, say
+
+if TYPE_CHECKING:
+    import torch
 
 
 @app.command()
@@ -27,6 +27,7 @@ def demo(
     from ..benchmarks.models.comparison import models_table
     from ..benchmarks.models.demo import VARIANTS, run_demo
     from ..benchmarks.models.peers import PHOTOGRAPH
+    from ..devices import choose_device, choose_dtype
 
     place = choose_device(device.value)
     _show(out, place)
@@ -48,6 +49,7 @@ def demo(
 
 def _show(out: Path, device: torch.device) -> None:
     """Draw the trained model's labels of held-out scenes, and print its score."""
+    from ..io.atomic import write_png
     from ..train.shapes_model import SCENES, compare_scenes, held_out_scenes, load_shapes_model
 
     model = load_shapes_model().to(device)

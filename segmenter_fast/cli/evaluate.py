@@ -12,9 +12,6 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import SegmenterConfig
-from ..inference.settings import Settings
-from ..io.atomic import write_json
-from ..processes import process_group
 from .app import (
     CheckpointArgument,
     Device,
@@ -51,6 +48,9 @@ def evaluate(
 
     With torchrun (torchrun --nproc-per-node 2 -m segmenter_fast.cli evaluate ...) the images are shared out.
     """
+    from ..inference.settings import Settings
+    from ..io.atomic import write_json
+    from ..processes import process_group
     from ..train.datasets import open_dataset
     from ..train.evaluation import MULTISCALE, check_classes
     from ..train.evaluation import evaluate as scores_of

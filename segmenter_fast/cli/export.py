@@ -9,8 +9,6 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ..devices import choose_device, choose_dtype
-from ..export import export as write_export
 from .app import Device, Dtype, ModelArgument, app, load_model
 
 
@@ -45,6 +43,9 @@ def export(
     ] = Dtype.float32,
 ) -> None:
     """Write an ONNX file or an AOTInductor package (.pt2), and check that it gives the model's labels."""
+    from ..devices import choose_device, choose_dtype
+    from ..export import export as write_export
+
     if format and not out.suffix:
         out = out.with_suffix(f".{format.value}")
     if format and out.suffix != f".{format.value}":

@@ -10,17 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ..inference.folders import Job, make_writable, plan, run
-from ..inference.settings import Settings
-from ..processes import PredictionReport, World
 from .app import Device, DeviceOption, Dtype, DtypeOption, InferenceOptions, app, load_model, parse_scales, say
+
+if TYPE_CHECKING:
+    from ..inference.folders import Job
+    from ..processes import PredictionReport, World
 
 
 class Format(str, Enum):
@@ -71,6 +72,10 @@ def predict(
     if window is not None:
         stride = _stride(stride, overlap, window)
     with _sigterm_as_interrupt():
+        from ..inference.folders import make_writable, plan, run
+        from ..inference.settings import Settings
+        from ..processes import PredictionReport, World
+
         jobs = plan(inputs, out, overlay, format.value)
         make_writable(out, overlay)
         world = World.from_environment().for_prediction()

@@ -7,16 +7,15 @@ import inspect
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import Segmenter, create_model
-from ..processes import World
 from ..train.presets import PRESETS, field_help
-from ..weights.load import read_checkpoint
-from ..weights.reading import CheckpointError
 from .app import Device, DeviceOption, app, say, short_warnings
+
+if TYPE_CHECKING:
+    from .. import Segmenter
 
 STOPPED = 75
 """Exit code of a run that a signal ended: its state is saved, and the same command with --resume auto goes on."""
@@ -67,6 +66,7 @@ def train(
     """Train a model on a data set. Exit code 75: stopped by a signal, saved; go on with --resume auto."""
     import torch
 
+    from ..processes import World
     from ..train.datasets import open_dataset
     from ..train.engine import train as run
 
@@ -97,6 +97,10 @@ def _model(variant: str, pretrained: str | None, new_classes: bool, **fields: An
     Raises:
         ValueError: the checkpoint has another number of classes.
     """
+    from .. import create_model
+    from ..weights.load import read_checkpoint
+    from ..weights.reading import CheckpointError
+
     if pretrained and Path(pretrained).exists() and not new_classes:
         with contextlib.suppress(CheckpointError):  # weights of an encoder have no classes
             have, wanted = read_checkpoint(Path(pretrained), {}).config.num_classes, fields["num_classes"]

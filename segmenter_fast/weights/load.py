@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from ..config import SegmenterConfig, variant_config
+from ..config import VARIANTS, SegmenterConfig, did_you_mean, variant_config
 from ..segmenter import Segmenter
 from . import hub, mmseg, official, timm
 from .build import SavedModel, build, load_strictly
@@ -40,8 +40,10 @@ def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segme
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: (a ValueError) the source is damaged, of an unknown format, names code, or does not fit.
-        TypeError: an unknown field.
+        TypeError: an unknown field, or a source of another kind.
     """
+    if not isinstance(source, (str, os.PathLike, Mapping)):
+        raise TypeError(f"source must be a path, a hub id or a state dict, got {type(source).__name__}")
     if num_classes is not None:
         fields["num_classes"] = num_classes
     if not isinstance(source, Mapping) and not Path(source).exists() and _HUB_ID.fullmatch(os.fspath(source)):
@@ -57,7 +59,7 @@ def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segme
 
 def create_model(
     variant: str | SegmenterConfig = "seg_b_mask_16",
-    pretrained: str | os.PathLike[str] | None = None,
+    pretrained: str | os.PathLike[str] | bool | None = None,
     freeze_encoder: bool = False,
     **fields: Any,
 ) -> Segmenter:
@@ -65,11 +67,11 @@ def create_model(
 
     Args:
         variant: a name from ``segmenter_fast.VARIANTS``, or a configuration.
-        pretrained: None for random weights; ``"timm"`` for an encoder with the weights of ``config.timm_backbone``;
-            another name of timm's, such as ``"vit_small_patch16_224.augreg_in21k"``; a file of encoder weights in
-            timm's names; or a file or folder with a Segmenter checkpoint, as ``load`` takes, of the same architecture.
-            A checkpoint keeps its own numerics and classes, weights of timm their mean and std, where ``fields`` name
-            no others. The position embedding is resized to ``image_size``.
+        pretrained: None or False for random weights; ``"timm"`` or True for an encoder with the weights of
+            ``config.timm_backbone``; another name of timm's, such as ``"vit_small_patch16_224.augreg_in21k"``; a file
+            of encoder weights in timm's names; or a file or folder with a Segmenter checkpoint, as ``load`` takes, of
+            the same architecture. A checkpoint keeps its own numerics and classes, weights of timm their mean and std,
+            where ``fields`` name no others. The position embedding is resized to ``image_size``.
         freeze_encoder: whether to train the decoder only, see ``Segmenter.freeze_encoder``.
         fields: any field of ``SegmenterConfig`` to override, such as ``num_classes`` or ``image_size``. timm's own
             features need ``encoder_norm_eps=1e-6`` and ``pos_embed_mode="bicubic_antialias"``, which are the default
@@ -77,10 +79,17 @@ def create_model(
 
     Raises:
         ValueError: an unknown variant, a field out of range, or weights that are unavailable or do not fit.
-        TypeError: an unknown field.
+        TypeError: an unknown field, or a variant or weights of another kind.
         FileNotFoundError: no such file, and no such name.
         ImportError: timm is wanted and missing.
     """
+    if not isinstance(variant, (str, SegmenterConfig)):
+        raise TypeError(f"variant must be a name or a SegmenterConfig, got {type(variant).__name__}")
+    if isinstance(pretrained, bool):
+        pretrained = "timm" if pretrained else None
+    if not isinstance(pretrained, (str, os.PathLike, type(None))):
+        kind = type(pretrained).__name__
+        raise TypeError(f"pretrained must be True, False, None, 'timm', a name of timm's or a path, got {kind}")
     config = (variant_config(variant) if isinstance(variant, str) else variant).replace(**fields)
     model = Segmenter(config) if pretrained is None else _pretrained(config, os.fspath(pretrained), fields)
     return model.freeze_encoder() if freeze_encoder else model
@@ -130,7 +139,10 @@ def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
         return _from_state(*_unwrapped(source, "the state dict"), "the state dict", overrides)
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder, and no hub id such as org/name")
+        hint = did_you_mean(str(path), VARIANTS)
+        if str(path) in VARIANTS:
+            hint = "; create_model makes a variant, without trained weights"
+        raise FileNotFoundError(f"{path}: no such file or folder, and no hub id such as org/name{hint}")
     is_folder = path.is_dir()
     if is_folder:
         ours, theirs = (hub.CONFIG, hub.WEIGHTS), (official.WEIGHTS, official.VARIANT)

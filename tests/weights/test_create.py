@@ -65,5 +65,15 @@ def test_a_file_of_encoder_weights(kind: str, tmp_path: Path) -> None:
 def test_missing_files_and_unknown_variants_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent"):
         sf.create_model("seg_t_mask_16", pretrained=tmp_path / "absent.pth")
-    with pytest.raises(ValueError, match="unknown variant"):
-        sf.create_model("seg_q_mask_16", pretrained="timm")
+    with pytest.raises(ValueError, match=r"unknown variant 'any'; known are seg_t_mask_16.* seg_l_dinov3_linear_16$"):
+        sf.create_model("any", pretrained="timm")
+    with pytest.raises(ValueError, match=r"unknown variant 'seg-b-mask-16'; did you mean seg_b_mask_16\?$"):
+        sf.create_model("seg-b-mask-16")
+
+
+def test_kinds_of_arguments_are_checked() -> None:
+    with pytest.raises(TypeError, match="variant must be a name or a SegmenterConfig, got int"):
+        sf.create_model(16)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"pretrained must be True, False, None, 'timm', .* or a path, got int"):
+        sf.create_model(SMALL, pretrained=1)  # type: ignore[arg-type]
+    assert sf.create_model(SMALL, pretrained=False).training

@@ -137,6 +137,15 @@ def test_a_position_embedding_that_is_missing_is_no_rotary_one() -> None:
         sf.load(state)
 
 
+def test_a_name_like_a_variant_and_a_source_of_another_kind() -> None:
+    with pytest.raises(FileNotFoundError, match=r"seg_t_msk_16: no such file .*; did you mean seg_t_mask_16\?$"):
+        sf.load("seg_t_msk_16")
+    with pytest.raises(FileNotFoundError, match=r"create_model makes a variant, without trained weights$"):
+        sf.load("seg_t_mask_16")
+    with pytest.raises(TypeError, match="source must be a path, a hub id or a state dict, got int"):
+        sf.load(5)  # type: ignore[arg-type]
+
+
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent"):
         sf.load(tmp_path / "absent")

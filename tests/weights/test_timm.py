@@ -213,7 +213,7 @@ def test_weights_bring_their_mean_and_std_unless_given() -> None:
 
 
 def test_create_model_starts_from_dino_and_freezes_it(made: dict[str, nn.Module]) -> None:
-    model = create_model("seg_s_dinov3_linear_16", pretrained="timm", num_classes=4, freeze_encoder=True)
+    model = create_model("seg_s_dinov3_linear_16", pretrained=True, num_classes=4, freeze_encoder=True)
     theirs = made["vit_small_patch16_dinov3.lvd1689m"].state_dict()
     assert torch.equal(model.encoder.state_dict()["blocks.3.ls2.gamma"], theirs["blocks.3.gamma_2"])
     assert not any(parameter.requires_grad for parameter in model.encoder.parameters())
