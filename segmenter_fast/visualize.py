@@ -1,12 +1,19 @@
-"""Label maps as images: palettes, palette images and overlays."""
+"""Label maps as images: palettes, palette images, overlays, figures for notebooks."""
 
 from __future__ import annotations
 
+import base64
 import colorsys
-from collections.abc import Sequence
+import html
+import io
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image
+
+if TYPE_CHECKING:
+    from .io import Raster
 
 Color = tuple[int, int, int]
 
@@ -53,6 +60,45 @@ def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Color], alp
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be within 0 to 1, got {alpha}")
     return Image.blend(Image.fromarray(image), Image.fromarray(colorize(labels, palette)), alpha)
+
+
+def reduced_overlay(
+    raster: Raster, read_labels: Callable[[int, int], np.ndarray], palette: Sequence[Color], side: int
+) -> Image.Image:
+    """Return the overlay reduced by a whole factor: mean of the pixels, and label in the middle, of each block.
+
+    Args:
+        read_labels: returns the labels ``(bottom - top, width)`` of the rows from ``top`` to ``bottom``.
+        side: longest side of the result, in pixels.
+    """
+    height, width = raster.height, raster.width
+    factor = -(-max(height, width) // side)
+    step = factor * max(512 // factor, 1)
+    columns = np.minimum(np.arange(-(-width // factor)) * factor + factor // 2, width - 1)
+    parts = []
+    for top in range(0, height, step):
+        bottom = min(top + step, height)
+        pixels = np.asarray(Image.fromarray(raster.read(top, bottom)).reduce(factor))
+        middles = np.minimum(np.arange(len(pixels)) * factor + factor // 2, bottom - top - 1)
+        labels = read_labels(top, bottom)[middles[:, None], columns]
+        parts.append(np.asarray(overlay(pixels, labels, palette)))
+    return Image.fromarray(np.concatenate(parts))
+
+
+def html_figure(image: Image.Image, title: str, legend: Sequence[tuple[Color, str]]) -> str:
+    """An HTML figure: the image as inline JPEG, a title, and a swatch of colour beside each text of the legend."""
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=90)
+    source = f"data:image/jpeg;base64,{base64.b64encode(file.getvalue()).decode()}"
+    swatch = "display:inline-block;width:1em;height:1em;margin-right:.4em;vertical-align:middle;background:rgb"
+    entries = "".join(
+        f'<span style="display:inline-block;margin-right:1.2em"><span style="{swatch}{color}"></span>'
+        f"{html.escape(text)}</span>"
+        for color, text in legend
+    )
+    picture = f'<img src="{source}" width="{image.width}" height="{image.height}">'
+    caption = f"<figcaption>{html.escape(title)}<br>{entries}</figcaption>"
+    return f'<figure style="margin:0;max-width:{max(image.width, 480)}px">{picture}{caption}</figure>'
 
 
 def label_image(labels: np.ndarray, palette: Sequence[Color]) -> Image.Image:

@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image
 
 from .. import visualize
 from ..io import images
 from ..io.atomic import write_png
 from ..io.label_tiff import check_label_tiff, write_label_tiff
 from ..segmenter import Segmenter
-from ..visualize import Color
 from .predict import class_table, label_bands, predict_raster
 from .resume import FinishedRows, describe_run
 from .settings import Settings
@@ -153,29 +151,13 @@ def run(
         for _, band in label_bands(model, raster, settings, rows.count, progress):
             rows.append(band)
     if job.overlay is not None:
-        write_png(reduced_overlay(raster, rows, palette), job.overlay)
+        write_png(visualize.reduced_overlay(raster, rows.read, palette, OVERLAY_SIDE), job.overlay)
     if labels.suffix == ".tif":
         write_label_tiff(labels, rows.bands(), size, palette, names)
     else:
         write_png(visualize.label_image(rows.read(0, size[0]), palette), labels)
     rows.remove()
     return rows.restarted
-
-
-def reduced_overlay(raster: images.Raster, rows: FinishedRows, palette: tuple[Color, ...]) -> Image.Image:
-    """Return the overlay reduced by a whole factor: mean of the pixels, and label in the middle, of each block."""
-    height, width = rows.size
-    factor = -(-max(rows.size) // OVERLAY_SIDE)
-    step = factor * max(512 // factor, 1)
-    columns = np.minimum(np.arange(-(-width // factor)) * factor + factor // 2, width - 1)
-    parts = []
-    for top in range(0, height, step):
-        bottom = min(top + step, height)
-        pixels = np.asarray(Image.fromarray(raster.read(top, bottom)).reduce(factor))
-        middles = np.minimum(np.arange(len(pixels)) * factor + factor // 2, bottom - top - 1)
-        labels = rows.read(top, bottom)[middles[:, None], columns]
-        parts.append(np.asarray(visualize.overlay(pixels, labels, palette)))
-    return Image.fromarray(np.concatenate(parts))
 
 
 def _images(path: Path, out: Path) -> Iterator[Path]:

@@ -18,8 +18,11 @@ from .rows import Rows, image_views
 from .settings import Settings, fits_one_window
 from .sliding import Progress, slide_rows
 
+# Longest side in pixels of a prediction's picture in a notebook, and the most classes that are named there.
+_NOTEBOOK_SIDE, _NOTEBOOK_CLASSES = 640, 24
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class Prediction:
     """The labels of one image, at the image's own size."""
 
@@ -48,12 +51,43 @@ class Prediction:
     def share_by_class(self) -> dict[str, float]:
         """Share of the pixels, in (0, 1], of each class that occurs, largest first; classes of one name are summed."""
         shares: dict[str, float] = {}
-        counts = np.bincount(self.labels.ravel(), minlength=len(self.class_names))
-        for index in np.argsort(-counts, kind="stable"):
-            if counts[index]:
-                name = self.class_names[index]
-                shares[name] = shares.get(name, 0.0) + int(counts[index]) / self.labels.size
+        for index, share in self._shares():
+            shares[self.class_names[index]] = shares.get(self.class_names[index], 0.0) + share
         return shares
+
+    def _shares(self) -> list[tuple[int, float]]:
+        """Return index and share of the pixels, in (0, 1], of each class that occurs, largest first."""
+        # A bincount takes 8 bytes a pixel.
+        bands = np.array_split(self.labels, max(self.labels.size >> 24, 1))
+        counts = np.sum([np.bincount(band.ravel(), minlength=len(self.class_names)) for band in bands], 0)
+        order = np.argsort(-counts, kind="stable")
+        return [(int(index), int(counts[index]) / self.labels.size) for index in order if counts[index]]
+
+    def _size(self, classes: int) -> str:
+        return f"{self.raster.width} x {self.raster.height}, {classes} class{'es' if classes > 1 else ''}"
+
+    def __repr__(self) -> str:
+        """Return one line: width x height, number of classes that occur, and the three largest."""
+        shares = [f"{name} {_percent(share)}" for name, share in self.share_by_class().items()]
+        dots = ", ..." if len(shares) > 3 else ""
+        return f"Prediction({self._size(len(shares))}: {', '.join(shares[:3])}{dots})"
+
+    def _repr_html_(self) -> str:
+        """Return the form for notebooks: a reduced overlay, and the colours and shares of the largest classes."""
+        picture = visualize.reduced_overlay(
+            self.raster, lambda top, bottom: self.labels[top:bottom], self.palette, _NOTEBOOK_SIDE
+        )
+        shares = self._shares()
+        legend = [
+            (self.palette[index], f"{self.class_names[index]} {_percent(share)}")
+            for index, share in shares[:_NOTEBOOK_CLASSES]
+        ]
+        title = self._size(len(shares)) + (f", the {len(legend)} largest:" if len(legend) < len(shares) else ":")
+        return visualize.html_figure(picture, title, legend)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.005 else "<1 %"
 
 
 def predict(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from pathlib import Path
 
 import numpy as np
@@ -187,3 +190,33 @@ def test_an_empty_batch_and_an_image_below_a_patch_give_results() -> None:
         assert model.segment(torch.zeros(0, 3, 32, 32)).shape == (0, 32, 32)
         image = torch.randn(2, 3, 5, 3)
         assert torch.equal(model.segment(image).long(), model(image).argmax(1))
+
+
+def test_a_prediction_is_one_line_and_a_figure_in_a_notebook() -> None:
+    labels = np.repeat(np.array([[0, 1], [2, 1], [3, 1], [3, 1]], np.uint8), 400, 1)  # (4, 800)
+    labels[0, 0] = 4
+    names = ("wall", "<b>", "sky", "floor", "dot", "none")
+    image = np.full((4, 800, 3), 100, np.uint8)
+    prediction = Prediction(labels, Pixels(image), names, default_palette(6))
+    assert repr(prediction) == "Prediction(800 x 4, 5 classes: <b> 50 %, floor 25 %, sky 12 %, ...)"
+    html = prediction._repr_html_()
+    assert "800 x 4, 5 classes:" in html
+    assert "&lt;b&gt; 50 %" in html
+    assert "<b>" not in html
+    assert "dot &lt;1 %" in html
+    assert "none" not in html
+    assert f"background:rgb{default_palette(6)[3]}" in html
+    with Image.open(io.BytesIO(base64.b64decode(re.search('base64,([^"]*)', html)[1]))) as picture:
+        assert picture.size == (400, 2)
+    one = Prediction(labels[:, 400:], Pixels(image[:, 400:]), names, default_palette(6))
+    assert repr(one) == "Prediction(400 x 4, 1 class: <b> 100 %)"
+
+
+def test_a_figure_names_the_largest_of_many_classes() -> None:
+    labels = np.arange(30, dtype=np.uint8).repeat(np.arange(30, 0, -1))[None]
+    raster = Pixels(np.zeros((*labels.shape, 3), np.uint8))
+    names = tuple(f"class {index}" for index in range(30))
+    html = Prediction(labels, raster, names, default_palette(30))._repr_html_()
+    assert "30 classes, the 24 largest:" in html
+    assert "class 23 " in html
+    assert "class 24 " not in html
