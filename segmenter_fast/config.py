@@ -11,6 +11,9 @@ from typing import Any
 Pair = tuple[int, int]
 Triple = tuple[float, float, float]
 
+LARGEST_SCALE = 16
+"""Largest factor that inference resizes an image by: a pixel then fills a patch of the paper's models."""
+
 _CHOICES = {
     "decoder": ("mask", "linear"),
     "pos_embed_kind": ("learned", "rotary"),

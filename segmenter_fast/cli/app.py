@@ -5,7 +5,6 @@ The modules of the command line import PyTorch, and what needs it, inside of the
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import VARIANTS, __version__
+from ..config import LARGEST_SCALE
 
 if TYPE_CHECKING:
     from .. import Segmenter
@@ -133,9 +133,21 @@ def parse_scales(text: str) -> tuple[float, ...]:
         values = tuple(float(part) for part in text.split(","))
     except ValueError:
         values = ()
-    if not values or not all(0 < factor < math.inf for factor in values):
-        raise typer.BadParameter(f"--scales must be positive numbers with commas between them, got {text!r}")
+    if not values or not all(0 < factor <= LARGEST_SCALE for factor in values):
+        allowed = f"numbers above 0, up to {LARGEST_SCALE}, with commas between them"
+        raise typer.BadParameter(f"--scales must be {allowed}, got {text!r}")
     return values
+
+
+def check_windows(window: int | None, stride: int | None, batch_size: int | None) -> None:
+    """Refuse, before a model is loaded, numbers that are out of range for every model."""
+    for name, given in (("--window", window), ("--stride", stride), ("--batch-size", batch_size)):
+        if given is not None and given < 1:
+            raise typer.BadParameter(f"{name} must be at least 1, got {given}")
+    if window is not None and stride is not None and stride > window:
+        raise typer.BadParameter(
+            f"--stride must be at most --window, {window}, or pixels between windows get no label; got {stride}"
+        )
 
 
 def say(message: str, color: str) -> None:

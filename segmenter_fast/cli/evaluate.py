@@ -20,6 +20,7 @@ from .app import (
     DtypeOption,
     InferenceOptions,
     app,
+    check_windows,
     load_model,
     parse_scales,
 )
@@ -55,12 +56,13 @@ def evaluate(
     from ..train.evaluation import MULTISCALE, check_classes
     from ..train.evaluation import evaluate as scores_of
 
+    factor_list = parse_scales(scales) if scales else MULTISCALE if multiscale else (1.0,)
+    check_windows(window, stride, batch_size)
     with process_group(device.value) as world:
         dataset = open_dataset(data, kind, split)
         segmenter = load_model(model, device, dtype)
         check_classes(segmenter, dataset)
         resize = _resize(data, kind, segmenter.config) if resize is None else resize
-        factor_list = parse_scales(scales) if scales else MULTISCALE if multiscale else (1.0,)
         settings = Settings.of(segmenter.config, window, stride, factor_list, flip or multiscale, batch_size)
         with Progress(console=Console(stderr=True), disable=world.rank > 0) as progress:
             task = progress.add_task("evaluating", total=None)

@@ -17,7 +17,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from .app import Device, DeviceOption, Dtype, DtypeOption, InferenceOptions, app, load_model, parse_scales, say
+from .app import (
+    Device,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    InferenceOptions,
+    app,
+    check_windows,
+    load_model,
+    parse_scales,
+    say,
+)
 
 if TYPE_CHECKING:
     from ..inference.folders import Job
@@ -64,9 +75,7 @@ def predict(
     Under torchrun each process takes its share of the images.
     """
     factors = parse_scales(scales)
-    for name, given in (("--window", window), ("--stride", stride), ("--batch-size", batch_size)):
-        if given is not None and given < 1:
-            raise typer.BadParameter(f"{name} must be at least 1, got {given}")
+    check_windows(window, stride, batch_size)
     if stride is not None and overlap is not None:
         raise typer.BadParameter(f"give --stride or --overlap, not both; got --stride {stride}, --overlap {overlap}")
     if window is not None:

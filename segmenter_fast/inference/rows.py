@@ -102,7 +102,7 @@ def image_views(
     for scale in scales:
         if min(image.height, image.width) * scale < 1:
             given = f"{scale} for an image of {image.height} x {image.width} pixels"
-            raise ValueError(f"scales must be positive, finite and leave at least one pixel, got {given}")
+            raise ValueError(f"scales must leave at least one pixel, got {given}")
         scaled = image if scale == 1 else image.resized(float(scale))
         views += [scaled, scaled.mirrored()] if flip else [scaled]
     if enlarge_to is not None:

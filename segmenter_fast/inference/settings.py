@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config import SegmenterConfig
+from ..config import LARGEST_SCALE, SegmenterConfig
 
 
 @dataclass(frozen=True)
@@ -41,8 +40,9 @@ class Settings:
             )
         if not self.scales:
             raise ValueError("scales must name at least one scale, got none")
-        if not all(0 < scale < math.inf for scale in self.scales):
-            raise ValueError(f"scales must be positive, finite factors, got {', '.join(map(str, self.scales))}")
+        if not all(0 < scale <= LARGEST_SCALE for scale in self.scales):
+            given = ", ".join(map(str, self.scales))
+            raise ValueError(f"scales must be factors above 0, up to {LARGEST_SCALE}, got {given}")
 
     @classmethod
     def of(

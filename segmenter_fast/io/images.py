@@ -63,6 +63,7 @@ def open_raster(image: ImageSource) -> Raster:
     if not isinstance(image, (str, os.PathLike)):
         return Pixels(read_image(image))
     path, reasons = os.fspath(image), []
+    _check_regular(path)
     with open(path, "rb") as file:
         is_tiff = file.read(4) in _TIFF_STARTS
     if is_tiff:
@@ -106,6 +107,7 @@ def read_image(image: ImageSource) -> np.ndarray:
     if isinstance(image, Image.Image):
         return _to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, (str, os.PathLike)):
+        _check_regular(image)
         try:
             with Image.open(image) as opened:
                 opened.load()
@@ -140,6 +142,12 @@ def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float], d
     images = images.permute(2, 0, 1)[None].contiguous().to(torch.float32)
     shift, scale = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
     return images.div_(255).sub_(shift).div_(scale)
+
+
+def _check_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse a pipe, a socket or a device: reading it could wait for ever."""
+    if not os.path.isfile(path) and not os.path.isdir(path) and os.path.exists(path):
+        raise OSError(f"image {os.fspath(path)} cannot be read: it is no regular file")
 
 
 def _is_large(path: str) -> bool:

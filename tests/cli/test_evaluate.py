@@ -124,7 +124,7 @@ def test_wrong_folders_and_settings(tmp_path: Path, folder: Path) -> None:
     for arguments, message in (
         (("--data", tmp_path / "nowhere"), "nowhere"),
         (("--data", folder, "--stride", 100), "stride must be at most the window, 64"),
-        (("--data", folder, "--scales", "x"), "--scales must be positive numbers"),
+        (("--data", folder, "--scales", "x"), "--scales must be numbers above 0, up to 16"),
     ):
         result = evaluate(*arguments)
         assert result.exit_code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -139,6 +140,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (("--stride", 0), "--stride must be at least 1, got 0"),
         (("--stride", 65), "stride must be at most the window, 64, or pixels between windows get no label; got 65"),
         (("--stride", 32, "--overlap", 32), "give --stride or --overlap, not both; got --stride 32, --overlap 32"),
+        (("--scales", "1,1e6"), "--scales must be numbers above 0, up to 16, with commas between them, got '1,1e6'"),
         (("--format", "gif"), "gif"),
     ],
 )
@@ -178,3 +180,21 @@ def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
     result = call("predict", photo(tmp_path / "x.png"), "-o", tmp_path / "o", "-m", MODEL, "--device", "cuda")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: device cuda is not there")
+
+
+def test_options_are_checked_before_the_model_is_loaded(tmp_path: Path) -> None:
+    source = photo(tmp_path / "x.png")
+    for command in (("predict", source, "--out", tmp_path / "out"), ("evaluate", "--data", "shapes")):
+        model = ("--model", "nowhere") if command[0] == "predict" else ("nowhere",)
+        result = call(*command, *model, "--window", 32, "--stride", 33)
+        assert result.exit_code == 2
+        assert "--stride must be at most --window, 32," in result.stderr
+
+
+def test_a_named_pipe_fails_and_the_rest_goes_on(tmp_path: Path) -> None:
+    photo(tmp_path / "in/a.png")
+    os.mkfifo(tmp_path / "in/b.png")
+    result = predict(tmp_path / "in", "--out", tmp_path / "out", "--no-overlay")
+    assert result.exit_code == 1
+    assert "1 written" in result.output
+    assert f"image {tmp_path / 'in/b.png'} cannot be read: it is no regular file" in result.stderr

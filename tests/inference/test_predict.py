@@ -161,7 +161,7 @@ def test_a_prediction_shows_itself() -> None:
         (pixels(8, 8)[:0], {}, ValueError, "image must have at least one pixel"),
         (torch.full((1, 3, 8, 8), torch.nan), {}, TypeError, "image must be a path.*got Tensor"),
         (pixels(8, 8), {"scales": ()}, ValueError, "scales must name at least one scale"),
-        (pixels(8, 8), {"scales": (1.0, 0.1)}, ValueError, "scales must be positive, finite"),
+        (pixels(8, 8), {"scales": (1.0, 0.1)}, ValueError, "scales must leave at least one pixel, got 0.1"),
         (pixels(8, 8), {"window": 0}, ValueError, "window must be at least 1, got 0"),
         (pixels(32, 32), {"stride": 33}, ValueError, "stride must be at most the window, 32"),
         (pixels(32, 32), {"stride": 0}, ValueError, "stride must be at least 1, got 0"),

@@ -30,8 +30,8 @@ def test_windows_are_those_of_the_model_unless_given() -> None:
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"scales": ()}, "scales must name at least one scale, got none"),
         *(
-            ({"scales": (1.0, scale)}, f"scales must be positive, finite factors, got 1.0, {scale}")
-            for scale in (0.0, -1.0, float("inf"), float("nan"))
+            ({"scales": (1.0, scale)}, f"scales must be factors above 0, up to 16, got 1.0, {scale}")
+            for scale in (0.0, -1.0, 16.5, float("inf"), float("nan"))
         ),
     ],
 )

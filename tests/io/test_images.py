@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from segmenter_fast.io.images import normalise, read_image
+from segmenter_fast.io.images import normalise, open_raster, read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
 GREY = RGB[..., 0]
@@ -139,3 +140,12 @@ def test_normalise(view: str) -> None:
     assert result.is_contiguous()
     np.testing.assert_allclose(result[0].permute(1, 2, 0).double().numpy(), expected, rtol=0, atol=1e-6)
     assert np.array_equal(pixels, RGB[:, ::-1] if view == "mirrored" else RGB)
+
+
+def test_a_named_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    for read in (read_image, open_raster):
+        with pytest.raises(OSError, match=r"pipe\.png cannot be read: it is no regular file"):
+            read(tmp_path / "pipe.png")
+    with pytest.raises(IsADirectoryError):
+        read_image(tmp_path)
