@@ -1,7 +1,7 @@
 """Photographs above their segmentation, without labels: python examples/classes_without_labels.py PHOTO... --out a.png
 
-The encoder is DINOv2's ViT-S/14. The classes are clusters of its patch features by cosine. A linear decoder without a bias,
-whose weights are their centres, finds the cluster of a patch.
+The encoder is DINOv2's ViT-S/14. The classes are clusters of its patch features by cosine. A linear decoder without a
+bias, whose weights are their centres, finds the cluster of a patch.
 """
 
 from __future__ import annotations
@@ -53,8 +53,9 @@ def main() -> None:
     photos = [ImageOps.fit(Image.fromarray(read_image(path)), (SIDE, SIDE)) for path in given.photos]
     mean, std = model.config.mean, model.config.std
     features = [model.encoder(normalise(read_image(photo), mean, std, torch.device("cpu")))[0] for photo in photos]
-    model.decoder.head.weight.copy_(centres_of(torch.cat(features), given.classes))
-    model.decoder.head.bias.zero_()
+    decoder = model.decoder.state_dict()  # its tensors are the model's own
+    decoder["head.weight"].copy_(centres_of(torch.cat(features), given.classes))
+    decoder["head.bias"].zero_()
 
     picture = Image.new("RGB", (SIDE * len(photos), 2 * SIDE))
     for column, photo in enumerate(photos):
