@@ -103,7 +103,9 @@ def check_command(words: list[str]) -> None:
     elif program in ("bash", "pytest"):
         assert (ROOT / arguments[0]).is_file(), arguments
     else:
-        assert program in ("git", "pre-commit"), f"a page names an unknown program: {words}"
+        assert program in ("git", "pre-commit") or words == [".", ".venv/bin/activate"], (
+            f"a page names an unknown program: {words}"
+        )
 
 
 def parse(arguments: list[str]) -> None:
