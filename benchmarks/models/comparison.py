@@ -128,24 +128,26 @@ class Comparison:
         self.model, self.reference, self.images = build(case, device, image)
         self.low = self.images.to(case.dtype)
 
-    def rows(self, ceilings: Ceilings, seconds: float) -> list[Row]:
-        """Check and time the models for about ``seconds``: a row for each of ``MODELS``.
+    def rows(self, ceilings: Ceilings, seconds: float, show: Callable[[str], object] = lambda stage: None) -> list[Row]:
+        """Check and time the models for about ``seconds``: a row for each of ``MODELS``; ``show`` is told each stage.
 
         Raises:
             DisagreementError: our output is wrong, or our model cannot run.
             torch.OutOfMemoryError, MemoryError: no room for the check.
         """
-        rows, calls = self._checked()
+        rows, calls = self._checked(show)
         slow = {"min_samples": 3, "max_samples": 5} if self.reference_seconds > SLOW_SECONDS else {}
+        show(f"{self.case.variant}: timing {', '.join(calls)}")
         outcomes = measure({name: [call] for name, call in calls.items()}, self.device, seconds=seconds, **slow)
         for name, outcome in outcomes.items():
             rate = ceilings.matmul_tflops.get("float32" if name == REFERENCE else name_of(self.case.dtype))
             rows[name] = rows[name].timed(outcome, self.case.batch, self.case.flops, rates=(rate, None))
         return [rows[name] for name in MODELS]
 
-    def _checked(self) -> tuple[dict[str, Row], dict[str, Segment]]:
+    def _checked(self, show: Callable[[str], object]) -> tuple[dict[str, Row], dict[str, Segment]]:
         """A row for each model, and the calls of those that agree."""
         calls: dict[str, Segment] = {}
+        show(f"{self.case.variant}: running {REFERENCE}")
         row, logits = self._run_reference()
         rows = {REFERENCE: row}
         if row.status == "ok":
@@ -162,6 +164,7 @@ class Comparison:
             if isinstance(make, str):
                 rows[name] = Row(name, "absent", make)
                 continue
+            show(f"{self.case.variant}: preparing {name}")
             try:
                 call = make()
                 labels = call()

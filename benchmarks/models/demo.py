@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ def run_demo(
     image: ImageSource = PHOTOGRAPH,
     variants: Sequence[str] = VARIANTS,
     seconds: float = 3.0,
+    show: Callable[[str], object] = lambda stage: None,
 ) -> Iterator[tuple[dict[str, Any], list[Row], Path]]:
-    """Segment the 512 x 512 centre of ``image`` with 150 classes and random weights.
+    """Segment the 512 x 512 centre of ``image`` with 150 classes and random weights; ``show`` is told each stage.
 
     Yields:
         For each variant the parameters and rows of its case, and the overlay's file, which is written to ``out``.
@@ -45,7 +46,7 @@ def run_demo(
         case = ModelCase(variant, dtype, SIDE)
         with own_stream(device), torch.inference_mode():
             comparison = Comparison(case, device, image)
-            rows = comparison.rows(Ceilings(0.0, {}), seconds)
+            rows = comparison.rows(Ceilings(0.0, {}), seconds, show)
         if untimed := next((row for row in compared(rows) if row.timing is None), None):
             raise RuntimeError(f"{variant}: the {untimed.variant} model could not be timed: {untimed.note}")
         path = out / f"{variant}.png"

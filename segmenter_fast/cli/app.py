@@ -5,14 +5,16 @@ The modules of the command line import PyTorch, and what needs it, inside of the
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from typer.core import TyperGroup
 
 from .. import VARIANTS, __version__
@@ -150,5 +152,16 @@ def check_windows(window: int | None, stride: int | None, batch_size: int | None
         )
 
 
-def say(message: str, color: str) -> None:
+@contextmanager
+def stages() -> Iterator[Callable[[str], object]]:
+    """Yield a function that shows the stage of a long command: a moving line in a terminal, elsewhere a line each."""
+    console, start = Console(stderr=True), time.perf_counter()
+    if not console.is_terminal:
+        yield lambda stage: say(f"{time.perf_counter() - start:5.1f} s: {stage}")
+        return
+    with console.status("") as status:
+        yield lambda stage: status.update(f"{stage} ...")
+
+
+def say(message: str, color: str | None = None) -> None:
     typer.secho(message, fg=color, err=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from .app import Device, DeviceOption, Dtype, DtypeOption, app, say
+from .app import Device, DeviceOption, Dtype, DtypeOption, app, say, stages
 
 if TYPE_CHECKING:
     import torch
@@ -29,14 +29,13 @@ def demo(
     from ..benchmarks.models.peers import PHOTOGRAPH
     from ..devices import choose_device, choose_dtype
 
-    place = choose_device(device.value)
-    _show(out, place)
-    names, found = variant or VARIANTS, []
+    place, names, found = choose_device(device.value), variant or VARIANTS, []
+    kind, photograph = choose_dtype(dtype.value, place), image or PHOTOGRAPH
     try:
-        with Console(stderr=True).status("segmenting ..."):
-            for case, rows, overlay in run_demo(
-                out, place, choose_dtype(dtype.value, place), image or PHOTOGRAPH, names
-            ):
+        with stages() as show:
+            show("segmenting drawn scenes by the trained model")
+            _show(out, place)
+            for case, rows, overlay in run_demo(out, place, kind, photograph, names, show=show):
                 found.append((case, rows))
                 typer.echo(f"overlay: {overlay}")
     except DisagreementError as error:

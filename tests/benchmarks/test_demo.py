@@ -56,6 +56,10 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 0, result.output
     assert "seg_t_linear_16" in result.output
     assert "random" in result.output
+    stages = [line.partition(" s: ")[2] for line in result.stderr.splitlines() if " s: " in line]
+    assert stages[0] == "segmenting drawn scenes by the trained model"
+    assert stages[1] == "seg_t_linear_16: running reference"
+    assert stages[-1] == "seg_t_linear_16: timing reference, peer, ours"
     missing = CliRunner().invoke(app, [*arguments, "--image", str(tmp_path / "missing.jpg")])
     assert missing.exit_code == 2
     assert "missing.jpg" in missing.output
