@@ -41,8 +41,8 @@ class Settings:
         if not self.scales:
             raise ValueError("scales must name at least one scale, got none")
         if not all(0 < scale <= LARGEST_SCALE for scale in self.scales):
-            given = ", ".join(map(str, self.scales))
-            raise ValueError(f"scales must be factors above 0, up to {LARGEST_SCALE}, got {given}")
+            found = ", ".join(map(str, self.scales))
+            raise ValueError(f"scales must be factors above 0, up to {LARGEST_SCALE}, got {found}")
 
     @classmethod
     def of(
