@@ -210,17 +210,21 @@ class ReferenceSegmenter(nn.Module):
         self.decoder = (MaskTransformer if config.decoder == "mask" else LinearDecoder)(config)
 
     def masks(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` -> ``(B, K, h, w)`` scores of the patches of the zero-padded images."""
+        """``(B, 3, H, W)`` -> ``(B, K, h, w)`` scores of the patches of the zero-padded images.
+
+        They are a view of the decoder's ``(B, h w, K)``, as in the official program: channels-last for every B, which
+        ``interpolate`` and ``argmax`` keep.
+        """
         patch = self.config.patch_size
         height, width = images.shape[2:]
         images = F.pad(images, (0, -width % patch, 0, -height % patch))
         grid = images.shape[2] // patch, images.shape[3] // patch
-        return self.decoder(self.encoder(images)).transpose(1, 2).unflatten(2, grid)
+        return self.decoder(self.encoder(images)).unflatten(1, grid).permute(0, 3, 1, 2)
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, 3, H, W)`` normalised images -> ``(B, K, H, W)`` logits."""
         height, width = images.shape[2:]
-        masks, patch = self.masks(images).contiguous(), self.config.patch_size
+        masks, patch = self.masks(images), self.config.patch_size
         padded = (masks.shape[2] * patch, masks.shape[3] * patch)
         size = padded if self.config.upsample_to == "padded" else (height, width)
         return F.interpolate(masks, size=size, mode="bilinear", align_corners=False)[..., :height, :width]

@@ -35,6 +35,18 @@ def test_forward_loss_and_gradients_equal_the_oracle(family: str, size: tuple[in
             torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_oracle_has_the_official_memory_layout(batch: int) -> None:
+    """Its time is the official program's: masks are a view of ``(B, h w, K)``, and nothing is copied after them."""
+    _, reference = pair(next(iter(FAMILIES)), torch.float32)
+    images = torch.randn(batch, 3, 50, 71)
+    masks = reference.masks(images)
+    k, h, w = masks.shape[1:]
+    assert masks.stride() == (h * w * k, 1, w * k, k)
+    assert masks.is_contiguous(memory_format=torch.channels_last)
+    assert reference(images).stride(1) == 1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_segment_is_the_argmax_of_the_logits(family: str) -> None:
     model, _ = pair(family, torch.float32)

@@ -68,8 +68,7 @@ def _calls(case: ModelCase, device: torch.device) -> tuple[dict[str, dict[str, C
     for name, whole, given in ((REFERENCE, reference, images), (PEER, peer, low), (OURS, ours, low)):
         padded = F.pad(given, (0, size[1] - case.size, 0, size[0] - case.size))
         features = whole.encoder(padded)
-        # Contiguous for all: F.interpolate copies channels-last results twice on a CPU.
-        masks = whole.decoder(features).mT.unflatten(2, (grid, grid)).contiguous()
+        masks = whole.decoder(features).unflatten(1, (grid, grid)).permute(0, 3, 1, 2)
         upsample = kernels.upsample_argmax if name == OURS else lambda *given: _logits(*given).argmax(1)
         calls["encoder"][name] = partial(whole.encoder, padded)
         calls["decoder"][name] = partial(whole.decoder, features)
