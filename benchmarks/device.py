@@ -76,9 +76,9 @@ def describe(device: torch.device) -> DeviceRecord:
         driver = _output(*(("cat", "/sys/module/amdgpu/version") if torch.version.hip else nvidia))
         driver = driver.splitlines()[0] if driver else None
     else:
-        name, driver, memory = cpu, None, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        architecture = torch.backends.cpu.get_cpu_capability()
-        slug = f"{_slug(cpu)}-{threads}-threads"
+        driver, memory = None, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        architecture = instruction_set()
+        name, slug = f"{cpu} ({architecture})", f"{_slug(cpu)}-{_slug(architecture)}-{threads}-threads"
     return DeviceRecord(
         name=name,
         slug=slug,
@@ -97,6 +97,19 @@ def describe(device: torch.device) -> DeviceRecord:
         dirty=None if changed is None else bool(changed),
         platform=platform.platform(),
     )
+
+
+def instruction_set() -> str:
+    """The CPU's means of matrix products that PyTorch uses: AMX, AVX512-BF16, AVX512, AVX2 and the like.
+
+    One name of a processor stands for several: an "AMD EPYC" may have bfloat16 products or not.
+    """
+    capability = torch.backends.cpu.get_cpu_capability()  # AVX2 also where ATEN_CPU_CAPABILITY lowers it to that
+    if capability == "AVX512":
+        for name, check in (("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported")):
+            if getattr(torch.cpu, check, bool)():
+                return name
+    return capability
 
 
 def measure_ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...], seconds: float = 1.0) -> Ceilings:

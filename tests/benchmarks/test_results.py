@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from segmenter_fast.benchmarks.case import OURS, Row
-from segmenter_fast.benchmarks.device import Ceilings, describe
+from segmenter_fast.benchmarks.device import Ceilings, describe, instruction_set
 from segmenter_fast.benchmarks.ops import OPS
 from segmenter_fast.benchmarks.results import Result, read, write
 from support.benchmarks import CPU, timing_of
@@ -55,4 +55,26 @@ def test_the_record_says_what_ran() -> None:
     assert record.threads == torch.get_num_threads()
     assert record.cores >= 1
     assert record.slug == record.slug.lower()
+    assert record.architecture.lower() in record.slug
+    assert record.name == f"{record.cpu} ({record.architecture})"
     assert not set(record.slug) - set("abcdefghijklmnopqrstuvwxyz0123456789-")
+
+
+@pytest.mark.parametrize(
+    ("capability", "checks", "expected"),
+    [
+        ("AVX512", {"_is_amx_tile_supported"}, "AMX"),
+        ("AVX512", {"_is_avx512_bf16_supported"}, "AVX512-BF16"),
+        ("AVX512", set(), "AVX512"),
+        ("AVX2", {"_is_amx_tile_supported", "_is_avx512_bf16_supported"}, "AVX2"),
+        ("SVE256", set(), "SVE256"),
+    ],
+)
+def test_kinds_of_one_processor_have_folders_of_their_own(
+    capability: str, checks: set[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in checks, raising=False)
+    assert instruction_set() == expected
+    assert f"-{expected.lower()}-" in describe(CPU).slug
