@@ -40,6 +40,8 @@ COLOURS = {
     "peer": "#1f77b4",
     "peer max-autotune": "#17becf",
     "peer cuDNN": "#2ca02c",
+    "OpenVINO": "#9467bd",
+    "ONNX Runtime": "#ff7f0e",
     "encoder": "#4c78a8",
     "decoder": "#f58518",
     "upsample": "#54a24b",

@@ -1,7 +1,7 @@
 """Comparison of whole models on one input: all are checked against the reference, then timed in turns.
 
 The models are the reference (official arithmetic, eager, float32), the peers (SDPA, low dtype, torch.compile; on CUDA
-also max-autotune, and cuDNN's attention) and ours (``Segmenter.optimize``).
+also max-autotune, and cuDNN's attention; on a CPU other programs, see ``runtimes``) and ours (``Segmenter.optimize``).
 
 Random weights give logits that lie close together, so that rounding alone changes labels. The effect of rounding in a
 dtype is therefore measured on the peer before it is compiled: the reference with PyTorch's own attention.
@@ -11,14 +11,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
@@ -27,13 +24,13 @@ from segmenter_fast.reference import ReferenceSegmenter
 
 from ..case import OURS, DisagreementError, Row, compiled, lack_of_memory
 from ..device import Ceilings, name_of
-from ..results import CaseRows
-from ..runner import narrow_table
-from ..timing import Failure, measure, own_stream, release
-from .peers import PHOTOGRAPH, ModelCase, build, in_words, with_sdpa
+from ..timing import Failure, Timing, measure, own_stream, peak_memory, release
+from .peers import PHOTOGRAPH, ModelCase, build, with_sdpa
+from .runtimes import ONNX_RUNTIME, OPENVINO, absence, make_call
 
 REFERENCE, PEER, AUTOTUNED, CUDNN = "reference", "peer", "peer max-autotune", "peer cuDNN"
-MODELS = (REFERENCE, PEER, AUTOTUNED, CUDNN, OURS)
+RUNTIMES = (OPENVINO, ONNX_RUNTIME)
+MODELS = (REFERENCE, PEER, AUTOTUNED, CUDNN, *RUNTIMES, OURS)
 # A reference slower than this is sampled 3 to 5 times.
 SLOW_SECONDS = 1.5
 # A peer with larger errors than this excuses nothing: logits have unit variance over the classes.
@@ -105,15 +102,10 @@ def compare_models(case: ModelCase, device: torch.device, ceilings: Ceilings, se
             release(device)
 
 
-def compared(rows: Sequence[Row]) -> tuple[Row, Row, Row]:
-    """The reference, the fastest peer (the first, with its reason, where none has a time), and ours."""
-    reference, ours = (next(row for row in rows if row.variant == name) for name in (REFERENCE, OURS))
-    peers = [row for row in rows if row.variant.startswith("peer")]
-    return reference, min(peers, key=lambda row: row.timing.median_ms if row.timing else float("inf")), ours
-
-
 class Comparison:
     """The models of one case on one device; made and used inside ``own_stream`` and ``inference_mode``.
+
+    ``runtimes`` are the programs beside PyTorch that take part.
 
     Attributes:
         labels: ``(B, S, S)`` labels of ours, once ``rows`` has checked them.
@@ -121,10 +113,17 @@ class Comparison:
 
     labels: Tensor
 
-    def __init__(self, case: ModelCase, device: torch.device, image: ImageSource = PHOTOGRAPH) -> None:
+    def __init__(
+        self,
+        case: ModelCase,
+        device: torch.device,
+        image: ImageSource = PHOTOGRAPH,
+        runtimes: Sequence[str] = RUNTIMES,
+    ) -> None:
         torch._dynamo.reset()
         gc.collect()
-        self.case, self.device = case, device
+        self.case, self.device, self.runtimes = case, device, runtimes
+        self.held: dict[str, int | None] = {}  # bytes that a runtime takes at its first call and keeps
         self.model, self.reference, self.images = build(case, device, image)
         self.low = self.images.to(case.dtype)
 
@@ -140,9 +139,12 @@ class Comparison:
         show(f"{self.case.variant}: timing {', '.join(calls)}")
         outcomes = measure({name: [call] for name, call in calls.items()}, self.device, seconds=seconds, **slow)
         for name, outcome in outcomes.items():
-            rate = ceilings.matmul_tflops.get("float32" if name == REFERENCE else name_of(self.case.dtype))
+            if isinstance(outcome, Timing) and name in self.held:
+                outcome = replace(outcome, peak_bytes=self.held[name])
+            in_float32 = name in (REFERENCE, ONNX_RUNTIME)
+            rate = ceilings.matmul_tflops.get("float32" if in_float32 else name_of(self.case.dtype))
             rows[name] = rows[name].timed(outcome, self.case.batch, self.case.flops, rates=(rate, None))
-        return [rows[name] for name in MODELS]
+        return [rows[name] for name in MODELS if name in rows]
 
     def _checked(self, show: Callable[[str], object]) -> tuple[dict[str, Row], dict[str, Segment]]:
         """A row for each model, and the calls of those that agree."""
@@ -180,7 +182,8 @@ class Comparison:
                     rows[name] = Row(name, "disagrees", fault)
                 else:
                     calls[name] = call
-                    rows[name] = Row(name, "ok", error=own_error if name == OURS else peer.error, labels=equal)
+                    found = own_error if name == OURS else None if name in RUNTIMES else peer.error
+                    rows[name] = Row(name, "ok", error=found, labels=equal)
             release(self.device)
         if rows[OURS].status in {"disagrees", "failed"}:
             raise DisagreementError(f"{OURS}: {rows[OURS].note}")
@@ -214,8 +217,15 @@ class Comparison:
             PEER: self._peer,
             AUTOTUNED: partial(self._peer, autotune=True) if cuda else absent,
             CUDNN: partial(self._peer, backend=SDPBackend.CUDNN_ATTENTION) if cuda else absent,
+            **{name: absence(name, self.device) or partial(self._runtime, name) for name in self.runtimes},
             OURS: self._ours,
         }
+
+    def _runtime(self, name: str) -> Segment:
+        model = with_sdpa(self.reference, torch.float32)
+        call = make_call(name, model, self.images, self.case.dtype)
+        self.held[name] = peak_memory(call, self.device)
+        return call
 
     def _peer(self, autotune: bool = False, backend: SDPBackend | None = None) -> Segment:
         segment: Callable[[Tensor], Tensor] = with_sdpa(self.reference, self.case.dtype, backend).segment
@@ -227,45 +237,3 @@ class Comparison:
         # Without its own CUDA graphs: the clock captures every model alike.
         fast = self.model.optimize(self.case.dtype, compile=self.case.compile, cuda_graph=False)
         return lambda: fast.segment(self.low)
-
-
-def models_table(cases: CaseRows) -> Table:
-    """A row for each case, named by what differs from the first one, in 80 columns."""
-    first = cases[0][0]
-    ratios = ("over\nref.", "over\npeer", "of\npeak", "MiB\nref./ours", "labels\npeer/ours")
-    table = narrow_table(f"images/s: {in_words(first)}", ("", "reference", "peer", "ours", *ratios))
-    for case, rows in cases:
-        reference, peer, ours = compared(rows)
-        labels = pair(("" if row.labels is None else f"{100 * row.labels:.4g}" for row in (peer, ours)), "/")
-        cells = (*speeds(rows), memory((reference, ours), "/"), labels and f"{labels}%")
-        table.add_row(case_name(case, first), *map(escape, cells))
-    return table
-
-
-def case_name(case: dict[str, Any], first: dict[str, Any]) -> str:
-    """The variant, and the parameters that differ from those of ``first``."""
-    own = {key: value for key, value in case.items() if value != first.get(key)}
-    return " ".join(filter(None, (case["variant"], case.get("part", ""), in_words(own))))
-
-
-def speeds(rows: Sequence[Row]) -> tuple[str, ...]:
-    """Cells: images/s of reference, peer and ours, the ratios of ours to the other two, and its share of the peak."""
-    reference, peer, ours = three = compared(rows)
-    ratios = (ours.images_s / row.images_s if ours.images_s and row.images_s else None for row in (reference, peer))
-    return (
-        *(f"{row.images_s:.3g}" if row.images_s else row.status for row in three),
-        *("" if ratio is None else f"{ratio:.1f}x" for ratio in ratios),
-        f"{ours.share:.0%}" if ours.share else "",
-    )
-
-
-def memory(rows: Sequence[Row], between: str) -> str:
-    """Peaks in MiB, "154 / 8"."""
-    peaks = [row.timing.peak_bytes if row.timing else None for row in rows]
-    return pair(("" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks), between)
-
-
-def pair(texts: Iterable[str], between: str) -> str:
-    """ "a / b", or nothing where both are empty."""
-    both = tuple(texts)
-    return between.join(both) if any(both) else ""

@@ -15,8 +15,9 @@ from segmenter_fast.visualize import default_palette, overlay
 from ..case import Row
 from ..device import Ceilings
 from ..timing import own_stream
-from .comparison import Comparison, compared
+from .comparison import Comparison
 from .peers import PHOTOGRAPH, ModelCase, centre
+from .summary import compared
 
 VARIANTS = ("seg_t_mask_16", "seg_b_mask_16")
 SIDE = 512
@@ -45,7 +46,7 @@ def run_demo(
     for variant in variants:
         case = ModelCase(variant, dtype, SIDE)
         with own_stream(device), torch.inference_mode():
-            comparison = Comparison(case, device, image)
+            comparison = Comparison(case, device, image, runtimes=())
             rows = comparison.rows(Ceilings(0.0, {}), seconds, show)
         if untimed := next((row for row in compared(rows) if row.timing is None), None):
             raise RuntimeError(f"{variant}: the {untimed.variant} model could not be timed: {untimed.note}")

@@ -23,9 +23,10 @@ from ..device import Ceilings
 from ..plots import MODELS as PLOTS
 from ..results import RESULTS, CaseRows, write
 from ..runner import Runner, case_table, deadline_after
-from .comparison import MODELS, case_name, compare_models, models_table
+from .comparison import MODELS, compare_models
 from .parts import measure_parts, without_figures
 from .peers import ModelCase
+from .summary import case_name, models_table
 
 DEFAULT = tuple(f"seg_{size}_mask_{patch}" for size, patch in (
     ("s", 16), ("t", 16), ("b", 16), ("s", 32), ("s", 8), ("t", 32), ("t", 8), ("b", 32), ("b", 8),

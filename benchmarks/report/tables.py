@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from ..case import OURS
-from ..models.comparison import compared, memory, pair, speeds
 from ..models.peers import in_words
+from ..models.summary import compared, fastest, gain, memory, pair, runtimes_of, speed
 from ..ops import OPS
 from ..results import RESULTS, Result, read
 
 README = RESULTS.parent / "README.md"
+FIRST_PAGE = RESULTS.parents[1] / "README.md"
+HEADLINES = {"seg_s_mask_16": "ViT-S/16", "seg_s_mask_32": "S/32"}
 SMOOTH = {"classes": 150, "patch": 16, "map": "smooth"}
 # Rows of the table of ops: label, file, parameters of the case.
 OP_ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -38,18 +40,46 @@ PICTURES = {
 }
 
 
-def rewritten(text: str, results: Path) -> str:
-    """``text`` with the tables of each folder below ``results`` in its block.
+def rewritten(text: str, name: str, block: str) -> str:
+    """``text`` with ``block`` between ``<!-- name -->`` and ``<!-- /name -->``.
 
     Raises:
-        ValueError: no block, or more than one.
+        ValueError: no place for it, or more than one.
     """
-    block = "\n\n".join(filter(None, map(measured, sorted(results.iterdir()))))
-    pattern = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
+    pattern = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
     text, count = pattern.subn(lambda found: f"{found[1]}\n{block}\n\n{found[2]}", text)
     if count != 1:
-        raise ValueError(f"there must be one block <!-- measured --> ... <!-- /measured -->, found {count}")
+        raise ValueError(f"there must be one block <!-- {name} --> ... <!-- /{name} -->, found {count}")
     return text
+
+
+def tables(results: Path) -> str:
+    """The tables and plots of every device, one after the other."""
+    return "\n\n".join(filter(None, map(measured, sorted(results.iterdir()))))
+
+
+def figures(results: Path) -> str:
+    """Speed and memory of HEADLINES on the first device that has both in float32; nothing where there is none."""
+    for path in sorted(results.glob("*/throughput.json")):
+        result = read(path)
+        alike = [(c, rows) for c, rows in result.cases if c.items() >= {"dtype": "float32", "batch": 1}.items()]
+        cases = {c["variant"]: rows for c, rows in alike if c["variant"] in HEADLINES and compared(rows)[2].timing}
+        if cases.keys() != HEADLINES.keys():
+            continue
+        official, best, held = [], [], []
+        for variant, name in HEADLINES.items():
+            reference, peer, ours = compared(cases[variant])
+            others = [row for row in cases[variant] if row.variant in runtimes_of(alike)]
+            official.append(f"**{gain(ours, reference)}** with {name}")
+            best.append(f"**{gain(ours, fastest([peer, *others]))}** with {name}")
+            held.append(f"{memory((reference, ours), ' / ')} MiB with {name}")
+        peers = ", ".join(["PyTorch compiled", *runtimes_of(alike)])
+        return f"""On {_where(result)}, {in_words(alike[0][0])} ([all measurements](benchmarks/README.md#results)):
+
+- Images per second, relative to the official arithmetic: {", ".join(official)}.
+- Relative to the fastest of its rivals ({peers}): {", ".join(best)}.
+- Memory of an image, official arithmetic / ours: {", ".join(held)}."""
+    return ""
 
 
 def measured(folder: Path) -> str:
@@ -79,16 +109,22 @@ def _table(title: str, header: str, rows: Iterable[Sequence[str]]) -> str:
 def _models_table(result: Result) -> str:
     """A line for each case of a ``throughput.json``: figures, or the reason why there are none."""
     shared = {key: value for key, value in result.cases[0][0].items() if all(c[key] == value for c, _ in result.cases)}
-    title = f"Images per second on {_where(result)} (PyTorch {result.device.torch}), {in_words(shared)}, a photograph:"
-    header = "| | tokens | reference | peer | ours | over reference | over peer | share of peak "
+    title = f"Images per second on {_where(result)} (PyTorch {result.device.torch}), {in_words(shared)}, a photograph"
+    title += " (in brackets: how many times faster ours is):"
+    runtimes = runtimes_of(result.cases)
+    header = f"| | tokens | {' | '.join(['reference', 'peer', *runtimes, 'ours'])} | share of peak "
     header += "| MiB, reference / ours | error of the logits, peer / ours |"
     table = []
     for case, rows in sorted(result.cases, key=lambda found: _order(found[0])):
         reference, peer, ours = compared(rows)
         own = in_words({key: value for key, value in case.items() if key not in shared})
         name = f"`{case['variant']}`" + (f", {own}" if own else "")
+        others = [reference, peer, *(row for row in rows if row.variant in runtimes)]
+        speeds = [f"{speed(row)} ({gain(ours, row)})".replace(" ()", "") for row in others]
+        share = f"{ours.share:.0%}" if ours.share else ""
         errors = pair(("" if row.error is None else f"{row.error:.2g}" for row in (peer, ours)), " / ")
-        table.append((name, str(case["tokens"]), *speeds(rows), memory((reference, ours), " / "), errors))
+        cells = (*speeds, f"**{speed(ours)}**", share, memory((reference, ours), " / "), errors)
+        table.append((name, str(case["tokens"]), *cells))
     return _table(title, header, table)
 
 
@@ -120,4 +156,5 @@ def _where(result: Result) -> str:
 
 
 if __name__ == "__main__":
-    README.write_text(rewritten(README.read_text(), RESULTS))
+    README.write_text(rewritten(README.read_text(), "measured", tables(RESULTS)))
+    FIRST_PAGE.write_text(rewritten(FIRST_PAGE.read_text(), "figures", figures(RESULTS)))

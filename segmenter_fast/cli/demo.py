@@ -24,9 +24,9 @@ def demo(
 ) -> None:
     """Segment scenes that a small trained model never saw, and compare the speed of large ones on a photograph."""
     from ..benchmarks.case import DisagreementError
-    from ..benchmarks.models.comparison import models_table
     from ..benchmarks.models.demo import VARIANTS, run_demo
     from ..benchmarks.models.peers import PHOTOGRAPH
+    from ..benchmarks.models.summary import models_table
     from ..devices import choose_device, choose_dtype
 
     place, names, found = choose_device(device.value), variant or VARIANTS, []

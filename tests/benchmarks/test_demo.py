@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from segmenter_fast import VARIANTS
 from segmenter_fast.benchmarks.case import DisagreementError
 from segmenter_fast.benchmarks.models import demo
-from segmenter_fast.benchmarks.models.comparison import compared
+from segmenter_fast.benchmarks.models.summary import compared
 from segmenter_fast.cli import app
 
 

@@ -32,6 +32,12 @@ def _shallow(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(VARIANTS, name, VARIANTS[name].replace(depth=2, decoder_depth=1))
 
 
+@pytest.fixture(autouse=True)
+def _no_runtimes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take seconds to convert a model; test_runtimes.py has them."""
+    monkeypatch.setattr(comparison, "absence", lambda *_: "left out here")
+
+
 @pytest.fixture
 def _ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "measure_ceilings", lambda *args, **kwargs: CEILINGS)
