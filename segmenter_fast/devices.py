@@ -29,10 +29,11 @@ def choose_device(name: str = "auto") -> torch.device:
     return device
 
 
-def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def choose_dtype(dtype: str | torch.dtype, device: torch.device, int8: bool = False) -> torch.dtype:
     """A dtype of ``DTYPES``, by itself or by name.
 
-    "auto" is bfloat16 if the hardware multiplies it fast, else float16 on a GPU or float32.
+    "auto" is bfloat16 if the hardware multiplies it fast, else float16 on a GPU or float32. With ``int8`` linear
+    layers it is float32 on CPUs without AMX: bfloat16 for the rest was slower (AMD EPYC, AVX512, B/16 488 / 497 ms).
 
     Raises:
         ValueError: another name or dtype.
@@ -40,7 +41,8 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if dtype == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        return torch.bfloat16 if device.type == "cpu" and cpu_is_fast_in_bfloat16() else torch.float32
+        fast = device.type == "cpu" and (_cpu_has("amx_tile") if int8 else cpu_is_fast_in_bfloat16())
+        return torch.bfloat16 if fast else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
         raise ValueError(f"dtype must be one of auto, {', '.join(DTYPES)}, got {dtype!r}")

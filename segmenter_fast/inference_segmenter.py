@@ -21,6 +21,7 @@ from .config import SegmenterConfig
 from .decoders import LinearDecoder, MaskTransformer, upsampled_size
 from .devices import choose_compile, choose_dtype, computes_slowly, warn_of_slow_dtype
 from .linears import store_linears
+from .quantize import check_quantization, quantize_linears, warn_of_slow_quantization
 from .vit import VisionTransformer, channels_last_maps, check_images, pad_to_patches
 
 # Input shapes that keep a CUDA graph; the least recently used is dropped first.
@@ -41,7 +42,8 @@ class InferenceSegmenter(nn.Module):
     Precision: weights and activations have the given dtype; on a CPU that is slow in it, the weights of linear layers
     do, and everything is computed in float32. ``Segmenter.optimize`` decides by the model's device. Softmax, norm
     statistics and accumulators are float32 inside the ops, and so are the class scores and their LayerNorm, because
-    small differences of them decide labels.
+    small differences of them decide labels. With ``quantize`` the linear layers of the blocks run in 8 bits, see
+    ``QuantizedLinear``.
 
     It may be copied, pickled, moved with ``.to`` and loaded into. The next call then derives, compiles and captures
     everything again. ``state_dict`` has the Segmenter's keys.
@@ -55,16 +57,24 @@ class InferenceSegmenter(nn.Module):
         dtype: torch.dtype | str,
         compile: bool | str,
         cuda_graph: bool,
+        quantize: str | None = None,
     ) -> None:
         super().__init__()
         device = next(encoder.parameters()).device
-        dtype = choose_dtype(dtype, device)
+        if quantize is not None:
+            check_quantization(quantize, device)
+        dtype = choose_dtype(dtype, device, int8=quantize == "int8")
         stored_only = device.type == "cpu" and computes_slowly(dtype, device)
         self.config = config
         self.encoder = copy.deepcopy(encoder)
         self.decoder = copy.deepcopy(decoder)
         self.compile_graph = choose_compile(compile, device, dtype)
         self.cuda_graph = cuda_graph
+        if quantize is not None:
+            warn_of_slow_quantization(quantize, config.embed_dim, device.type)
+            quantize_linears(self.encoder.blocks, quantize)
+            if isinstance(self.decoder, MaskTransformer):
+                quantize_linears(self.decoder.blocks, quantize)
         self.to(torch.float32 if stored_only else dtype)
         if stored_only:
             warn_of_slow_dtype(dtype, device)

@@ -1,0 +1,79 @@
+"""Real weights and photographs, where they lie beside the project: DINOv2 ViT-S/14 and four sample photographs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+import segmenter_fast as sf
+from segmenter_fast.io.images import normalise, read_image
+
+FOLDER = Path(__file__).parents[3] / "shared" / "real"
+WEIGHTS = FOLDER / "dinov2_small_hf_names.safetensors"
+PHOTOGRAPHS = [FOLDER / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
+CLASSES, SIDE = 21, 518
+_NAMES = {
+    r"^embeddings\.position_embeddings": "pos_embed",
+    r"^embeddings\.": "",
+    r"^patch_embeddings\.projection": "patch_embed.proj",
+    r"^encoder\.layer\.": "blocks.",
+    r"attention\.output\.dense": "attn.proj",
+    r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
+    r"^layernorm\.": "norm.",
+}
+
+needs_real_weights = pytest.mark.skipif(
+    not WEIGHTS.exists(), reason=f"needs real weights and photographs: {WEIGHTS.name} in ../shared/real"
+)
+
+
+def real_model() -> sf.Segmenter:
+    """A model whose classes are 21 k-means centres of the photographs' patch features, by cosine."""
+    variant = {"image_size": SIDE, "window_size": SIDE, "window_stride": SIDE, "num_register_tokens": 0}
+    model = sf.create_model("seg_s_dinov2_linear_14", num_classes=CLASSES, pos_embed_prefix=True, **variant).eval()
+    state = {}
+    for key, tensor in load_file(WEIGHTS).items():
+        for pattern, replacement in _NAMES.items():
+            key = re.sub(pattern, replacement, key)
+        state[key] = tensor.float()
+    for block in range(model.config.depth):
+        for part in ("weight", "bias"):
+            parts = [
+                state.pop(f"blocks.{block}.attention.attention.{name}.{part}") for name in ("query", "key", "value")
+            ]
+            state[f"blocks.{block}.attn.qkv.{part}"] = torch.cat(parts)
+    state.pop("mask_token", None)
+    model.encoder.load_state_dict(state)
+    with torch.no_grad():
+        features = torch.cat([model.encoder(crop(model, path))[0] for path in PHOTOGRAPHS])
+        centres = _centres(F.normalize(features, dim=1))
+        model.decoder.head.weight.copy_(centres)
+        model.decoder.head.bias.zero_()
+    return model
+
+
+def crop(model: sf.Segmenter, path: Path) -> Tensor:
+    """The centre of a photograph, its smaller side resized to 518 pixels: ``(1, 3, 518, 518)``, normalised."""
+    image = Image.fromarray(read_image(path))
+    scale = SIDE / min(image.size)
+    width, height = (max(SIDE, round(side * scale)) for side in image.size)
+    left, top = (width - SIDE) // 2, (height - SIDE) // 2
+    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + SIDE, top + SIDE))
+    return normalise(np.asarray(image), model.config.mean, model.config.std, torch.device("cpu"))
+
+
+def _centres(features: Tensor, steps: int = 30) -> Tensor:
+    """``(N, D)`` unit vectors -> ``(21, D)`` k-means centres by cosine."""
+    centres = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:CLASSES]]
+    for _ in range(steps):
+        nearest = F.one_hot((features @ centres.T).argmax(1), CLASSES).float()
+        centres = F.normalize(nearest.T @ features, dim=1)
+    return centres
