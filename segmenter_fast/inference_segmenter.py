@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch._dynamo.config
-import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -204,8 +202,11 @@ class InferenceSegmenter(nn.Module):
         if not self.compile_graph:
             yield
             return
+        from torch._dynamo import config as dynamo  # a second to import
+        from torch._inductor import config as inductor
+
         freezing = next(self.parameters()).device.type == "cpu"
-        with torch._dynamo.config.patch(recompile_limit=64), torch._inductor.config.patch(freezing=freezing):
+        with dynamo.patch(recompile_limit=64), inductor.patch(freezing=freezing):
             yield
 
     def _compute(

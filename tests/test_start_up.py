@@ -57,6 +57,11 @@ def test_nothing_heavy_is_imported(program: str) -> None:
     assert python(program + LOADED).stdout.splitlines()[-1] == ""
 
 
+def test_the_compiler_is_imported_by_its_first_use() -> None:
+    program = "import sys\nimport segmenter_fast as sf\nsf.load, sf.predict\nprint('torch._dynamo' in sys.modules)"
+    assert python(program).stdout == "False\n"
+
+
 def test_the_program_reaches_every_command() -> None:
     lines = python(ALL_HELP).stdout.splitlines()
     assert {"True", "True predict", "True bench kernels", "True dataset make"} <= set(lines)
