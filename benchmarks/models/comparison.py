@@ -235,5 +235,6 @@ class Comparison:
 
     def _ours(self) -> Segment:
         # Without its own CUDA graphs: the clock captures every model alike.
-        fast = self.model.optimize(self.case.dtype, compile=self.case.compile, cuda_graph=False)
+        compile = "auto" if self.case.compile else False
+        fast = self.model.optimize(self.case.dtype, compile=compile, cuda_graph=False)
         return lambda: fast.segment(self.low)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
+from typing import ClassVar
 
 import torch
+from rich.console import Console
 
 from segmenter_fast.devices import choose_dtype
 
@@ -34,16 +36,18 @@ DEFAULT = tuple(f"seg_{size}_mask_{patch}" for size, patch in (
 # Cases before those of parts and classes.
 BEFORE_EXTRAS = 3
 CLASSES = (19, 60, 150, 1000)
-# A case takes about as long as this many calls of its reference.
-CALLS = 12
 
 
 @dataclass(frozen=True)
 class Job:
-    """One case for the file ``op``: "throughput", "classes", or "split", which has a case for each part."""
+    """One case for the file ``op``: "throughput", "classes", or "split", which has a case for each part.
+
+    It takes about as long as ``calls`` calls of its reference.
+    """
 
     op: str
     case: ModelCase
+    calls: ClassVar[int] = 12
 
     def run(self, device: torch.device, ceilings: Ceilings, seconds: float) -> CaseRows:
         if self.op == "split":
@@ -58,7 +62,7 @@ class Job:
 
 @dataclass
 class TimeEstimate:
-    """Expected seconds of a case: ``overhead``, mostly of the compiler, and CALLS calls of the reference.
+    """Expected seconds of a case: ``overhead``, mostly of the compiler, and the calls of the reference.
 
     The reference runs at ``guess`` TFLOP/s until a case is done, then at the median of those before.
     """
@@ -68,15 +72,15 @@ class TimeEstimate:
     measured: list[float] = field(default_factory=list)
 
     def expect(self, job: Job, seconds: float) -> float:
-        calls = CALLS * job.case.flops / median(self.measured or [self.guess]) / 1e12
+        calls = job.calls * job.case.flops / median(self.measured or [self.guess]) / 1e12
         return max(calls, seconds) + (self.overhead if job.case.compile else 0)
 
     def update(self, job: Job, found: CaseRows, took: float) -> None:
         reference = found[0][1][0]
-        if job.op == "throughput" and reference.timing and reference.tflops:
+        if job.op in ("throughput", "defaults") and reference.timing and reference.tflops:
             self.measured.append(reference.tflops)
             if job.case.compile:
-                self.overhead = max(5.0, took - CALLS * reference.timing.median_ms / 1e3)
+                self.overhead = max(5.0, took - job.calls * reference.timing.median_ms / 1e3)
 
 
 def run_models(
@@ -103,7 +107,6 @@ def run_models(
     Raises:
         ValueError: an unknown variant, or numbers that no model has.
     """
-    deadline = deadline_after(budget)
     kinds = dict.fromkeys(choose_dtype(name, device) for name in dtypes or ["auto"])
     batches = batches or ((1, 32) if device.type == "cuda" else (1,))
     grid = itertools.product(kinds, batches, sizes or (512,), classes or (150,), variants or DEFAULT)
@@ -111,8 +114,29 @@ def run_models(
     jobs = [Job("throughput", case) for case in cases]
     if extras:
         jobs[BEFORE_EXTRAS:BEFORE_EXTRAS] = _extra_jobs(cases)
+    found, refused, console = run_jobs(jobs, kinds, device=device, seconds=seconds, budget=budget, out=out, plots=PLOTS)
+    console.print(models_table(found))
+    return refused
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    dtypes: Iterable[torch.dtype],
+    *,
+    device: torch.device,
+    seconds: float,
+    budget: float | None,
+    out: Path,
+    plots: Sequence[str] = (),
+) -> tuple[CaseRows, int, Console]:
+    """Run ``jobs`` as far as ``budget`` has time for them, and write their files after each.
+
+    Returns:
+        All cases; the number of jobs that were refused because our output was wrong; the console of the run.
+    """
+    deadline = deadline_after(budget)
     found = {job: job.not_run("the run ended before it") for job in jobs}
-    runner = Runner.start(device, {torch.float32, *kinds}, out, False, seconds)
+    runner = Runner.start(device, {torch.float32, *dtypes}, out, False, seconds)
     start = time.monotonic()
     estimate = TimeEstimate(runner.ceilings.matmul_tflops["float32"] / 2)
     with runner.console.status("") as status:
@@ -136,9 +160,10 @@ def run_models(
             write(result, out)
             for case, rows in found[job]:
                 runner.console.print(case_table(position + case_name(case, {}), rows))
-    runner.console.print(models_table([case for job in jobs for case in found[job]]))
-    runner.draw(PLOTS)
-    return sum(bool(_notes(job, found[job], "refused")) for job in jobs)
+    if plots:
+        runner.draw(plots)
+    refused = sum(bool(_notes(job, found[job], "refused")) for job in jobs)
+    return [case for job in jobs for case in found[job]], refused, runner.console
 
 
 def _notes(job: Job, found: CaseRows, status: str) -> list[str]:

@@ -67,6 +67,25 @@ def models(
 
 
 @bench.command()
+def defaults(
+    variant: Annotated[list[str] | None, typer.Option(help="May be repeated, as batch.")] = None,
+    size: Annotated[int, typer.Option(min=1, help="Pixels a side.")] = 512,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once; default 1, 2 and 4.")] = None,
+    device: DeviceOption = Device.auto,
+    seconds: Annotated[float, typer.Option(min=0, help="For the timing of one case.")] = 3.0,
+    out: OutOption = RESULTS,
+    budget: BudgetOption = 540.0,
+) -> None:
+    """`optimize()`, `accelerate(...)` and the model itself, with defaults, against plain PyTorch: the worst ratio."""
+    from ..benchmarks.models.defaults import run_defaults
+    from ..devices import choose_device
+
+    place = choose_device(device.value)
+    refused = run_defaults(variant or (), size, batch or (), device=place, seconds=seconds, budget=budget, out=out)
+    raise typer.Exit(int(refused > 0))
+
+
+@bench.command()
 def kernels(
     op: Annotated[list[str] | None, typer.Argument(help="Ops to run; default: all of them.")] = None,
     device: DeviceOption = Device.auto,

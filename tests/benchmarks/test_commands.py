@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from segmenter_fast.benchmarks import ops, training
-from segmenter_fast.benchmarks.models import throughput
+from segmenter_fast.benchmarks.models import defaults, throughput
 from segmenter_fast.benchmarks.report import compare
 from segmenter_fast.cli import app
 
@@ -39,6 +39,13 @@ def test_models(monkeypatch: pytest.MonkeyPatch) -> None:
     args, kwargs = invoke((throughput, "run_models"), "--device cpu", monkeypatch)
     assert not any(args)
     assert (kwargs["compile"], kwargs["extras"], kwargs["budget"]) == (True, True, 540)
+
+
+def test_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = "defaults --variant a --size 64 --batch 2 --device cpu --seconds 0.5 --budget 9 --out x"
+    args, kwargs = invoke((defaults, "run_defaults"), options, monkeypatch)
+    assert args == (["a"], 64, [2])
+    assert kwargs == {"device": torch.device("cpu"), "seconds": 0.5, "budget": 9.0, "out": Path("x")}
 
 
 def test_train(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,178 @@
+"""Time of our defaults over that of plain PyTorch: the worst ratio over variants and batches.
+
+Plain PyTorch is the faster of the reference and the reference with SDPA, both eager and in float32. Ours is everything
+that a user gets by one line: ``optimize()`` with its defaults, ``segment`` and ``forward`` of the model itself, and
+``accelerate`` of a model in the official program's structure. Labels are compared with labels, logits with logits.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from segmenter_fast import accelerate
+from segmenter_fast.devices import choose_compile, choose_dtype
+from segmenter_fast.reference import MaskTransformer
+
+from ..case import OURS, Row, is_ours, lack_of_memory
+from ..device import Ceilings
+from ..results import RESULTS, CaseRows
+from ..runner import narrow_table
+from ..timing import measure, own_stream
+from .comparison import REFERENCE, SLOW_SECONDS, Accuracy, Limits, share
+from .official import OfficialLike
+from .peers import ModelCase, build, with_sdpa
+from .summary import case_name
+from .throughput import DEFAULT, Job, run_jobs
+
+SDPA, OPTIMIZE, SEGMENT, FORWARD, ACCELERATE = (
+    "SDPA",
+    *(f"{OURS} {name}" for name in ("optimize", "segment", "forward", "accelerate")),
+)
+BATCHES = (1, 2, 4)
+# A reference beyond SDPA's time over this is not timed.
+CLEARLY = 0.8
+Call = Callable[..., Tensor]
+OUTPUTS = {
+    "labels": (REFERENCE, SDPA, OPTIMIZE, SEGMENT, FORWARD, ACCELERATE),
+    "logits": (REFERENCE, SDPA, OPTIMIZE, FORWARD, ACCELERATE),
+}
+
+
+@dataclass(frozen=True)
+class DefaultsJob(Job):
+    """A variant and a batch: a case for the labels and one for the logits."""
+
+    calls: ClassVar[int] = 60
+
+    def run(self, device: torch.device, ceilings: Ceilings, seconds: float) -> CaseRows:
+        case = self.case
+        if device.type == "cpu" and (note := lack_of_memory(case.needs_bytes, device)):
+            return self._without_figures("out of memory", note)
+        gc.collect()
+        with own_stream(device), torch.inference_mode():
+            calls, fault, slow = _calls(case, device)
+            if fault:
+                return self._without_figures("refused", fault)
+            found = []
+            for output, functions in calls.items():
+                variants = {name: [call] for name, call in functions.items()}
+                few = {"min_samples": 2, "max_samples": 3} if slow else {"min_samples": 4}
+                outcomes = measure(variants, device, seconds=seconds / len(calls), **few)
+                rows = [Row(name, "ok").timed(outcome, case.batch, case.flops) for name, outcome in outcomes.items()]
+                found.append((case.parameters | {"output": output}, rows))
+        return found
+
+    def not_run(self, note: str) -> CaseRows:
+        return self._without_figures("not run", note)
+
+    def _without_figures(self, status: str, note: str) -> CaseRows:
+        return [
+            (self.case.parameters | {"output": output}, [Row(name, status, note) for name in names])
+            for output, names in OUTPUTS.items()
+        ]
+
+
+def run_defaults(
+    variants: Sequence[str] = (),
+    size: int = 512,
+    batches: Sequence[int] = (),
+    *,
+    device: torch.device,
+    seconds: float = 3.0,
+    budget: float | None = None,
+    out: Path = RESULTS,
+) -> int:
+    """Measure all variants at each batch, the cheapest first, and print the worst ratio; write ``defaults.json``.
+
+    Returns:
+        The number of cases that were refused because our output was wrong.
+
+    Raises:
+        ValueError: an unknown variant, or numbers that no model has.
+    """
+    dtype = choose_dtype("auto", device)
+    case = ModelCase("", dtype, size, compile=choose_compile("auto", device, dtype))
+    grid = itertools.product(batches or BATCHES, variants or DEFAULT)
+    jobs = [DefaultsJob("defaults", replace(case, variant=variant, batch=batch)) for batch, variant in grid]
+    jobs.sort(key=lambda job: job.case.flops)  # overhead weighs most in small cases, and most cases fit a budget
+    found, refused, console = run_jobs(jobs, [dtype], device=device, seconds=seconds, budget=budget, out=out)
+    table = narrow_table("time over that of plain PyTorch", ("", "best", "worst", "of", "worst case"))
+    for form, ratios in ratios_of(found).items():
+        worst, where = max(ratios)
+        table.add_row(form, f"{min(ratios)[0]:.2f}x", f"{worst:.2f}x", str(len(ratios)), where)
+    console.print(table)
+    if every := [ratio for ratios in ratios_of(found).values() for ratio in ratios]:
+        worst, where = max(every)
+        console.print(f"worst ratio: {worst:.2f}x the time of plain PyTorch, {where}")
+    return refused
+
+
+def ratios_of(cases: CaseRows) -> dict[str, list[tuple[float, str]]]:
+    """For each form of ours its time over that of plain PyTorch, with the case's name, in every case with figures.
+
+    Both are the 20th percentile: a busy neighbour only adds to the samples.
+    """
+    found: dict[str, list[tuple[float, str]]] = {}
+    for case, rows in cases:
+        times = {row.variant: row.timing.p20_ms for row in rows if row.timing}
+        plain = min((times[name] for name in (REFERENCE, SDPA) if name in times), default=None)
+        for form in filter(is_ours, times):
+            if plain:
+                ratio = times[form] / plain
+                found.setdefault(form, []).append((ratio, f"{case_name(case, {})}, {case['output']}"))
+    return found
+
+
+def _calls(case: ModelCase, device: torch.device) -> tuple[dict[str, dict[str, Call]], str | None, bool]:
+    """The calls of each output by form; why one of ours is wrong, if it is; whether the calls are slow.
+
+    Slow calls have labels alone: the logits' share of the time is small. A reference that is clearly slower than SDPA
+    has no calls: plain PyTorch is the faster one.
+    """
+    model, reference, images = build(case, device)
+    forms: dict[str, Any] = {
+        REFERENCE: reference,
+        SDPA: with_sdpa(reference, torch.float32),
+        OPTIMIZE: model.optimize(),
+        FORWARD: model,
+    }
+    if isinstance(reference.decoder, MaskTransformer):
+        forms[ACCELERATE] = accelerate(OfficialLike(reference).eval())
+    expected, first = _timed(partial(_labels, reference, images), device)
+    logits, second = _timed(partial(forms[SDPA], images), device)
+    if second < CLEARLY * first:
+        del forms[REFERENCE]
+    low = with_sdpa(reference, case.dtype)(images.to(case.dtype))
+    limits = Limits(Accuracy.of(low, logits), case.dtype)
+    del logits, low
+    labels: dict[str, Call] = {name: partial(_labels, form, images) for name, form in forms.items()}
+    labels |= {OPTIMIZE: partial(forms[OPTIMIZE].segment, images), SEGMENT: partial(model.segment, images)}
+    for name, call in labels.items():
+        if is_ours(name) and (fault := limits.labels_fault(share(call() == expected))):
+            return {}, f"{name}: {fault}", False
+    if device.type == "cpu" and second > SLOW_SECONDS:
+        return {"labels": labels}, None, True
+    return {"labels": labels, "logits": {name: partial(form, images) for name, form in forms.items()}}, None, False
+
+
+def _labels(form: Call, images: Tensor) -> Tensor:
+    return form(images).argmax(1)
+
+
+def _timed(call: Call, device: torch.device) -> tuple[Tensor, float]:
+    """The output of a call, and its seconds."""
+    start = time.perf_counter()
+    output = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return output, time.perf_counter() - start
