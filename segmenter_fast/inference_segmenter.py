@@ -18,7 +18,7 @@ from . import kernels
 from .config import SegmenterConfig
 from .decoders import LinearDecoder, MaskTransformer, upsampled_size
 from .devices import choose_compile, choose_dtype, computes_slowly, warn_of_slow_dtype
-from .linears import store_linears
+from .linears import pack_linears, store_linears, unpack
 from .quantize import check_quantization, quantize_linears, warn_of_slow_quantization
 from .vit import VisionTransformer, channels_last_maps, check_images, pad_to_patches
 
@@ -42,6 +42,10 @@ class InferenceSegmenter(nn.Module):
     statistics and accumulators are float32 inside the ops, and so are the class scores and their LayerNorm, because
     small differences of them decide labels. With ``quantize`` the linear layers of the blocks run in 8 bits, see
     ``QuantizedLinear``.
+
+    On a CPU, linear layers keep a second copy of their weights, packed for oneDNN, unless it is compiled; and the C
+    library is asked to keep up to 62 MB of freed memory, as returning it to the system after each image costs up to a
+    quarter of the time (T/16, bfloat16).
 
     It may be copied, pickled, moved with ``.to`` and loaded into. The next call then derives, compiles and captures
     everything again. ``state_dict`` has the Segmenter's keys.
@@ -78,6 +82,8 @@ class InferenceSegmenter(nn.Module):
             warn_of_slow_dtype(dtype, device)
             for part in (self.encoder.blocks, self.decoder):
                 store_linears(part, dtype)
+        elif device.type == "cpu" and not self.compile_graph:
+            pack_linears(self)
         self.requires_grad_(False)
         self.train(False)
 
@@ -111,6 +117,7 @@ class InferenceSegmenter(nn.Module):
 
     def reset(self) -> None:
         """Drop everything derived from the weights; the next call makes it again."""
+        unpack(self)
         self._stems: dict[tuple[int, int, bool], _Stem] = {}
         self._compiled: dict[tuple[str, torch.dtype], Callable[..., Tensor]] = {}
         self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
@@ -146,6 +153,7 @@ class InferenceSegmenter(nn.Module):
         if key not in self._stems:
             if len(self._stems) == _MAX_STEMS:
                 self._stems.clear()
+            _keep_freed_memory()
             self._stems[key] = self._stem(*key)
         stem = self._stems[key]
         compute = self._function(result, images.dtype)
@@ -242,6 +250,14 @@ class InferenceSegmenter(nn.Module):
         if result == "probabilities":
             return kernels.upsample_softmax(masks, upsampled, size)
         return kernels.reference.upsample(masks, upsampled, (height, width), align_corners=False)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library reuse freed blocks below 31 MB: glibc takes the largest freed block as its threshold.
+
+    Source: mallopt(3), M_MMAP_THRESHOLD. The memory is never touched.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
 
 
 @dataclass(frozen=True)

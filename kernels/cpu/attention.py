@@ -4,12 +4,15 @@ The kernel takes ``(B, H, N, D)`` tensors of any strides with a last stride of 1
 nor the transposes copy anything; the views cost 1 to 2 % over contiguous q, k and v. The kernel distributes batch,
 heads and query blocks over the cores. Devices without it, and empty tensors, take matrix products and softmax.
 
-Matrix products by blocks of 256 queries are slower than the kernel. Processor time at 4097 tokens, 2 heads of 64, one
-core of a Xeon with AMX: 57 ms against 24 in bfloat16 (its two products alone take 22, as contractions over 64 do not
-reach AMX's rate), 94 against 70 in float32; backward 197 against 119.
+Its products are MKL's. Products by blocks of queries are slower than the kernel where they are MKL's, too. Processor
+time at 4097 tokens, 2 heads of 64, one core of a Xeon with AMX: 57 ms against 24 in bfloat16 (its two products alone
+take 22, as contractions over 64 do not reach AMX's rate), 94 against 70 in float32; backward 197 against 119. On an AMD
+processor MKL leaves AVX512 unused, and oneDNN's products by blocks win: see ``_by_blocks``.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -24,6 +27,11 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # against 11 (4 x 257); bfloat16 5.0 against 1.1 (4 x 65), 14 against 11 (4 x 257), but 23 against 24 (4 x 401).
 _WIDEN_BFLOAT16_UP_TO = 320
 
+_BLOCKS_FROM = 384  # tokens
+_BLOCK = 512  # queries
+_BLOCK_SCORES = 1 << 21
+_BLOCK_DTYPES = (torch.float32, torch.bfloat16)
+
 
 def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
     """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` and the log-sum-exp ``(B, H, N)``, empty if not ``with_lse``."""
@@ -32,9 +40,51 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor
         scores = (q @ k.mT).to(statistics_dtype(qkv.dtype)) * scale
         lse = scores.logsumexp(-1)
         out = (scores - lse.unsqueeze(-1)).exp().to(qkv.dtype) @ v
+    elif not with_lse and qkv.shape[1] >= _BLOCKS_FROM and qkv.dtype in _BLOCK_DTYPES and onednn_beats_mkl():
+        return _by_blocks(qkv, scale), qkv.new_empty(0, dtype=torch.float32)
+    elif not with_lse and (whole := _whole_blocks(qkv)):
+        parts = (_flash(part, k, v, scale=scale)[0].transpose(1, 2) for part in (q[:, :, :whole], q[:, :, whole:]))
+        return torch.cat(list(parts), 1), qkv.new_empty(0, dtype=statistics_dtype(qkv.dtype))
     else:
         out, lse = _flash(q, k, v, scale=scale)
     return out.transpose(1, 2).contiguous(), lse.contiguous() if with_lse else lse.new_empty(0)
+
+
+@cache
+def onednn_beats_mkl() -> bool:
+    """True on AMD processors with AVX512, which oneDNN uses and MKL does not: their float32 products differ by 2.2x."""
+    uses_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.backends.mkldnn.is_available()
+    features = getattr(torch.cpu, "get_capabilities", None)
+    return uses_avx512 and features is not None and bool(features().get("sse4a"))  # Intel never had SSE4a
+
+
+def _whole_blocks(qkv: Tensor) -> int:
+    """Queries of the first of two calls of the flash kernel that share the work among threads more evenly, or 0.
+
+    The kernel gives each thread as many blocks of 256 queries (64 below 768) as the others, head by head. At 2^k + 1
+    tokens the last block of a head is one query: of 3 heads of 1025 tokens, one of two threads gets 7 of 12 whole ones.
+    """
+    b, n, _, heads, _ = qkv.shape
+    block = 256 if n >= 768 else 64
+    few = 0 < n % block <= block // 8 and n >= 192
+    return n - n % block if few and b * heads % torch.get_num_threads() else 0
+
+
+def _by_blocks(qkv: Tensor, scale: float) -> Tensor:
+    """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` by oneDNN's float32 products, head by head, some queries at a time."""
+    product = torch.ops.mkldnn._linear_pointwise  # of (n, D) and (m, D): (n, m)
+    b, n, _, heads, dim = qkv.shape
+    out = qkv.new_empty(b, n, heads, dim)
+    blocks = -(-n // min(_BLOCK, max(_BLOCK_SCORES // n, 1)))
+    size = -(-n // blocks)
+    for image, result in zip(qkv.float(), out, strict=True):
+        for head in range(heads):
+            q, k = image[:, 0, head] * scale, image[:, 1, head].contiguous()
+            values = image[:, 2, head].T.contiguous()
+            for rows, into in zip(q.split(size), result[:, head].split(size), strict=True):
+                scores = product(rows, k, None, "none", [], "")
+                into.copy_(product(torch.softmax(scores, 1, out=scores), values, None, "none", [], ""))
+    return out
 
 
 def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
