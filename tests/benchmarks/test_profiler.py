@@ -30,7 +30,7 @@ def test_the_longest_operators_are_printed_and_written(tmp_path: Path, capsys: p
         shares = [float(line.split()[1].rstrip("%")) for line in lines[4:9]]
         assert shares == sorted(shares, reverse=True)
         assert shares[0] > 0
-    assert text.count("addmm") >= 2
+        assert "addmm" in table or "linear_pointwise" in table
 
 
 def test_a_wrong_kernel_is_not_profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,7 @@ def test_a_run_replaces_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_demo_shows_the_trained_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "run_demo", lambda *arguments: iter(()))
+    monkeypatch.setattr(demo, "run_demo", lambda *arguments, show: iter(()))
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     assert "held-out" in result.output
