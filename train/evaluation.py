@@ -10,11 +10,8 @@ mean accuracy over those that occur in the labels. Pixels labelled ``ignore_inde
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,22 +22,24 @@ from PIL import Image
 from torch import Tensor
 
 from ..config import Pair
-from ..inference import slide
+from ..inference import batches, slide
+from ..inference.batches import Model, evaluation_mode, in_batches, segment_images
 from ..inference.settings import Settings, fits_one_window
 from ..io.images import normalise
 from ..processes import World
-from ..segmenter import Segmenter
 from ..visualize import Color, colorize
 from .datasets.base import SegmentationDataset
 
 MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """The paper's scales, which it takes plain and mirrored."""
 _GAP = 4
+# The ``images`` and ``flips`` of ``slide``.
+_Views = tuple[list[Tensor], list[bool]]
 
 
 @torch.inference_mode()
 def evaluate(
-    model: Segmenter,
+    model: Model,
     dataset: SegmentationDataset,
     resize: int,
     settings: Settings,
@@ -70,24 +69,43 @@ def evaluate(
         raise ValueError("the data set has no images to evaluate on")
     matrix = ConfusionMatrix(model.config.num_classes, next(model.parameters()).device, dataset.ignore_index)
     share = range(length) if world is None else range(world.rank, length, world.size)
-    for done, (index, image, target) in enumerate(_samples(model, dataset, share, read_ahead), 1):
-        labels = segment(model, image, (target.shape[0], target.shape[1]), resize, settings)
-        try:
-            matrix.update(labels, torch.from_numpy(target))
-        except ValueError as error:
-            raise ValueError(f"{dataset.name(index)}: {error}") from error
-        if progress is not None:
-            progress(done, len(share))
+    done = 0
+
+    def size_of(sample: tuple[int, np.ndarray, _Views]) -> Pair | None:
+        size = sample[1].shape[0], sample[1].shape[1]
+        return size if _in_one_window(model, sample[2], size, settings) else None
+
+    with evaluation_mode(model):
+        samples = (
+            (index, target, _views(model, image, resize, settings))
+            for index, image, target in _samples(dataset, share, read_ahead)
+        )
+        for batch in in_batches(samples, size_of, settings.batch_size):
+            height, width = batch[0][1].shape
+            found = _segment(model, [views for _, _, views in batch], (height, width), settings)
+            for (index, target, _), labels in zip(batch, found, strict=True):
+                try:
+                    matrix.update(labels, torch.from_numpy(target))
+                except ValueError as error:
+                    raise ValueError(f"{dataset.name(index)}: {error}") from error
+                done += 1
+                if progress is not None:
+                    progress(done, len(share))
     matrix.all_reduce()
     return matrix.scores()
 
 
-def segment(model: Segmenter, image: np.ndarray, size: Pair, resize: int, settings: Settings) -> Tensor:
+def segment(model: Model, image: np.ndarray, size: Pair, resize: int, settings: Settings) -> Tensor:
     """``(H, W, 3)`` uint8 RGB -> labels of ``size`` on the model's device; see ``evaluate``.
 
     Raises:
         ValueError: a scale leaves no pixel of the resized smaller side.
     """
+    return _segment(model, [_views(model, image, resize, settings)], size, settings)[0]
+
+
+def _views(model: Model, image: np.ndarray, resize: int, settings: Settings) -> _Views:
+    """Every scale of an image, plain and with ``flip`` mirrored, on the model's device."""
     if min(settings.scales) * resize < 1:
         given = ", ".join(map(str, settings.scales))
         raise ValueError(f"scales must leave at least one pixel of the resized smaller side, got {given} of {resize}")
@@ -102,14 +120,25 @@ def segment(model: Segmenter, image: np.ndarray, size: Pair, resize: int, settin
             scaled = F.interpolate(whole, size=scaled_size, mode="bilinear", align_corners=False)
         images += [scaled, scaled.flip(3)] if settings.flip else [scaled]
         flips += [False, True] if settings.flip else [False]
-    if len(images) == 1 and images[0].shape[2:] == size and fits_one_window(model, size, settings.window):
-        return model.segment(images[0])[0]
-    return slide(model, images, flips, size, settings.window, settings.stride, settings.batch_size)
+    return images, flips
+
+
+def _in_one_window(model: Model, views: _Views, size: Pair, settings: Settings) -> bool:
+    images, _ = views
+    return len(images) == 1 and images[0].shape[2:] == size and fits_one_window(model, size, settings.window)
+
+
+def _segment(model: Model, batch: Sequence[_Views], size: Pair, settings: Settings) -> Sequence[Tensor]:
+    """Return the labels of images whose labels are of one size; several of them are each ``_in_one_window``."""
+    if _in_one_window(model, batch[0], size, settings):
+        return [*segment_images(model, [images[0] for images, _ in batch])]
+    options = settings.window, settings.stride, settings.batch_size
+    return [slide(model, images, flips, size, *options) for images, flips in batch]
 
 
 @torch.inference_mode()
 def sample_pictures(
-    model: Segmenter, dataset: SegmentationDataset, indices: Iterable[int], resize: int, settings: Settings
+    model: Model, dataset: SegmentationDataset, indices: Iterable[int], resize: int, settings: Settings
 ) -> dict[str, Image.Image]:
     """Draw image, labels and prediction side by side for some samples of a data set, by the samples' names.
 
@@ -119,11 +148,12 @@ def sample_pictures(
     """
     check_classes(model, dataset)
     pictures = {}
-    for index, image, target in _samples(model, dataset, indices, read_ahead=1):
-        labels = segment(model, image, (target.shape[0], target.shape[1]), resize, settings).cpu().numpy()
-        if image.shape[:2] != labels.shape:
-            image = np.asarray(Image.fromarray(image).resize(labels.shape[::-1]))
-        pictures[dataset.name(index)] = side_by_side(image, target, labels, dataset.palette, dataset.ignore_index)
+    with evaluation_mode(model):
+        for index, image, target in _samples(dataset, indices, read_ahead=1):
+            labels = segment(model, image, (target.shape[0], target.shape[1]), resize, settings).cpu().numpy()
+            if image.shape[:2] != labels.shape:
+                image = np.asarray(Image.fromarray(image).resize(labels.shape[::-1]))
+            pictures[dataset.name(index)] = side_by_side(image, target, labels, dataset.palette, dataset.ignore_index)
     return pictures
 
 
@@ -165,7 +195,7 @@ def side_by_side(
     return picture
 
 
-def check_classes(model: Segmenter, dataset: SegmentationDataset) -> None:
+def check_classes(model: Model, dataset: SegmentationDataset) -> None:
     """Require as many classes of the model as of the data set.
 
     Raises:
@@ -180,30 +210,11 @@ def check_classes(model: Segmenter, dataset: SegmentationDataset) -> None:
 
 
 def _samples(
-    model: Segmenter, dataset: SegmentationDataset, indices: Iterable[int], read_ahead: int
+    dataset: SegmentationDataset, indices: Iterable[int], read_ahead: int
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield index, image and labels, read by threads up to ``read_ahead`` before their turn.
-
-    The model is in evaluation mode meanwhile; afterwards every module is in the mode it was in.
-    """
-    training = [module for module in model.modules() if module.training]
-    waiting: deque[tuple[int, Future[tuple[np.ndarray, np.ndarray]]]] = deque()
-    left = iter(indices)
-    pool = ThreadPoolExecutor(read_ahead)
-    model.eval()
-    try:
-        for index in itertools.islice(left, read_ahead):
-            waiting.append((index, pool.submit(dataset.read, index)))
-        while waiting:
-            index, sample = waiting.popleft()
-            image, target = sample.result()
-            for following in itertools.islice(left, 1):
-                waiting.append((following, pool.submit(dataset.read, following)))
-            yield index, image, target
-    finally:
-        pool.shutdown(cancel_futures=True)
-        for module in training:
-            module.training = True
+    """Yield index, image and labels, read by threads up to ``read_ahead`` before their turn."""
+    for index, sample in batches.read_ahead(indices, dataset.read, read_ahead, read_ahead.__gt__):
+        yield index, *sample.result()
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from ..config import LARGEST_SCALE
 
 if TYPE_CHECKING:
     from .. import Segmenter
+    from ..inference.batches import Model
 
 
 @contextmanager
@@ -74,6 +75,9 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
+COMPILE_FROM = 10_000
+"""Images of a job from which on a minute or two of compilation is worth its time."""
+
 CheckpointArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint: folder, file or hub id.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or a variant's name.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU where there is one.")]
@@ -87,7 +91,8 @@ class InferenceOptions:
     flip = typer.Option("--flip", help="Average over the mirrored image, too.")
     window = typer.Option(help="Side of the windows in pixels. Default: the model's.")
     stride = typer.Option(help="Pixels from window to window. Default: the model's.")
-    batch_size = typer.Option(help="Windows at once.")
+    batch_size = typer.Option(help="Windows, or images that one window covers, at once. Default: 2, on a GPU 16.")
+    optimize = typer.Option(help="Use the inference form of the model, or the plain one.")
 
 
 def _version(wanted: bool) -> None:
@@ -117,6 +122,25 @@ def load_model(name: str, device: Device, dtype: Dtype) -> Segmenter:
         with short_warnings():
             model = load(name)
     return model.to(place, kind)
+
+
+def load_for_inference(name: str, device: Device, dtype: Dtype, optimize: bool, images: int) -> Model:
+    """``load_model``, in the inference form where ``optimize`` is set, compiled where that pays for so many images."""
+    if not optimize:
+        return load_model(name, device, dtype)
+    from ..devices import choose_device, choose_dtype
+
+    kind = choose_dtype(dtype.value, choose_device(device.value))
+    model = load_model(name, device, Dtype.float32)
+    with short_warnings():
+        # Without enlarging, images below the window have more sizes than graphs are kept for.
+        graph = model.config.upscale_small_images
+        return model.optimize(kind, "auto" if images >= COMPILE_FROM else False, cuda_graph=graph)
+
+
+def default_batch_size(model: Model) -> int:
+    """Images at once where the user names no number."""
+    return 2 if next(model.parameters()).device.type == "cpu" else 16
 
 
 @contextmanager

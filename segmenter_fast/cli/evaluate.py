@@ -21,7 +21,8 @@ from .app import (
     InferenceOptions,
     app,
     check_windows,
-    load_model,
+    default_batch_size,
+    load_for_inference,
     parse_scales,
 )
 
@@ -40,7 +41,8 @@ def evaluate(
     resize: Annotated[int | None, typer.Option(help="Pixels of the smaller side. Default: the recipe's.")] = None,
     window: Annotated[int | None, InferenceOptions.window] = None,
     stride: Annotated[int | None, InferenceOptions.stride] = None,
-    batch_size: Annotated[int, InferenceOptions.batch_size] = 2,
+    batch_size: Annotated[int | None, InferenceOptions.batch_size] = None,
+    optimize: Annotated[bool, InferenceOptions.optimize] = True,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="File for all figures.")] = None,
@@ -60,9 +62,10 @@ def evaluate(
     check_windows(window, stride, batch_size)
     with process_group(device.value) as world:
         dataset = open_dataset(data, kind, split)
-        segmenter = load_model(model, device, dtype)
+        segmenter = load_for_inference(model, device, dtype, optimize, len(dataset) // world.size)
         check_classes(segmenter, dataset)
         resize = _resize(data, kind, segmenter.config) if resize is None else resize
+        batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
         settings = Settings.of(segmenter.config, window, stride, factor_list, flip or multiscale, batch_size)
         with Progress(console=Console(stderr=True), disable=world.rank > 0) as progress:
             task = progress.add_task("evaluating", total=None)
@@ -90,6 +93,7 @@ def evaluate(
             "resize": resize,
             **asdict(settings),
             "dtype": str(next(segmenter.parameters()).dtype),
+            "optimized": optimize,
             "classes": list(dataset.class_names),
             **asdict(scores),
         }

@@ -25,7 +25,8 @@ from .app import (
     InferenceOptions,
     app,
     check_windows,
-    load_model,
+    default_batch_size,
+    load_for_inference,
     parse_scales,
     say,
 )
@@ -63,7 +64,8 @@ def predict(
     window: Annotated[int | None, InferenceOptions.window] = None,
     stride: Annotated[int | None, InferenceOptions.stride] = None,
     overlap: Annotated[int | None, typer.Option(metavar="N", help="Same as --stride WINDOW - N.")] = None,
-    batch_size: Annotated[int, InferenceOptions.batch_size] = 2,
+    batch_size: Annotated[int | None, InferenceOptions.batch_size] = None,
+    optimize: Annotated[bool, InferenceOptions.optimize] = True,
     overlay: Annotated[bool, typer.Option(help="Write overlays.")] = True,
     format: Annotated[
         Format, typer.Option(help="Format of the labels. auto: PNG up to 8192 x 8192 pixels, tiled TIFF above.")
@@ -81,7 +83,8 @@ def predict(
     if window is not None:
         stride = _stride(stride, overlap, window)
     with _sigterm_as_interrupt():
-        from ..inference.folders import make_writable, plan, run
+        from ..inference.folders import make_writable, plan
+        from ..inference.pipeline import run_all
         from ..inference.settings import Settings
         from ..processes import PredictionReport, World
 
@@ -94,13 +97,14 @@ def predict(
         report = PredictionReport(skipped=len(jobs) - len(remaining))
         done, total = world.count(total=len(remaining)) or (0, len(remaining))
         try:
-            segment: Callable[..., str | None] = run
+            segment_all: Callable[..., None] | None = None
             if remaining:
-                segmenter = load_model(model, device, dtype)
+                segmenter = load_for_inference(model, device, dtype, optimize, len(remaining))
                 if window is None:
                     stride = _stride(stride, overlap, segmenter.config.window_size)
+                batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
                 settings = Settings.of(segmenter.config, window, stride, factors, flip, batch_size)
-                segment = functools.partial(run, segmenter, settings=settings, name=model, resume=resume)
+                segment_all = functools.partial(run_all, segmenter, remaining, settings, name=model, resume=resume)
             start = time.perf_counter()
             bars = Progress(
                 *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()),
@@ -109,7 +113,7 @@ def predict(
             )
             bars.add_task("segmenting", completed=done, total=total, unit="images/s")
             bars.add_task("", total=None, visible=False, unit="windows/s")
-            _segment_all(remaining, segment, report, world, bars)
+            _segment_all(remaining, segment_all, report, world, bars)
         except KeyboardInterrupt as interrupt:
             if leads:
                 done = report.written + len(report.failures)
@@ -130,29 +134,36 @@ def _stride(stride: int | None, overlap: int | None, window: int) -> int | None:
 
 
 def _segment_all(
-    jobs: Sequence[Job], segment: Callable[..., str | None], report: PredictionReport, world: World, bars: Progress
+    jobs: Sequence[Job], segment_all: Callable[..., None] | None, report: PredictionReport, world: World, bars: Progress
 ) -> None:
     """Segment the images of this rank, and complete the report: on rank 0 by those of all ranks.
 
     Args:
-        segment: ``run`` for a job and ``progress``.
+        segment_all: ``run_all`` for ``begin`` and ``end``; None where nothing is left to do.
         bars: the display, with a bar of the images and one of an image's windows.
     """
     images, windows = bars.task_ids
+    places = {str(job.source): place for place, job in enumerate(jobs)}
+
+    def begin(job: Job) -> functools.partial[None]:
+        bars.reset(windows, description=job.source.name, visible=False)
+        return functools.partial(bars.update, windows, visible=True)
+
+    def end(job: Job, restarted: str | None, error: Exception | None) -> None:
+        source = str(job.source)
+        if error is not None:
+            report.failures.append((source, str(error)))
+        else:
+            report.written += 1
+            report.restarts += [(source, restarted)] if restarted else []
+        bars.update(windows, visible=False)
+        done, total = world.count(done=1) or (report.written + len(report.failures), len(jobs))
+        bars.update(images, completed=done, total=total)
+
     with bars:
-        for number, job in enumerate(jobs, 1):
-            bars.reset(windows, description=job.source.name, visible=False)
-            try:
-                restarted = segment(job, progress=functools.partial(bars.update, windows, visible=True))
-            except (OSError, ValueError, RuntimeError, MemoryError) as error:  # RuntimeError: a GPU's is full
-                report.failures.append((str(job.source), str(error)))
-            else:
-                report.written += 1
-                if restarted:
-                    report.restarts.append((str(job.source), restarted))
-            bars.update(windows, visible=False)
-            done, total = world.count(done=1) or (number, len(jobs))
-            bars.update(images, completed=done, total=total)
+        if segment_all is not None:
+            segment_all(begin, end)
+        report.failures.sort(key=lambda failure: places[failure[0]])
         world.collect(report, functools.partial(bars.update, images))
 
 

@@ -15,9 +15,10 @@ import numpy as np
 from .. import visualize
 from ..io import images
 from ..io.atomic import write_png
+from ..io.images import Raster
 from ..io.label_tiff import check_label_tiff, write_label_tiff
-from ..segmenter import Segmenter
-from .predict import class_table, label_bands, predict_raster
+from .batches import Model
+from .predict import Prediction, class_table, label_bands, predict_raster
 from .resume import FinishedRows, describe_run
 from .settings import Settings
 from .sliding import Progress
@@ -105,7 +106,7 @@ def make_writable(out: Path, overlay: bool = True) -> None:
 
 
 def run(
-    model: Segmenter,
+    model: Model,
     job: Job,
     settings: Settings,
     *,
@@ -132,14 +133,38 @@ def run(
             the rows of an interrupted run.
     """
     raster = images.open_raster(job.source)
-    large = raster.height * raster.width > images.LARGE_PIXELS
-    if not large and job.format != "tiff":
-        prediction = predict_raster(model, raster, settings, progress)
-        if job.overlay is not None:
-            write_png(prediction.overlay(), job.overlay)
-        write_png(prediction.label_image(), job.labels)
+    if in_memory(job, raster):
+        write_outputs(job, predict_raster(model, raster, settings, progress))
         return None
+    return run_by_rows(model, job, raster, settings, name, resume, progress)
 
+
+def in_memory(job: Job, raster: Raster) -> bool:
+    """Return whether the labels of an open image are computed in memory, not by rows on disk; see ``run``."""
+    return job.format != "tiff" and raster.height * raster.width <= images.LARGE_PIXELS
+
+
+def write_outputs(job: Job, prediction: Prediction) -> None:
+    """Write the overlay, if it is wanted, and then the labels.
+
+    Raises:
+        OSError, ValueError: an output cannot be written; nothing half-written stays.
+    """
+    if job.overlay is not None:
+        write_png(prediction.overlay(), job.overlay)
+    write_png(prediction.label_image(), job.labels)
+
+
+def run_by_rows(
+    model: Model,
+    job: Job,
+    raster: Raster,
+    settings: Settings,
+    name: str,
+    resume: bool,
+    progress: Progress | None,
+) -> str | None:
+    """``run`` for an open image that is not ``in_memory``."""
     labels = job.tiled if job.format == "auto" else job.labels
     size, num_classes = (raster.height, raster.width), model.config.num_classes
     if labels.suffix == ".tif":

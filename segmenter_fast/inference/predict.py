@@ -1,21 +1,25 @@
-"""Labels of one image of any kind and size."""
+"""Labels of images of any kind and size."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, overload
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from .. import visualize
-from ..config import SegmenterConfig
+from ..config import Pair, SegmenterConfig
 from ..io.images import ImageSource, Raster, normalise, open_raster
-from ..segmenter import Segmenter
 from ..visualize import Color
+from .batches import Model, evaluation_mode, in_batches, read_ahead, segment_images, side_threads
 from .rows import Rows, image_views
-from .settings import Settings, fits_one_window
+from .settings import Settings, one_window
 from .sliding import Progress, slide_rows
 
 # Longest side in pixels of a prediction's picture in a notebook, and the most classes that are named there.
@@ -90,42 +94,75 @@ def _percent(share: float) -> str:
     return f"{100 * share:.0f} %" if share >= 0.005 else "<1 %"
 
 
+@overload
 def predict(
-    model: Segmenter,
+    model: Model,
     image: ImageSource,
     *,
-    scales: Sequence[float] = (1.0,),
+    scales: Sequence[float] | float = ...,
+    flip: bool = ...,
+    window: int | None = ...,
+    stride: int | None = ...,
+    batch_size: int = ...,
+) -> Prediction: ...
+
+
+@overload
+def predict(
+    model: Model,
+    image: list[Any] | tuple[Any, ...],
+    *,
+    scales: Sequence[float] | float = ...,
+    flip: bool = ...,
+    window: int | None = ...,
+    stride: int | None = ...,
+    batch_size: int = ...,
+) -> list[Prediction]: ...
+
+
+def predict(
+    model: Model,
+    image: ImageSource | list[Any] | tuple[Any, ...],
+    *,
+    scales: Sequence[float] | float = (1.0,),
     flip: bool = False,
     window: int | None = None,
     stride: int | None = None,
     batch_size: int = 2,
-) -> Prediction:
-    """Segment one image on the model's device, in the dtype of its weights, in evaluation mode.
+) -> Prediction | list[Prediction]:
+    """Segment an image, or a list of them, on the model's device, in the dtype of its weights, in evaluation mode.
 
     Where a single window covers the image as it is, the labels come from ``model.segment``; otherwise from
     ``slide_rows``. Neither builds logits of the image's size. A large file is read by rows, so that the labels are all
     that has its size; see ``io.open_raster``.
 
+    The images of a list that one window covers are segmented in batches of one size, while threads read the next ones.
+    All their pixels and labels stay in memory; ``segmenter-fast predict`` takes folders of any length.
+
     Args:
-        model: a model with its configuration.
-        image: a path, a PIL image, or a uint8 array ``(H, W, 3)`` or ``(H, W)``; see ``io.images.read_image``.
+        model: a Segmenter, or its inference form, which ``Segmenter.optimize`` makes.
+        image: a path, a PIL image, or a uint8 array ``(H, W, 3)`` or ``(H, W)``, see ``io.images.read_image``; or a
+            list of these.
         scales: factors that the image is resized by; their probabilities are averaged.
         flip: segment every scale mirrored, too.
         window: side of the windows in pixels, by default the configuration's.
         stride: pixels between windows, by default the configuration's, and never more than the window.
-        batch_size: windows that go through the model at once.
+        batch_size: windows, or images that one window covers, that go through the model at once.
+
+    Returns:
+        A prediction, or for a list one for each image, in order.
 
     Raises:
         TypeError, ValueError: an image or an option that cannot be used, naming it.
         OSError: an image file that does not exist or cannot be decoded.
     """
     settings = Settings.of(model.config, window, stride, scales, flip, batch_size)
+    if isinstance(image, (list, tuple)):
+        return _predict_all(model, image, settings)
     return predict_raster(model, open_raster(image), settings)
 
 
-def predict_raster(
-    model: Segmenter, raster: Raster, settings: Settings, progress: Progress | None = None
-) -> Prediction:
+def predict_raster(model: Model, raster: Raster, settings: Settings, progress: Progress | None = None) -> Prediction:
     """``predict`` for an image that is open; ``progress`` as in ``slide_rows``."""
     labels = np.empty((raster.height, raster.width), np.uint8 if model.config.num_classes <= 256 else np.int32)
     for top, band in label_bands(model, raster, settings, progress=progress):
@@ -133,33 +170,75 @@ def predict_raster(
     return Prediction(labels, raster, *class_table(model.config))
 
 
+def predict_batch(model: Model, rasters: Sequence[Raster]) -> list[Prediction]:
+    """Labels of open images of one size that one window covers, see ``one_window``; the same as those of each alone."""
+    with evaluation_mode(model):
+        labels = segment_images(model, [_whole(model, raster) for raster in rasters]).cpu().numpy()
+    table = class_table(model.config)
+    return [Prediction(own, raster, *table) for own, raster in zip(labels, rasters, strict=True)]
+
+
 @torch.inference_mode()
 def label_bands(
-    model: Segmenter, raster: Raster, settings: Settings, start: int = 0, progress: Progress | None = None
+    model: Model, raster: Raster, settings: Settings, start: int = 0, progress: Progress | None = None
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (top, labels ``(h, W)``) of the rows of an image from ``start`` on, downwards; see ``predict``.
 
     The model is in evaluation mode, with no dropout or stochastic depth, from the first band to the last.
     """
     config, size = model.config, (raster.height, raster.width)
-    device = next(model.parameters()).device
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
-    try:
-        plain = settings.scales == (1.0,) and not settings.flip
-        if plain and fits_one_window(model, size, settings.window):
-            image = normalise(raster.read(0, size[0]), config.mean, config.std, device)
-            yield start, model.segment(image)[0, start:].cpu().numpy()
+    with evaluation_mode(model):
+        if one_window(model, size, settings):
+            yield start, model.segment(_whole(model, raster))[0, start:].cpu().numpy()
             return
         enlarge_to = settings.window if config.upscale_small_images else None
-        rows = Rows.of_raster(raster, config.mean, config.std, device)
+        rows = Rows.of_raster(raster, config.mean, config.std, next(model.parameters()).device)
         images, flips = image_views(rows, settings.scales, settings.flip, enlarge_to)
         for top, labels in slide_rows(model, images, flips, size, settings, start=start, progress=progress):
             yield top, labels.cpu().numpy()
-    finally:
-        for module in training:
-            module.training = True
+
+
+def _whole(model: Model, raster: Raster) -> Tensor:
+    """Return the normalised image ``(1, 3, H, W)`` on the model's device."""
+    pixels = raster.read(0, raster.height)
+    return normalise(pixels, model.config.mean, model.config.std, next(model.parameters()).device)
+
+
+def _predict_all(model: Model, images: Sequence[ImageSource], settings: Settings) -> list[Prediction]:
+    # One PIL image may stand in a list twice, and only one thread may read it.
+    threads = side_threads() if all(isinstance(image, (str, os.PathLike)) for image in images) else 1
+    ahead = threads + settings.batch_size
+
+    def opened() -> Iterator[tuple[int, Raster]]:
+        for index, raster in read_ahead(range(len(images)), lambda i: open_raster(images[i]), threads, ahead.__gt__):
+            with _naming(index, images[index]):
+                own = raster.result()
+            yield index, own
+
+    def size_of(pair: tuple[int, Raster]) -> Pair | None:
+        size = pair[1].height, pair[1].width
+        return size if one_window(model, size, settings) else None
+
+    found: dict[int, Prediction] = {}
+    for batch in in_batches(opened(), size_of, settings.batch_size):
+        indices, rasters = zip(*batch, strict=True)
+        if len(batch) > 1:
+            found |= zip(indices, predict_batch(model, rasters), strict=True)
+            continue
+        with _naming(indices[0], images[indices[0]]):
+            found[indices[0]] = predict_raster(model, rasters[0], settings)
+    return [found[index] for index in range(len(images))]
+
+
+@contextmanager
+def _naming(index: int, image: ImageSource) -> Iterator[None]:
+    """Name an image of a list in errors about it."""
+    try:
+        yield
+    except (OSError, TypeError, ValueError) as error:
+        kind = next(kind for kind in (FileNotFoundError, OSError, TypeError, ValueError) if isinstance(error, kind))
+        path = f" ({os.fspath(image)})" if isinstance(image, (str, os.PathLike)) else ""
+        raise kind(f"images[{index}]{path}: {error}") from error
 
 
 def class_table(config: SegmenterConfig) -> tuple[tuple[str, ...], tuple[Color, ...]]:

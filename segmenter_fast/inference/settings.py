@@ -17,9 +17,10 @@ class Settings:
         stride: pixels from one window to the next.
         scales: factors that the image is resized by; the probabilities of all scales are averaged.
         flip: segment every scale mirrored, too.
-        batch_size: windows that go through the model at once.
+        batch_size: windows, or images that one window covers, that go through the model at once.
 
     Raises:
+        TypeError: scales that are no numbers.
         ValueError: a number out of its range, naming it.
     """
 
@@ -38,6 +39,8 @@ class Settings:
                 f"stride must be at most the window, {self.window}, or pixels between windows get no label; "
                 f"got {self.stride}"
             )
+        if not all(isinstance(scale, (int, float)) for scale in self.scales):
+            raise TypeError(f"scales must be numbers, such as (0.75, 1.0), got {self.scales!r}")
         if not self.scales:
             raise ValueError("scales must name at least one scale, got none")
         if not all(0 < scale <= LARGEST_SCALE for scale in self.scales):
@@ -50,7 +53,7 @@ class Settings:
         config: SegmenterConfig,
         window: int | None = None,
         stride: int | None = None,
-        scales: Sequence[float] = (1.0,),
+        scales: Sequence[float] | float = (1.0,),
         flip: bool = False,
         batch_size: int = 2,
     ) -> Settings:
@@ -60,7 +63,8 @@ class Settings:
         """
         window = config.window_size if window is None else window
         stride = min(config.window_stride, window) if stride is None else stride
-        return cls(window, stride, tuple(scales), flip, batch_size)
+        factors = (float(scales),) if isinstance(scales, (int, float)) else tuple(scales)
+        return cls(window, stride, factors, flip, batch_size)
 
 
 def enlarges_small_images(model: object) -> bool:
@@ -71,3 +75,8 @@ def enlarges_small_images(model: object) -> bool:
 def fits_one_window(model: object, size: Sequence[int], window: int) -> bool:
     """Return whether a single window covers a whole image of ``size`` (height, width) without resizing it."""
     return max(size) <= window and (min(size) == window or not enlarges_small_images(model))
+
+
+def one_window(model: object, size: Sequence[int], settings: Settings) -> bool:
+    """Return whether ``model.segment`` of a whole image of ``size`` gives the labels that ``settings`` ask for."""
+    return settings.scales == (1.0,) and not settings.flip and fits_one_window(model, size, settings.window)

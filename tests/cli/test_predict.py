@@ -23,7 +23,7 @@ def test_files_become_labels_and_overlays(dtype: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "1 written" in result.output
     assert "images/s" in result.output
-    model = sf.load(MODEL).to(getattr(torch, dtype))
+    model = sf.load(MODEL).optimize(getattr(torch, dtype), compile=False)
     expected = sf.predict(model, source, scales=(1.0, 1.5), flip=True)
     assert np.array_equal(labels(out)["x.png"], expected.labels)
     with Image.open(out / "overlays/x.png") as image:

@@ -58,7 +58,7 @@ def test_an_interrupt_between_files_leaves_whole_files_only(tmp_path: Path, monk
         return real(image)
 
     monkeypatch.setattr(images, "open_raster", interrupted)
-    result = predict(tmp_path / "in", "--out", tmp_path / "out")
+    result = predict(tmp_path / "in", "--out", tmp_path / "out", "--batch-size", 1)
     assert result.exit_code == 130
     assert "interrupted: 1 of 3 images done; --resume goes on from here" in result.stderr
     assert "Traceback" not in result.output

@@ -1,0 +1,109 @@
+"""Many images through one model: read ahead by threads, segmented in batches of one size, in evaluation mode."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..devices import usable_cores
+from ..inference_segmenter import InferenceSegmenter
+from ..segmenter import Segmenter
+
+Model = Segmenter | InferenceSegmenter
+Item = TypeVar("Item")
+Content = TypeVar("Content")
+
+# Sizes of images may alternate: this many batches are filled at once.
+_OPEN_BATCHES = 4
+
+
+def read_ahead(
+    items: Iterable[Item], read: Callable[[Item], Content], threads: int, room: Callable[[int], bool]
+) -> Iterator[tuple[Item, Future[Content]]]:
+    """Yield each item with its content, or the error of reading it, in order; threads read the following ones.
+
+    Args:
+        room: whether one more item may be read while that many wait for their turn. One is always read.
+    """
+    left, waiting = iter(items), deque[tuple[Item, Future[Content]]]()
+
+    def fill(least: int) -> None:
+        while len(waiting) < least or room(len(waiting)):
+            following = list(itertools.islice(left, 1))
+            if not following:
+                return
+            waiting.append((following[0], pool.submit(read, following[0])))
+
+    pool = ThreadPoolExecutor(threads, "read")
+    try:
+        fill(1)
+        while waiting:
+            item, reading = waiting.popleft()
+            wait([reading])
+            fill(0)
+            yield item, reading
+            fill(1)
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def in_batches(
+    items: Iterable[Item], size_of: Callable[[Item], Hashable | None], batch_size: int
+) -> Iterator[list[Item]]:
+    """Group items of one size, ``batch_size`` at most; items without a size stay alone, and batches may be left short.
+
+    The groups depend on the items alone, not on the time that they take.
+    """
+    waiting: dict[Hashable, list[Item]] = {}
+    for item in items:
+        size = size_of(item)
+        batch = [] if size is None else waiting.setdefault(size, [])
+        batch.append(item)
+        if size is None:
+            yield batch
+        elif len(batch) == batch_size:
+            yield waiting.pop(size)
+        elif len(waiting) > _OPEN_BATCHES:
+            yield waiting.pop(next(iter(waiting)))
+    yield from waiting.values()
+
+
+@torch.inference_mode()
+def segment_images(model: Model, images: Sequence[Tensor]) -> Tensor:
+    """Images ``(1, 3, h, w)`` of one size -> labels ``(B, h, w)``; in halves where the memory is too small for all.
+
+    Raises:
+        RuntimeError, MemoryError: one image alone cannot be segmented.
+    """
+    try:
+        return model.segment(images[0] if len(images) == 1 else torch.cat(list(images)))
+    except (RuntimeError, MemoryError):  # RuntimeError: a GPU's memory is full
+        if len(images) == 1:
+            raise
+    middle = len(images) // 2  # outside of the handler, whose error keeps the memory of the batch
+    return torch.cat([segment_images(model, half) for half in (images[:middle], images[middle:])])
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout or stochastic depth inside the block; afterwards every module is in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def side_threads() -> int:
+    """Threads that decode images beside the model, and as many that write them: the cores, 8 at most."""
+    return min(usable_cores(), 8)
