@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import segmenter_fast as sf
+from segmenter_fast.inference import folders
 from support.predict import MODEL, call, labels, photo, predict, tree
 
 
@@ -29,6 +30,40 @@ def test_files_become_labels_and_overlays(dtype: str, tmp_path: Path) -> None:
     with Image.open(out / "overlays/x.png") as image:
         assert np.array_equal(np.asarray(image), np.asarray(expected.overlay()))
     assert tree(out) == ["labels/x.png", "overlays/x.png"]
+
+
+def test_batches_and_the_plain_model_give_the_same_files(tmp_path: Path) -> None:
+    for index, size in enumerate([(64, 64)] * 5 + [(70, 90)]):
+        photo(tmp_path / f"in/{index}.png", *size)
+        (tmp_path / "in/3.png").write_bytes(b"broken")
+    expected = None
+    for out, options in {"one": ("--batch-size", 1), "four": ("--batch-size", 4), "plain": ("--no-optimize",)}.items():
+        result = predict(tmp_path / "in", "--out", tmp_path / out, *options)
+        assert result.exit_code == 1
+        assert "5 written" in result.output
+        assert result.stderr.count("failed: ") == 1
+        found = {name: (tmp_path / out / name).read_bytes() for name in tree(tmp_path / out)}
+        assert found == (expected or found)
+        expected = found
+
+
+def test_failures_are_listed_in_the_order_of_the_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "b.png", "c.png", "d.png"):
+        photo(tmp_path / "in" / name)
+    (tmp_path / "in/b.png").write_bytes(b"broken")
+    real = folders.write_png
+
+    def full(image: Image.Image, path: Path) -> None:
+        if path.name in ("a.png", "c.png"):
+            raise OSError("No space left on device")
+        real(image, path)
+
+    monkeypatch.setattr(folders, "write_png", full)
+    result = predict(tmp_path / "in", "--out", tmp_path / "out")
+    assert result.exit_code == 1
+    failed = [line.split(": ")[1] for line in result.stderr.splitlines() if line.startswith("failed: ")]
+    assert failed == [str(tmp_path / "in" / name) for name in ("a.png", "b.png", "c.png")]
+    assert tree(tmp_path / "out") == ["labels/d.png", "overlays/d.png"]
 
 
 def test_windows_and_their_stride_or_overlap_may_be_given(tmp_path: Path) -> None:

@@ -175,6 +175,53 @@ def test_bad_arguments_are_named(
         sf.predict(windowed(), image, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("form", ["plain", "inference"])
+def test_a_list_gives_a_list_in_order(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = windowed(), [pixels(*size) for size in ((32, 32), (40, 33), (32, 32), (20, 20), (32, 32))]
+    model = model if form == "plain" else model.optimize(torch.float32, compile=False)  # type: ignore[assignment]
+    expected = [sf.predict(model, image) for image in images]
+    for index, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{index}.png")
+    paths = [tmp_path / f"{index}.png" for index in range(5)]
+    batches, real = list[int](), model.segment
+    monkeypatch.setattr(model, "segment", lambda batch: (batches.append(len(batch)), real(batch))[1])
+    mixed = [paths[0], images[1], Image.fromarray(images[2]), str(paths[3]), images[4]]
+    for sources in (paths, images, tuple(mixed)):
+        found = sf.predict(model, sources)
+        assert isinstance(found, list)
+        assert all(np.array_equal(own.labels, wanted.labels) for own, wanted in zip(found, expected, strict=True))
+        assert all(np.array_equal(own.image, image) for own, image in zip(found, images, strict=True))
+    assert batches == [2, 1] * 3
+    assert sf.predict(model, []) == []
+
+
+def test_a_lazy_image_may_stand_in_a_list_twice(tmp_path: Path) -> None:
+    Image.fromarray(pixels(32, 32)).save(tmp_path / "x.png")
+    with Image.open(tmp_path / "x.png") as lazy:
+        first, *others = sf.predict(windowed(), [lazy] * 6)
+    assert all(np.array_equal(first.labels, other.labels) for other in others)
+
+
+def test_errors_in_a_list_name_the_image(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_text("no image")
+    whole = pixels(32, 32)
+    with pytest.raises(OSError, match=rf"^images\[1\] \({tmp_path}/x\.png\): image .* cannot be read"):
+        sf.predict(windowed(), [whole, tmp_path / "x.png"])
+    with pytest.raises(FileNotFoundError, match=r"^images\[0\] \(nowhere\.png\): "):
+        sf.predict(windowed(), ["nowhere.png"])
+    with pytest.raises(TypeError, match=r"^images\[2\]: image must be a uint8 array, got float64"):
+        sf.predict(windowed(), [whole, whole, whole / 255])
+    with pytest.raises(ValueError, match=r"^images\[1\]: scales must be positive"):
+        sf.predict(windowed(), [whole, pixels(4, 4)], scales=(1.0, 0.1))
+
+
+def test_one_scale_may_be_a_number() -> None:
+    model, image = windowed(), pixels(32, 32)
+    assert np.array_equal(sf.predict(model, image, scales=1.5).labels, sf.predict(model, image, scales=(1.5,)).labels)
+    with pytest.raises(TypeError, match=r"scales must be numbers, such as \(0\.75, 1\.0\), got \('1', '\.', '5'\)"):
+        sf.predict(model, image, scales="1.5")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("path", ["segment", "forward"])
 def test_tensors_that_are_no_images_are_named(path: str) -> None:
     method = getattr(windowed(), path)

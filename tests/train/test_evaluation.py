@@ -117,6 +117,21 @@ def test_a_single_window_needs_no_sliding(model: sf.Segmenter, monkeypatch: pyte
     assert found.shape == (32, 32)
 
 
+@pytest.mark.parametrize("form", ["plain", "inference"])
+def test_images_of_one_window_go_in_batches_with_the_same_scores(
+    form: str, model: sf.Segmenter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scenes, told, sizes = Scenes(), [], list[int]()
+    scenes.images += [image[::-1].copy() for image in scenes.images] + [scenes.images[2].swapaxes(0, 1)]
+    scenes.labels += [labels[::-1].copy() for labels in scenes.labels] + [scenes.labels[2]]
+    used = model if form == "plain" else model.optimize(torch.float32, compile=False)
+    expected, real = evaluate(used, scenes, 32, Settings(32, 32, batch_size=1)), used.segment
+    monkeypatch.setattr(used, "segment", lambda images: (sizes.append(len(images)), real(images))[1])
+    assert evaluate(used, scenes, 32, PLAIN, progress=lambda done, _: told.append(done)) == expected
+    assert sizes == [2, 1]
+    assert told == [1, 2, 3, 4, 5, 6, 7]
+
+
 def test_shares_of_ranks_make_the_whole(model: sf.Segmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     counted: list[Tensor] = []
     monkeypatch.setattr(ConfusionMatrix, "all_reduce", lambda matrix: counted.append(matrix.counts))
