@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from ..config import LARGEST_SCALE, SegmenterConfig
 
@@ -39,7 +40,7 @@ class Settings:
                 f"stride must be at most the window, {self.window}, or pixels between windows get no label; "
                 f"got {self.stride}"
             )
-        if not all(isinstance(scale, (int, float)) for scale in self.scales):
+        if not all(isinstance(scale, Real) for scale in self.scales):
             raise TypeError(f"scales must be numbers, such as (0.75, 1.0), got {self.scales!r}")
         if not self.scales:
             raise ValueError("scales must name at least one scale, got none")
@@ -63,7 +64,7 @@ class Settings:
         """
         window = config.window_size if window is None else window
         stride = min(config.window_stride, window) if stride is None else stride
-        factors = (float(scales),) if isinstance(scales, (int, float)) else tuple(scales)
+        factors = tuple(scales) if isinstance(scales, Iterable) else (scales,)
         return cls(window, stride, factors, flip, batch_size)
 
 

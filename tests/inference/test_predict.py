@@ -211,7 +211,7 @@ def test_errors_in_a_list_name_the_image(tmp_path: Path) -> None:
         sf.predict(windowed(), ["nowhere.png"])
     with pytest.raises(TypeError, match=r"^images\[2\]: image must be a uint8 array, got float64"):
         sf.predict(windowed(), [whole, whole, whole / 255])
-    with pytest.raises(ValueError, match=r"^images\[1\]: scales must be positive"):
+    with pytest.raises(ValueError, match=r"^images\[1\]: scales must leave at least one pixel"):
         sf.predict(windowed(), [whole, pixels(4, 4)], scales=(1.0, 0.1))
 
 
