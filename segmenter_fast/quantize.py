@@ -26,9 +26,10 @@ QUANTIZATIONS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 _MULTIPLE = 16
 # Rows of an int8 product on a GPU.
 _FEWEST_ROWS = 17
-# Below this width a CPU with bfloat16 units is faster in bfloat16. AMD EPYC (AVX512 with bfloat16 and VNNI units, 2
-# threads), 512 px, batch 1, bfloat16 / int8: T/16 107 / 125 ms, S/16 217 / 203, S/32 38 / 33, B/16 544 / 488.
-_LEAST_WIDTH = 384
+# Below this width int8 gains little over bfloat16 on a CPU with bfloat16 units, or loses. AMD EPYC (AVX512 with bfloat16
+# and VNNI units, 2 threads), ms an image, bfloat16 / int8: at 512 px T/16 107 / 107, S/16 213 / 200, B/16 541 / 462;
+# S/14 at 518 px in batches of 4 267 / 355.
+_LEAST_WIDTH = 768
 
 
 class QuantizedLinear(nn.Module):
@@ -137,11 +138,11 @@ def quantize_linears(module: nn.Module, quantize: str) -> None:
 
 @functools.cache
 def warn_of_slow_quantization(quantize: str, width: int, device_type: str) -> None:
-    """Warn, once for a width, where int8 was measured to be slower than bfloat16."""
+    """Warn, once for a width, where int8 was measured to gain little over bfloat16, or to lose."""
     if quantize == "int8" and device_type == "cpu" and width < _LEAST_WIDTH and cpu_is_fast_in_bfloat16():
         warnings.warn(
-            f"int8 was measured slower than bfloat16 on a CPU with bfloat16 units at width {width}; "
-            f"it pays from width {_LEAST_WIDTH} on",
+            f"int8 gains little over bfloat16, or loses, on a CPU with bfloat16 units below width {_LEAST_WIDTH}; "
+            f"this model has width {width}",
             stacklevel=4,
         )
 

@@ -117,9 +117,9 @@ class Segmenter(nn.Module, HubMixin):
             cuda_graph: on a GPU, capture one CUDA graph per input shape, for the last 8 shapes, each with its own
                 memory. No effect on other devices.
             quantize: run the linear layers of the blocks in 8 bits, weights with a scale for each output channel and
-                activations with one for each token; the rest keeps ``dtype``. "int8" warns where bfloat16 was measured
-                to be faster. "fp8" needs an NVIDIA GPU of the Hopper generation or newer, and no GPU has measured it.
-                Check the labels on your own images: ``segmenter-fast check``.
+                activations with one for each token; the rest keeps ``dtype``. "int8" warns where it was measured to
+                gain nothing over bfloat16. "fp8" needs an NVIDIA GPU of the Hopper generation or newer; no GPU has
+                measured it. ``segmenter-fast check`` counts the labels that change on your own images.
 
         Raises:
             ValueError: another dtype, ``compile`` or ``quantize``, or one that the device does not have.

@@ -6,13 +6,13 @@ import sys
 from types import FrameType
 
 try:
-    from . import bench, checkpoints, dataset, demo, evaluate, export, predict, train
+    from . import bench, check, checkpoints, dataset, demo, evaluate, export, predict, train
     from .app import app
 except KeyboardInterrupt:  # afterwards the application answers it
     sys.stderr.write("interrupted\n")
     raise SystemExit(130) from None
 
-__all__ = ["app", "bench", "checkpoints", "dataset", "demo", "evaluate", "export", "main", "predict", "train"]
+__all__ = ["app", "bench", "check", "checkpoints", "dataset", "demo", "evaluate", "export", "main", "predict", "train"]
 
 
 def main() -> None:

@@ -1,0 +1,146 @@
+"""``segmenter-fast check``: every form on the user's images, against float32 and the user's labels."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import segmenter_fast as sf
+from segmenter_fast.inference_segmenter import InferenceSegmenter
+from segmenter_fast.train import forms
+from segmenter_fast.train.forms import FORMS, FormResult, compare_forms, fastest, find_photos, python_line
+from support.models import windowed
+from support.predict import call
+
+SIZES = {"a": (32, 32), "sub/b": (40, 50), "sub/c": (20, 30)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three images below ``images``, of which two have labels below ``labels``."""
+    root, generator = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name, (height, width) in SIZES.items():
+        for kind, ending in (("images", "jpg"), ("labels", "png")):
+            (root / kind / name).parent.mkdir(parents=True, exist_ok=True)
+            shape, top = ((height, width, 3), 256) if kind == "images" else ((height, width), 5)
+            Image.fromarray(generator.integers(0, top, shape, np.uint8)).save(root / kind / f"{name}.{ending}")
+    (root / "labels/sub/c.png").unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "small"
+    windowed().save_pretrained(folder)
+    return str(folder)
+
+
+def test_the_table_the_picture_and_the_line(data: Path, checkpoint: str, tmp_path: Path) -> None:
+    out = tmp_path / "new/changed.png"
+    result = call("check", checkpoint, data, "--device", "cpu", "--out", out, "--min-agreement", "0")
+    assert result.exit_code == 0, result.output
+    for name in FORMS:
+        assert re.search(rf"│ {name} +│ +[\d.]+ │" if name != "fp8" else r"│ fp8 +│ +- │ +- │", result.stdout), name
+    assert "100.00%" in next(line for line in result.stdout.splitlines() if "│ float32" in line)
+    assert "fp8: quantize='fp8' needs an NVIDIA GPU of the Hopper generation" in result.stdout
+    assert "most changed: " in result.stdout
+    *_, heading, line = result.stdout.splitlines()
+    chosen = re.fullmatch(r"the fastest form that keeps 0.0% of the labels is (\w+):", heading)[1]
+    assert line == python_line(checkpoint, "cpu", chosen)
+    names: dict[str, Any] = {"sf": sf}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exec(line, names)
+    assert isinstance(names["model"], InferenceSegmenter)
+    with Image.open(out) as picture:
+        assert picture.size[0] > 3 * picture.size[1] / 2
+    assert [path.name for path in out.parent.iterdir()] == ["changed.png"]
+    again = call("check", checkpoint, data, "--device", "cpu", "--out", out)
+    assert again.exit_code == 2
+    assert "must be a new .png file" in again.stderr
+
+
+def test_figures_are_those_of_each_form(data: Path, checkpoint: str) -> None:
+    model, photos = sf.load(checkpoint), find_photos([data], None, 5)
+    done: list[int] = []
+    results = {result.name: result for result in compare_forms(model, photos, lambda now, total: done.append(now))}
+    assert done == [1, 2, 3]
+    assert [pair.labels.is_file() for pair in photos.pairs] == [True, True, False]
+    exact, int8 = results["float32"], results["int8"]
+    assert (exact.agreement, exact.miou, exact.worst[0]) == (1.0, 1.0, 1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fast = {name: model.optimize(**FORMS[name]) for name in ("float32", "int8")}
+    same = {}
+    for pair in photos.pairs:
+        first, second = (sf.predict(fast[name], pair.image).labels for name in fast)
+        same[pair.name] = first == second
+    pixels = np.concatenate([part.ravel() for part in same.values()])
+    assert int8.agreement == pytest.approx(pixels.mean())
+    worst = min(same, key=lambda name: same[name].mean())
+    assert int8.worst[:2] == (pytest.approx(same[worst].mean()), worst)
+    assert 0 < int8.agreement < 1
+    assert 0 < int8.labelled_miou < 1
+    assert int8.weight_bytes < 0.5 * exact.weight_bytes
+    assert results["bfloat16"].images_per_second > 0
+    assert results["fp8"].images_per_second is None
+
+
+def test_a_form_that_fails_while_it_runs_says_why(checkpoint: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = forms.predict
+
+    def failing(form: InferenceSegmenter, pixels: np.ndarray) -> object:
+        if form.encoder.norm.weight.dtype == torch.bfloat16:
+            raise RuntimeError("no memory left")
+        return real(form, pixels)
+
+    monkeypatch.setattr(forms, "predict", failing)
+    monkeypatch.setattr(forms, "FORMS", {name: FORMS[name] for name in ("float32", "bfloat16")})
+    monkeypatch.setattr("segmenter_fast.inference_segmenter.computes_slowly", lambda *_: False)
+    exact, failed = compare_forms(sf.load(checkpoint), find_photos([data / "images/a.jpg"], None, 5))
+    assert (exact.agreement, exact.labelled_miou) == (1.0, None)
+    assert (failed.images_per_second, failed.remark) == (None, "no memory left")
+
+
+def test_labels_in_a_folder_of_their_own(data: Path, tmp_path: Path) -> None:
+    photos = find_photos([data / "images/sub"], data / "labels/sub", 5)
+    assert [pair.labels for pair in photos.pairs] == [data / "labels/sub/b.png", data / "labels/sub/c.png"]
+    photos = find_photos([data / "images/sub/b.jpg", data / "images/a.jpg"], data / "labels", 5)
+    assert [pair.labels.is_file() for pair in photos.pairs] == [True, True]
+    with pytest.raises(FileNotFoundError, match=r"folder of labels .*nowhere does not exist"):
+        find_photos([data], tmp_path / "nowhere", 5)
+    with pytest.raises(ValueError, match=r"no image has labels: expected files such as .*/a\.png"):
+        find_photos([data / "images"], tmp_path, 5)
+
+
+def test_wrong_input_is_one_line(data: Path, checkpoint: str, tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    Image.new("L", (32, 32), 77).save(tmp_path / "labels/a.png")
+    for arguments, message in (
+        ((tmp_path / "nowhere",), "nowhere does not exist"),
+        ((data / "images/a.jpg", "--out", "x.jpg"), "--out must be a new .png file, got x.jpg"),
+        ((data / "images/a.jpg", "--labels", tmp_path / "labels"), "77, but classes are 0 to 4"),
+    ):
+        result = call("check", checkpoint, *arguments, "--device", "cpu")
+        assert result.exit_code == 2, result.output
+        assert message in result.stderr.replace("\n", " ")
+        assert "Traceback" not in result.output
+
+
+def test_the_fastest_that_keeps_enough() -> None:
+    rates = {"float32": (1.0, 1.0), "bfloat16": (2.0, 0.995), "int8": (3.0, 0.98), "fp8": (None, 0.0)}
+    results = [FormResult(name, images_per_second=rate, agreement=same) for name, (rate, same) in rates.items()]
+    assert [fastest(results, least).name for least in (0.0, 0.98, 0.99, 0.999, 1.0)] == [
+        "int8", "int8", "bfloat16", "float32", "float32"
+    ]  # fmt: skip
+    assert python_line("my model", "cpu", "int8") == 'model = sf.load("my model").optimize(quantize="int8")'
+    given = python_line("seg_t_mask_16", "cuda", "bfloat16")
+    assert given == 'model = sf.create_model("seg_t_mask_16").eval().to("cuda").optimize("bfloat16")'
