@@ -113,7 +113,7 @@ class Segmenter(nn.Module, HubMixin):
                 it, for their memory, computes in float32, and warns once.
             compile: run ``torch.compile`` on everything between the ops. The first call of a shape then takes a minute
                 or so; another batch size or image size compiles once more. "auto" compiles where it wins; see
-                ``devices.compiles``.
+                ``devices.choose_compile``.
             cuda_graph: on a GPU, capture one CUDA graph per input shape, for the last 8 shapes, each with its own
                 memory. No effect on other devices.
             quantize: run the linear layers of the blocks in 8 bits, weights with a scale for each output channel and
