@@ -33,7 +33,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, int8: bool = Fa
     """A dtype of ``DTYPES``, by itself or by name.
 
     "auto" is bfloat16 if the hardware multiplies it fast, else float16 on a GPU or float32. With ``int8`` linear
-    layers it is float32 on CPUs without AMX: bfloat16 for the rest was slower (AMD EPYC, AVX512, B/16 462 / 484 ms).
+    layers it is float32 on CPUs without AMX: bfloat16 for the rest was slower (AMD EPYC, AVX512, B/16 387 / 399 ms).
 
     Raises:
         ValueError: another name or dtype.

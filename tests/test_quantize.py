@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch._inductor.utils import run_and_get_code
 
 from segmenter_fast import devices, quantize
-from segmenter_fast.quantize import QUANTIZATIONS, QuantizedLinear
+from segmenter_fast.quantize import QUANTIZATIONS, QuantizedLinear, QuantizedMlp
+from segmenter_fast.vit import Mlp
 from support.models import pair
 from support.real import PHOTOGRAPHS, crop, needs_real_weights, real_model
 
@@ -162,6 +163,19 @@ def test_the_compiler_keeps_the_product() -> None:
     torch.testing.assert_close(found, layer(x), rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 1025, 2600])
+def test_tokens_go_through_an_mlp_in_parts(tokens: int) -> None:
+    mlp = Mlp(64, 128, 0.0).requires_grad_(False).eval()
+    quantized = nn.Sequential(copy.deepcopy(mlp))
+    quantize.quantize_linears(quantized, "int8")
+    assert type(quantized[0]) is QuantizedMlp
+    x = torch.randn(2, tokens, 64)
+    found = quantized(x)
+    torch.testing.assert_close(found, Mlp.forward(quantized[0], x), rtol=0, atol=1e-5)
+    assert found.shape == x.shape
+    assert not tokens or error(found, mlp(x)) < 2 * LAYER_ERROR[torch.int8]
+
+
 def test_unknown_and_unsupported_are_refused() -> None:
     model, _ = pair("linear_16", torch.float32)
     with pytest.raises(ValueError, match=r"quantize must be None or one of int8, fp8, got 'int4'"):
@@ -199,7 +213,7 @@ def test_a_model_in_fp8_is_near_float32(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_slow_width_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "cpu_is_fast_in_bfloat16", lambda: True)
     quantize.warn_of_slow_quantization.cache_clear()
-    with pytest.warns(UserWarning, match="int8 gains little over bfloat16, or loses, .* below width 768; .* width 192"):
+    with pytest.warns(UserWarning, match="int8 gains nothing over bfloat16 .* below width 768; .* width 192"):
         quantize.warn_of_slow_quantization("int8", 192, "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -37,7 +37,7 @@ def check(
     The last line makes the fastest form that keeps enough labels, in Python.
     """
     from ..io.atomic import write_png
-    from ..train.forms import compare_forms, fastest, find_photos, python_line
+    from ..train.forms import compare_forms, find_photos, python_line
 
     if out is not None and (out.exists() or out.suffix != ".png"):
         raise ValueError(f"--out must be a new .png file, got {out}{', which exists' if out.exists() else ''}")
@@ -45,31 +45,34 @@ def check(
     found = find_photos(photos, labels, segmenter.config.num_classes)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("checking", total=len(found))
-        results = compare_forms(segmenter, found, lambda done, total: progress.update(task, completed=done))
-    place = next(segmenter.parameters()).device.type
-    labelled = any(result.labelled_miou is not None for result in results)
-    table = Table(title=f"{model} on {len(found)} images, {place}", header_style="bold")
-    headings = ("form", "images/s", "MiB of weights", "labels of float32", "mIoU with float32")
-    for heading in (*headings, "mIoU with labels")[: 5 + labelled]:
-        table.add_column(heading, justify="left" if heading == "form" else "right")
-    for result in results:
-        if result.images_per_second is None:
-            table.add_row(result.name, *["-"] * (len(table.columns) - 1))
-            continue
-        rate, size = f"{result.images_per_second:.3g}", f"{result.weight_bytes / 2**20:.1f}"
-        row = [rate, size, f"{result.agreement:.2%}", f"{result.miou:.4f}"]
-        table.add_row(result.name, *row, *([f"{result.labelled_miou:.4f}"] if labelled else []))
+        forms = compare_forms(segmenter, found, lambda done: progress.update(task, completed=done))
+    place, running = next(segmenter.parameters()).device.type, [form for form in forms if form.runs]
+    labelled = bool(forms[0].against_labels.counts.any())
+    headings = ["images/s", "MiB of weights", "labels of float32", "mIoU with float32", "mIoU with labels"][
+        : 4 + labelled
+    ]
+    table = Table("form", title=f"{model} on {len(found)} images, {place}", header_style="bold")
+    for heading in headings:
+        table.add_column(heading, justify="right")
+    for form in forms:
+        row = ["-"] * len(headings)
+        if form.runs:
+            row = [f"{form.images_per_second:.3g}", f"{form.weight_bytes / 2**20:.1f}"]
+            row += [f"{form.scores.aacc:.2%}", f"{form.scores.miou:.4f}"]
+            row += [f"{form.against_labels.scores().miou:.4f}"] if labelled else []
+        table.add_row(form.name, *row)
     Console().print(table)
-    for result in results:
-        if result.remark:
-            typer.echo(f"{result.name}: {result.remark}")
-    agreement, name, picture, form = min(
-        ((*result.worst, result.name) for result in results[1:] if result.worst), key=lambda worst: worst[0]
-    )
-    typer.echo(f"most changed: {name} in {form}, which keeps {agreement:.2%} of its labels")
-    if out is not None:
-        write_png(picture, out)
-        typer.echo(f"image, labels of float32, labels of {form}: {out}")
-    choice = fastest(results, min_agreement)
+    for form in forms:
+        if form.remark:
+            typer.echo(f"{form.name}: {form.remark}")
+    changed = [(*form.worst, form.name) for form in running[1:] if form.worst]
+    if changed:
+        agreement, name, picture, other = min(changed, key=lambda worst: worst[0])
+        typer.echo(f"most changed: {name} in {other}, which keeps {agreement:.2%} of its labels")
+        if out is not None:
+            write_png(picture, out)
+            typer.echo(f"image, labels of float32, labels of {other}: {out}")
+    kept = [form for form in running if form.scores.aacc >= min_agreement]
+    choice = max(kept, key=lambda form: form.images_per_second)
     typer.echo(f"the fastest form that keeps {min_agreement:.1%} of the labels is {choice.name}:")
     typer.echo(python_line(model, place, choice.name))
