@@ -23,7 +23,7 @@ from .datasets.base import IGNORE
 from .datasets.pairs import INVALID, Pair, PairedFiles, read_pixels
 from .evaluation import ConfusionMatrix, Scores, side_by_side
 
-FORMS: dict[str, dict[str, str]] = {
+FORMS: dict[str, dict[str, Any]] = {
     **{name: {"dtype": name} for name in ("float32", "bfloat16", "float16")},
     **{name: {"quantize": name} for name in ("int8", "fp8")},
 }
