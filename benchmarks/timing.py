@@ -9,6 +9,10 @@ find its inputs in the cache (``input_sets`` counts the sets that this needs). T
                   comparison use it as soon as one is launch-bound, i.e. launching takes the host longer than running
                   takes the device: events would then time Python. A variant that cannot be captured keeps events.
 
+On a CPU with glibc, freed memory stays with the process while variants are timed, as with the allocators that PyTorch's
+tuning guide recommends. By glibc's own rules big blocks go back to the system and are faulted in again, or not, by the
+luck of the heap's layout: the same reference then takes 450 to 780 ms.
+
 Peak memory is what one call needs beyond what is held before it, its outputs included: the allocator's peak on CUDA;
 on Linux the high-water mark of resident memory, which counts the scratch of every library; None elsewhere.
 """
@@ -34,7 +38,7 @@ SAMPLE_MS = 2.0
 LAUNCH_BOUND = 0.8
 MAX_CALLS = 2000
 # Parameters of mallopt(3).
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX = -1, -3, -4
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ def measure(
     """
     if empty := [name for name, calls in variants.items() if not calls]:
         raise ValueError(f"every variant needs at least one call, {empty} have none")
+    _keep_freed_memory(True)
     outcomes: dict[str, Timing | Failure] = {}
     clocks: dict[str, _Clock] = {}
     peaks: dict[str, int | None] = {}
@@ -151,21 +156,34 @@ def peak_memory(call: Call, device: torch.device) -> int | None:
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not status.exists() or not reset.exists():
         return None
-    libc = ctypes.CDLL(None)
     try:
-        # Blocks of 64 KiB and more get mappings of their own and are returned when freed: resident memory is live.
-        libc.mallopt(M_MMAP_THRESHOLD, 2**16)
-        libc.malloc_trim(0)
+        if not _keep_freed_memory(False):
+            return None
         reset.write_text("5")  # resets the high-water mark, see proc(5)
         before = _field(status, "VmRSS")
         call()
         return max(0, _field(status, "VmHWM") - before)
-    except (PermissionError, AttributeError):
+    except PermissionError:
         return None
     finally:
-        # The values at which glibc's own adjustment ends, so that every variant is timed with the same ones.
-        libc.mallopt(M_MMAP_THRESHOLD, 2**25)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**26)
+        _keep_freed_memory(True)
+
+
+def _keep_freed_memory(keep: bool) -> bool:
+    """Keep freed memory for later calls, or give it back at once, so that resident memory is live.
+
+    Returns False where the C library is not glibc.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):
+        return False
+    # Blocks with mappings of their own are returned when freed. There are none, or all of 64 KiB and more have one.
+    libc.mallopt(M_MMAP_MAX, 0 if keep else 2**16)
+    libc.mallopt(M_MMAP_THRESHOLD, 2**16)
+    libc.mallopt(M_TRIM_THRESHOLD, -1 if keep else 2**17)
+    if not keep:
+        libc.malloc_trim(0)
+    return True
 
 
 @contextlib.contextmanager
@@ -183,6 +201,8 @@ def release(device: torch.device) -> None:
     """Empty the allocator's cache after a variant, so that the next one has the same room."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif _keep_freed_memory(False):
+        _keep_freed_memory(True)
 
 
 class _Clock:

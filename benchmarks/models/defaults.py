@@ -42,6 +42,8 @@ BATCHES = (1, 2, 4)
 # A reference beyond SDPA's time over this is not timed.
 CLEARLY = 0.8
 Call = Callable[..., Tensor]
+# For each form the time over that of plain PyTorch, and the case.
+Ratios = dict[str, list[tuple[float, str]]]
 OUTPUTS = {
     "labels": (REFERENCE, SDPA, OPTIMIZE, SEGMENT, FORWARD, ACCELERATE),
     "logits": (REFERENCE, SDPA, OPTIMIZE, FORWARD, ACCELERATE),
@@ -117,12 +119,12 @@ def run_defaults(
     return refused
 
 
-def ratios_of(cases: CaseRows) -> dict[str, list[tuple[float, str]]]:
+def ratios_of(cases: CaseRows) -> Ratios:
     """For each form of ours its time over that of plain PyTorch, with the case's name, in every case with figures.
 
     Both are the 20th percentile: a busy neighbour only adds to the samples.
     """
-    found: dict[str, list[tuple[float, str]]] = {}
+    found: Ratios = {}
     for case, rows in cases:
         times = {row.variant: row.timing.p20_ms for row in rows if row.timing}
         plain = min((times[name] for name in (REFERENCE, SDPA) if name in times), default=None)

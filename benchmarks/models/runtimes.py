@@ -77,6 +77,8 @@ def _onnx_runtime(module: _Labels, images: Tensor, dtype: torch.dtype) -> Callab
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.log_severity_level = 3
+    # Its threads else turn idly after a call, beside the model that is timed next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     content = program.model_proto.SerializeToString()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     feed = {"images": images.numpy()}

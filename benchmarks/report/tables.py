@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..case import OURS
+from ..models.defaults import Ratios, ratios_of
 from ..models.peers import in_words
 from ..models.summary import compared, fastest, gain, memory, pair, runtimes_of, speed
 from ..ops import OPS
@@ -91,6 +92,9 @@ def measured(folder: Path) -> str:
         for name, caption in PICTURES.items():
             if (folder / f"{name}.png").exists() and (folder / f"{name}.json").exists():
                 parts.append(f"![{caption}](results/{folder.name}/{name}.png)")
+    defaults = folder / "defaults.json"
+    if defaults.exists() and (ratios := ratios_of(read(defaults).cases)):
+        parts.append(_defaults_table(read(defaults), ratios))
     results = {op: read(folder / f"{op}.json") for op in OPS if (folder / f"{op}.json").exists()}
     rows = [cells for label, op, wanted in OP_ROWS if op in results and (cells := _op_row(label, results[op], wanted))]
     if rows:
@@ -126,6 +130,15 @@ def _models_table(result: Result) -> str:
         cells = (*speeds, f"**{speed(ours)}**", share, memory((reference, ours), " / "), errors)
         table.append((name, str(case["tokens"]), *cells))
     return _table(title, header, table)
+
+
+def _defaults_table(result: Result, ratios: Ratios) -> str:
+    title = f"Time of our defaults over that of plain PyTorch, the faster of eager and SDPA, on {_where(result)}:"
+    rows = []
+    for form, found in ratios.items():
+        worst, where = max(found)
+        rows.append((f"`{form.removeprefix('ours ')}`", str(len(found)), f"{min(found)[0]:.2f}", f"{worst:.2f}", where))
+    return _table(title, "| | cases | best | worst | worst case |", rows)
 
 
 def _op_row(label: str, result: Result, wanted: dict[str, Any]) -> tuple[str, ...] | None:

@@ -38,6 +38,15 @@ def test_other_figures_are_other_tables(tmp_path: Path) -> None:
         rewritten("no block", "measured", "")
 
 
+def test_the_defaults_have_a_table(tmp_path: Path) -> None:
+    times = {REFERENCE: 20.0, "SDPA": 10.0, "ours optimize": 5.0}
+    result = Result("defaults", describe(CPU), CEILINGS, "2026", False)
+    rows = [Row(name, "ok", timing=timing_of(ms)) for name, ms in times.items()]
+    result.cases = [(ModelCase("seg_t_mask_16", torch.float32).parameters | {"output": "labels"}, rows)]
+    table = measured(write(result, tmp_path).parent)
+    assert "| `optimize` | 1 | 0.50 | 0.50 | seg_t_mask_16 512 px, batch 1, 150 classes, float32, labels |" in table
+
+
 def test_a_folder_without_results_has_no_table(tmp_path: Path) -> None:
     assert measured(tmp_path) == figures(tmp_path) == ""
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import platform
+import subprocess
+import sys
 import time
 
 import pytest
@@ -136,6 +139,32 @@ def test_peak_memory_is_the_worst_moment_not_the_sum() -> None:
     if peak is None:
         pytest.skip("this kernel cannot reset the high-water mark of resident memory")
     assert peak == pytest.approx(16 * MIB, rel=0.1)
+
+
+FAULTS = """
+import resource, statistics, torch
+from segmenter_fast.benchmarks.timing import measure
+
+faults = []
+
+def call():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 * 2**20)
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+measure({"": [call]}, torch.device("cpu"), seconds=0.1, min_samples=10)
+print(max(faults), int(statistics.median(faults[-9:])))
+"""
+
+
+def test_no_sample_pays_for_memory_that_a_call_before_had_freed() -> None:
+    """In a process of its own: after an allocation that failed, glibc serves the thread from another heap."""
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("only glibc can be told to keep freed memory")
+    done = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
+    first, later = map(int, done.stdout.split())
+    assert first > 1000, "the first touch of each page"
+    assert later < 100
 
 
 def test_small_inputs_need_many_sets_and_large_ones_one() -> None:
