@@ -152,8 +152,8 @@ def call():
     torch.ones(16 * 2**20)
     faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
-measure({"": [call]}, torch.device("cpu"), seconds=0.1, min_samples=10)
-print(max(faults), int(statistics.median(faults[-9:])))
+measure({"": [call]}, torch.device("cpu"), seconds=0.1, min_samples=40)
+print(max(faults), int(statistics.median(faults[-20:])))
 """
 
 
