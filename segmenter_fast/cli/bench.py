@@ -145,3 +145,20 @@ def compare(
     from ..benchmarks.report.compare import print_comparison
 
     raise typer.Exit(int(print_comparison(before, after, force)))
+
+
+@bench.command()
+def folder(
+    variant: Annotated[list[str], typer.Option(help="May be repeated.")] = ["seg_t_mask_16", "seg_s_mask_16"],  # noqa: B006
+    photographs: Annotated[int, typer.Option(min=5, help="Files of 512 x 512 pixels.")] = 200,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 2,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.auto,
+    out: OutOption = RESULTS,
+) -> None:
+    """The whole job of predict: files to labels, and to overlays, too, against the model alone."""
+    from ..benchmarks.models.folder import run_folder
+    from ..devices import choose_device
+
+    refused = run_folder(variant, photographs, batch, dtype.value, choose_device(device.value), out)
+    raise typer.Exit(int(refused > 0))

@@ -34,6 +34,8 @@ def read_ahead(
     """
     left, waiting = iter(items), deque[tuple[Item, Future[Content]]]()
 
+    pool = ThreadPoolExecutor(threads, "read")
+
     def fill(least: int) -> None:
         while len(waiting) < least or room(len(waiting)):
             following = list(itertools.islice(left, 1))
@@ -41,7 +43,6 @@ def read_ahead(
                 return
             waiting.append((following[0], pool.submit(read, following[0])))
 
-    pool = ThreadPoolExecutor(threads, "read")
     try:
         fill(1)
         while waiting:

@@ -18,7 +18,7 @@ from ..io.atomic import write_png
 from ..io.images import Raster
 from ..io.label_tiff import check_label_tiff, write_label_tiff
 from .batches import Model
-from .predict import Prediction, class_table, label_bands, predict_raster
+from .predict import Prediction, class_table, label_bands
 from .resume import FinishedRows, describe_run
 from .settings import Settings
 from .sliding import Progress
@@ -105,42 +105,8 @@ def make_writable(out: Path, overlay: bool = True) -> None:
             raise OSError(f"output folder {out} cannot be written: {error.strerror or error}") from error
 
 
-def run(
-    model: Model,
-    job: Job,
-    settings: Settings,
-    *,
-    name: str = "",
-    resume: bool = False,
-    progress: Progress | None = None,
-) -> str | None:
-    """Segment one image and write its outputs, the labels last.
-
-    Images above ``LARGE_PIXELS``, and all where the format is "tiff", need not fit into memory: their labels go to
-    disk a band of rows at a time, and with ``resume`` an interrupted run continues below the finished rows. At the end
-    they become tiled TIFF, or PNG, which needs all of them in memory, a byte or two a pixel. Overlays of these images
-    are reduced to ``OVERLAY_SIDE``.
-
-    Args:
-        name: of the model, for the description of an interrupted run.
-        progress: as in ``slide_rows``; not called where a single window covers the image.
-
-    Returns:
-        The reason why an interrupted run could not be continued, or None.
-
-    Raises:
-        OSError, ValueError: the image cannot be used or an output cannot be written; nothing half-written stays but
-            the rows of an interrupted run.
-    """
-    raster = images.open_raster(job.source)
-    if in_memory(job, raster):
-        write_outputs(job, predict_raster(model, raster, settings, progress))
-        return None
-    return run_by_rows(model, job, raster, settings, name, resume, progress)
-
-
 def in_memory(job: Job, raster: Raster) -> bool:
-    """Return whether the labels of an open image are computed in memory, not by rows on disk; see ``run``."""
+    """Return whether the labels of an open image are computed in memory, not by rows on disk."""
     return job.format != "tiff" and raster.height * raster.width <= images.LARGE_PIXELS
 
 
@@ -164,7 +130,24 @@ def run_by_rows(
     resume: bool,
     progress: Progress | None,
 ) -> str | None:
-    """``run`` for an open image that is not ``in_memory``."""
+    """Segment an open image that is not ``in_memory`` and write its outputs, the labels last.
+
+    Images above ``LARGE_PIXELS``, and all where the format is "tiff", need not fit into memory: their labels go to
+    disk a band of rows at a time, and with ``resume`` an interrupted run continues below the finished rows. At the end
+    they become tiled TIFF, or PNG, which needs all of them in memory, a byte or two a pixel. Overlays of these images
+    are reduced to ``OVERLAY_SIDE``.
+
+    Args:
+        name: of the model, for the description of an interrupted run.
+        progress: as in ``slide_rows``; not called where a single window covers the image.
+
+    Returns:
+        The reason why an interrupted run could not be continued, or None.
+
+    Raises:
+        OSError, ValueError: the image cannot be used or an output cannot be written; nothing half-written stays but
+            the rows of an interrupted run.
+    """
     labels = job.tiled if job.format == "auto" else job.labels
     size, num_classes = (raster.height, raster.width), model.config.num_classes
     if labels.suffix == ".tif":

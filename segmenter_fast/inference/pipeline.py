@@ -6,15 +6,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 from ..config import Pair
 from ..io import images
 from ..io.images import Raster
 from .batches import Model, in_batches, read_ahead, side_threads
 from .folders import Job, in_memory, run_by_rows, write_outputs
-from .predict import Prediction, predict_batch, predict_raster
-from .settings import Settings, one_window
+from .predict import Prediction, one_window_size, predict_batch, predict_raster
+from .settings import Settings
 from .sliding import Progress
 
 PIXELS_IN_FLIGHT = images.LARGE_PIXELS
@@ -33,102 +32,79 @@ def run_all(
     name: str = "",
     resume: bool = False,
 ) -> None:
-    """``folders.run`` for many images, with the same outputs; an error in one does not stop the others.
+    """Segment images and write the outputs of each, the labels last; an error in one does not stop the others.
 
     At most ``PIXELS_IN_FLIGHT`` are in memory at a time, beside a batch and unless one image has more. An interrupt
     lets the threads finish the images that are segmented; no other is begun.
 
     Args:
-        begin: called with an image that may take several windows; returns its ``progress``.
-        end: called once for each image, in the order in which they end, with what ``run`` returned or raised.
+        begin: called with an image that may take several windows; returns its ``progress``, as in ``slide_rows``.
+        end: called once for each image, in the order in which they end, with what ``run_by_rows`` returned, and with
+            the error that the image had.
+        name: of the model, for the description of an interrupted run; see ``run_by_rows``, ``resume``, too.
     """
     threads = side_threads()
-    with ThreadPoolExecutor(threads, "write") as pool:
-        run = _Run(model, settings, begin, end, name, resume, pool, threads)
-        try:
-            for batch in in_batches(run.opened(jobs), run.size_of, settings.batch_size):
-                run.segment(batch)
-                run.finish(2 * run.ahead)
-        finally:
-            run.finish(0)
+    ahead = threads + settings.batch_size
+    writing = deque[tuple[Job, Raster, Future[None]]]()
+    held = largest = 0  # pixels: of all images that are open, of one of them
 
+    def room(waiting: int) -> bool:
+        return waiting < ahead and held + (waiting + 1) * largest <= PIXELS_IN_FLIGHT
 
-@dataclass
-class _Run:
-    """The state of one ``run_all``: the images that are segmented already, and the pixels of all that are open."""
-
-    model: Model
-    settings: Settings
-    begin: Callable[[Job], Progress | None]
-    end: Callable[[Job, str | None, Exception | None], object]
-    name: str
-    resume: bool
-    pool: ThreadPoolExecutor
-    threads: int
-    writing: deque[tuple[Job, Raster, Future[None]]] = field(default_factory=deque)
-    held: int = 0
-    largest: int = 0  # pixels of one image
-
-    @property
-    def ahead(self) -> int:
-        """Images that are read before their turn."""
-        return self.threads + self.settings.batch_size
-
-    def opened(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, Raster]]:
-        """Yield the images that can be read, and end the others."""
-        for job, reading in read_ahead(jobs, lambda job: images.open_raster(job.source), self.threads, self._room):
+    def opened() -> Iterator[tuple[Job, Raster]]:
+        nonlocal held, largest
+        for job, reading in read_ahead(jobs, lambda job: images.open_raster(job.source), threads, room):
             try:
                 raster = reading.result()
             except FAILURES as error:
-                self.end(job, None, error)
+                end(job, None, error)
                 continue
-            self.held += _pixels(raster)
-            self.largest = max(self.largest, _pixels(raster))
+            held, largest = held + _pixels(raster), max(largest, _pixels(raster))
             yield job, raster
 
-    def _room(self, waiting: int) -> bool:
-        return waiting < self.ahead and self.held + (waiting + 1) * self.largest <= PIXELS_IN_FLIGHT
+    def close(job: Job, raster: Raster, restarted: str | None = None, error: Exception | None = None) -> None:
+        nonlocal held
+        held -= _pixels(raster)
+        end(job, restarted, error)
 
-    def size_of(self, image: tuple[Job, Raster]) -> Pair | None:
-        """Return the size (height, width) of an image that may be segmented with others, None for the rest."""
-        size = image[1].height, image[1].width
-        return size if in_memory(*image) and one_window(self.model, size, self.settings) else None
+    def write(job: Job, raster: Raster, prediction: Prediction) -> None:
+        writing.append((job, raster, pool.submit(write_outputs, job, prediction)))
 
-    def segment(self, batch: Sequence[tuple[Job, Raster]]) -> None:
-        """Segment images and hand them to the writing threads."""
-        predictions: list[Prediction] = []
+    def segment(batch: Sequence[tuple[Job, Raster]]) -> None:
         if len(batch) > 1:
-            with suppress(*FAILURES):  # each image alone, below, has its own result or error
-                predictions = predict_batch(self.model, [raster for _, raster in batch])
-        for (job, raster), prediction in zip(batch, predictions, strict=False):
-            self._write(job, raster, prediction)
-        for job, raster in batch[len(predictions) :]:
+            with suppress(*FAILURES):  # below, each image alone has its own result or error
+                predictions = predict_batch(model, [raster for _, raster in batch])
+                for image, prediction in zip(batch, predictions, strict=True):
+                    write(*image, prediction)
+                return
+        for job, raster in batch:
             try:
                 if in_memory(job, raster):
-                    prediction = predict_raster(self.model, raster, self.settings, self.begin(job))
-                    self._write(job, raster, prediction)
+                    write(job, raster, predict_raster(model, raster, settings, begin(job)))
                 else:
-                    arguments = self.settings, self.name, self.resume, self.begin(job)
-                    self._close(job, raster, run_by_rows(self.model, job, raster, *arguments))
+                    close(job, raster, run_by_rows(model, job, raster, settings, name, resume, begin(job)))
             except FAILURES as error:
-                self._close(job, raster, error=error)
+                close(job, raster, error=error)
 
-    def _write(self, job: Job, raster: Raster, prediction: Prediction) -> None:
-        self.writing.append((job, raster, self.pool.submit(write_outputs, job, prediction)))
-
-    def finish(self, left: int) -> None:
-        """Close the images that are written; wait while more than ``left`` are not, or too much is held."""
-        while self.writing and (len(self.writing) > left or self.held > PIXELS_IN_FLIGHT or self.writing[0][2].done()):
-            wait([self.writing[0][2]])
-            job, raster, written = self.writing.popleft()
+    def finish(left: int) -> None:  # wait while more than ``left`` are not written, or too many pixels are held
+        while writing and (len(writing) > left or held > PIXELS_IN_FLIGHT or writing[0][2].done()):
+            wait([writing[0][2]])
+            job, raster, written = writing.popleft()
             error = written.exception()
             if error is not None and not isinstance(error, FAILURES):
                 raise error
-            self._close(job, raster, error=error)
+            close(job, raster, error=error)
 
-    def _close(self, job: Job, raster: Raster, restarted: str | None = None, error: Exception | None = None) -> None:
-        self.held -= _pixels(raster)
-        self.end(job, restarted, error)
+    def size_of(image: tuple[Job, Raster]) -> Pair | None:
+        return one_window_size(model, image[1], settings) if in_memory(*image) else None
+
+    with ThreadPoolExecutor(threads, "write") as pool:
+        try:
+            for batch in in_batches(opened(), size_of, settings.batch_size):
+                segment(batch)
+                finish(2 * ahead)
+        finally:
+            finish(0)
 
 
 def _pixels(raster: Raster) -> int:

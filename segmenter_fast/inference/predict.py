@@ -95,32 +95,12 @@ def _percent(share: float) -> str:
 
 
 @overload
-def predict(
-    model: Model,
-    image: ImageSource,
-    *,
-    scales: Sequence[float] | float = ...,
-    flip: bool = ...,
-    window: int | None = ...,
-    stride: int | None = ...,
-    batch_size: int = ...,
-) -> Prediction: ...
-
-
+def predict(model: Model, image: ImageSource, **options: Any) -> Prediction: ...
 @overload
-def predict(
-    model: Model,
-    image: list[Any] | tuple[Any, ...],
-    *,
-    scales: Sequence[float] | float = ...,
-    flip: bool = ...,
-    window: int | None = ...,
-    stride: int | None = ...,
-    batch_size: int = ...,
-) -> list[Prediction]: ...
+def predict(model: Model, image: list[Any] | tuple[Any, ...], **options: Any) -> list[Prediction]: ...
 
 
-def predict(
+def predict(  # type: ignore[misc]  # the overloads do not repeat the options
     model: Model,
     image: ImageSource | list[Any] | tuple[Any, ...],
     *,
@@ -178,6 +158,12 @@ def predict_batch(model: Model, rasters: Sequence[Raster]) -> list[Prediction]:
     return [Prediction(own, raster, *table) for own, raster in zip(labels, rasters, strict=True)]
 
 
+def one_window_size(model: Model, raster: Raster, settings: Settings) -> Pair | None:
+    """Return the size (height, width) of an image that ``predict_batch`` takes, None for another one."""
+    size = raster.height, raster.width
+    return size if one_window(model, size, settings) else None
+
+
 @torch.inference_mode()
 def label_bands(
     model: Model, raster: Raster, settings: Settings, start: int = 0, progress: Progress | None = None
@@ -215,18 +201,13 @@ def _predict_all(model: Model, images: Sequence[ImageSource], settings: Settings
                 own = raster.result()
             yield index, own
 
-    def size_of(pair: tuple[int, Raster]) -> Pair | None:
-        size = pair[1].height, pair[1].width
-        return size if one_window(model, size, settings) else None
-
     found: dict[int, Prediction] = {}
-    for batch in in_batches(opened(), size_of, settings.batch_size):
+    for batch in in_batches(opened(), lambda image: one_window_size(model, image[1], settings), settings.batch_size):
         indices, rasters = zip(*batch, strict=True)
-        if len(batch) > 1:
-            found |= zip(indices, predict_batch(model, rasters), strict=True)
-            continue
         with _naming(indices[0], images[indices[0]]):
-            found[indices[0]] = predict_raster(model, rasters[0], settings)
+            one = len(batch) == 1
+            made = [predict_raster(model, rasters[0], settings)] if one else predict_batch(model, rasters)
+        found |= zip(indices, made, strict=True)
     return [found[index] for index in range(len(images))]
 
 

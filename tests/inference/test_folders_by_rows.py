@@ -13,12 +13,13 @@ from PIL import Image
 
 import segmenter_fast as sf
 from segmenter_fast.inference import folders, sliding
-from segmenter_fast.inference.folders import Job, run
+from segmenter_fast.inference.folders import Job
 from segmenter_fast.inference.resume import resume_files
 from segmenter_fast.inference.settings import Settings
 from segmenter_fast.io import images
 from segmenter_fast.io.large_images import TiffRaster
 from support.models import pixels, windowed
+from support.predict import run
 
 SETTINGS = Settings(window=32, stride=24)
 

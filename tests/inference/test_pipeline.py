@@ -14,11 +14,11 @@ from torch import Tensor
 import segmenter_fast as sf
 from segmenter_fast.inference import folders, pipeline
 from segmenter_fast.inference.batches import Model
-from segmenter_fast.inference.folders import Job, plan, run
+from segmenter_fast.inference.folders import Job, plan
 from segmenter_fast.inference.pipeline import run_all
 from segmenter_fast.inference.settings import Settings
 from support.models import pixels, windowed
-from support.predict import tree
+from support.predict import run, tree
 
 SETTINGS = Settings(window=32, stride=24)
 SIZES = {"a": (32, 32), "b": (50, 40), "c": (32, 32), "d": (32, 32), "f": (32, 32), "g": (20, 20), "h": (32, 32)}

@@ -10,6 +10,11 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from segmenter_fast.cli import app
+from segmenter_fast.inference.batches import Model
+from segmenter_fast.inference.folders import Job
+from segmenter_fast.inference.pipeline import run_all
+from segmenter_fast.inference.settings import Settings
+from segmenter_fast.inference.sliding import Progress
 
 MODEL = str(Path(__file__).parents[1] / "golden" / "official_mask")  # 7 classes, windows of 64
 OPTIONS = ("--model", MODEL, "--device", "cpu", "--dtype", "float32")
@@ -36,9 +41,11 @@ def photo(path: Path, height: int = 64, width: int = 64) -> Path:
 
 
 def labels(folder: Path) -> dict[str, np.ndarray]:
-    """Label maps below ``folder/labels`` by their paths there."""
+    """Label maps below ``folder/labels`` by their paths there; a killed process may leave hidden parts of others."""
     found = {}
-    for path in sorted((folder / "labels").rglob("*")):
+    for path in sorted((folder / "labels").rglob("[!.]*")):
+        if path.parent.name.startswith(".saving-"):
+            continue
         if path.suffix == ".tif":
             found[str(path.relative_to(folder / "labels"))] = tifffile.imread(path)
         elif path.is_file():
@@ -46,6 +53,27 @@ def labels(folder: Path) -> dict[str, np.ndarray]:
                 assert image.mode == "P"
                 found[str(path.relative_to(folder / "labels"))] = np.asarray(image)
     return found
+
+
+def run(
+    model: Model,
+    job: Job,
+    settings: Settings,
+    *,
+    name: str = "",
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> str | None:
+    """``run_all`` for one image: the reason of a restart, or its error raised."""
+    reasons: list[str | None] = []
+
+    def end(job: Job, restarted: str | None, error: Exception | None) -> None:
+        if error is not None:
+            raise error
+        reasons.append(restarted)
+
+    run_all(model, [job], settings, lambda job: progress, end, name=name, resume=resume)
+    return reasons[0]
 
 
 def tree(folder: Path) -> list[str]:
