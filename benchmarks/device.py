@@ -138,7 +138,7 @@ def measure_ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...], seco
             fastest = median_ms(torch.mm, a, b)
             if not cuda and torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16):
                 packed = torch.ops.mkldnn._reorder_linear_weight(b)
-                options = packed, None, "none", [], ""
+                options: tuple[Any, ...] = (packed, None, "none", [], "")
                 fastest = min(fastest, median_ms(torch.ops.mkldnn._linear_pointwise, a, *options))
             rates[name_of(dtype)] = 2 * side**3 / fastest / 1e9
     return Ceilings(bandwidth, rates)
