@@ -8,6 +8,7 @@ which is nccl between GPUs and gloo elsewhere. A process on its own communicates
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import os
 import signal
@@ -183,6 +184,9 @@ def process_group(device: str = "auto", timeout: float = 600.0) -> Iterator[Worl
         return
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     where = f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')}"
+    # Default arguments in this module hold the group for ever if the compiler imports it later. The group's threads
+    # then outlive the interpreter, and one that frees a tensor aborts the process.
+    importlib.import_module("torch.distributed.nn.functional")
     try:
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     except (RuntimeError, ValueError) as error:  # DistNetworkError, DistStoreError, a missing variable

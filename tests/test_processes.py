@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -145,3 +148,25 @@ def test_a_second_signal_ends_the_process_at_once() -> None:
         os._exit(0)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
     assert os.read(reads, 9) == b".."
+
+
+_LEAVES_A_GROUP = """
+import os, torch, torch.distributed as dist
+from segmenter_fast.processes import process_group
+
+with process_group("cpu"):
+    dist.all_reduce(torch.ones(3))
+    import torch._dynamo  # as the first use of the compiler does
+threads = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+assert not any("gloo" in name for name in threads), threads
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are listed on Linux only")
+def test_no_thread_of_a_group_outlives_it(tmp_path: Path) -> None:
+    """A thread that frees a tensor while the interpreter ends aborts the process."""
+    script = tmp_path / "script.py"
+    script.write_text(_LEAVES_A_GROUP)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    ran = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=180)
+    assert ran.returncode == 0, ran.stderr
