@@ -12,6 +12,16 @@ from torch import Tensor
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up, for the host: Triton's own costs microseconds a call."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least ``n`` (positive), for the host."""
+    return 1 << (n - 1).bit_length()
+
+
 def device_arch(tensor: Tensor) -> str:
     """``"sm_90"`` or ``"gfx942"``, of the GPU that Triton launches on; interpreted CPU tensors use sm_80's tables."""
     if tensor.device.type == "cpu":
