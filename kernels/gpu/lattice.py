@@ -12,6 +12,7 @@ points, so that most loads hit the first-level cache. Not differentiable, nothin
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -25,41 +26,43 @@ SIZES = ["num_classes", "lattices", "height", "width"]
 
 
 @triton.jit
-def tile_outputs(size, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr):
-    """Rows and columns of the program, int64, and masks of those that exist."""
+def open_tile(size, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, WIDE: tl.constexpr):
+    """Rows ``(BLOCK_Y,)`` and columns ``(BLOCK_X,)`` of the program; past the end they repeat the last one."""
     height, width = size
     tiles_x = tl.cdiv(width, BLOCK_X)
-    pid = tl.program_id(0).to(tl.int64)
-    offs_y = pid // tiles_x * BLOCK_Y + tl.arange(0, BLOCK_Y)
-    offs_x = pid % tiles_x * BLOCK_X + tl.arange(0, BLOCK_X)
-    return offs_y, offs_x, offs_y < height, offs_x < width
+    pid = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
+    offs_y = tl.minimum(pid // tiles_x * BLOCK_Y + tl.arange(0, BLOCK_Y), height - 1)
+    offs_x = tl.minimum(pid % tiles_x * BLOCK_X + tl.arange(0, BLOCK_X), width - 1)
+    return offs_y, offs_x
 
 
 @triton.jit
-def point_pair(index_ptr, weights_ptr, s, offs, mask, size):
-    """Both points of outputs ``offs`` of one axis, and the weight of the second."""
-    index_ptr += s * 2 * size
-    first = tl.load(index_ptr + offs, mask=mask, other=0)
-    second = tl.load(index_ptr + size + offs, mask=mask, other=0)
-    return first, second, tl.load(weights_ptr + s * size + offs, mask=mask, other=0.0)
+def axis_points(index_ptr, weights_ptr, s, offs, size, num_classes):
+    """Offsets in the scores of both points of outputs ``offs`` of one axis, and the weight of the second."""
+    index_ptr += size.to(tl.int64) * 2 * s
+    first = tl.load(index_ptr + offs).to(offs.dtype) * num_classes
+    second = tl.load(index_ptr + size + offs).to(offs.dtype) * num_classes
+    return first, second, tl.load(weights_ptr + size.to(tl.int64) * s + offs)
 
 
 @triton.jit
-def lattice_logits(lattice_ptrs, s, k, tile, num_classes, size):
-    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` logits of lattice ``s``; -inf for classes that do not exist."""
-    scores_ptr, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr = lattice_ptrs
-    offs_y, offs_x, mask_y, mask_x = tile
-    r0, r1, v = point_pair(rows_ptr, row_weights_ptr, s, offs_y, mask_y, size[0])
-    c0, c1, u = point_pair(cols_ptr, col_weights_ptr, s, offs_x, mask_x, size[1])
-    mask = (mask_y[:, None] & mask_x[None, :])[:, :, None] & (k < num_classes)[None, None, :]
-    v, u = v[:, None, None], u[None, :, None]
-    p00 = scores_ptr + ((r0[:, None] + c0[None, :]) * num_classes)[:, :, None] + k[None, None, :]
-    p01 = scores_ptr + ((r0[:, None] + c1[None, :]) * num_classes)[:, :, None] + k[None, None, :]
-    top = tl.load(p00, mask=mask, other=0.0) * (1 - u) + tl.load(p01, mask=mask, other=0.0) * u
-    p10 = scores_ptr + ((r1[:, None] + c0[None, :]) * num_classes)[:, :, None] + k[None, None, :]
-    p11 = scores_ptr + ((r1[:, None] + c1[None, :]) * num_classes)[:, :, None] + k[None, None, :]
-    bottom = tl.load(p10, mask=mask, other=0.0) * (1 - u) + tl.load(p11, mask=mask, other=0.0) * u
-    return tl.where((k < num_classes)[None, None, :], top * (1 - v) + bottom * v, -float("inf"))
+def tile_points(lattice_ptrs, s, tile, num_classes, size):
+    """``axis_points`` of a tile's rows and columns in lattice ``s``."""
+    _, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr = lattice_ptrs
+    rows = axis_points(rows_ptr, row_weights_ptr, s, tile[0], size[0], num_classes)
+    return rows, axis_points(cols_ptr, col_weights_ptr, s, tile[1], size[1], num_classes)
+
+
+@triton.jit
+def lattice_logits(scores_ptr, points, offs_k):
+    """``(BLOCK_Y, BLOCK_K, BLOCK_X)`` logits of a tile, for classes ``offs_k`` behind ``scores_ptr``."""
+    (r0, r1, v), (c0, c1, u) = points
+    r0, r1, v = r0[:, None, None], r1[:, None, None], v[:, None, None]
+    c0, c1, u = c0[None, None, :], c1[None, None, :], u[None, None, :]
+    k = offs_k[None, :, None]
+    top = tl.load(scores_ptr + (r0 + c0) + k) * (1 - u) + tl.load(scores_ptr + (r0 + c1) + k) * u
+    bottom = tl.load(scores_ptr + (r1 + c0) + k) * (1 - u) + tl.load(scores_ptr + (r1 + c1) + k) * u
+    return top * (1 - v) + bottom * v
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -67,43 +70,46 @@ def lattice_log_sum_kernel(
     lattice_ptrs,  # scores (N, K), rows (S, 2, H), row weights (S, H), columns (S, 2, W), column weights (S, W)
     out_ptr,  # (S, 2, H, W)
     num_classes, lattices, height, width,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Largest logit, and log2 of the sum of the exponentials, of one tile of one lattice."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     size = height, width
-    tile = tile_outputs(size, BLOCK_Y, BLOCK_X)
-    offs_y, offs_x, mask_y, mask_x = tile
-    s = tl.program_id(1).to(tl.int64)
-    largest = tl.full((BLOCK_Y, BLOCK_X, BLOCK_K), -float("inf"), dtype)
-    for start in range(0, num_classes, BLOCK_K):
-        logit = lattice_logits(lattice_ptrs, s, start + tl.arange(0, BLOCK_K), tile, num_classes, size)
-        largest = tl.maximum(largest, logit)
-    shift = tl.max(largest, 2)
-    exp_sum = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), dtype)
-    for start in range(0, num_classes, BLOCK_K):
-        logit = lattice_logits(lattice_ptrs, s, start + tl.arange(0, BLOCK_K), tile, num_classes, size)
-        exp_sum += tl.exp2((logit - shift[:, :, None]) * LOG2_E)
-    mask = mask_y[:, None] & mask_x[None, :]
-    out_ptrs = out_ptr + (s * 2 * height + offs_y[:, None]) * width + offs_x[None, :]
-    tl.store(out_ptrs, shift, mask=mask)
-    tl.store(out_ptrs + height.to(tl.int64) * width, tl.log2(tl.sum(exp_sum, 2)), mask=mask)
+    tile = open_tile(size, BLOCK_Y, BLOCK_X, WIDE)
+    s = tl.program_id(1)
+    points = tile_points(lattice_ptrs, s, tile, num_classes, size)
+    offs_k = tl.arange(0, BLOCK_K)
+    largest = tl.full((BLOCK_Y, BLOCK_K, BLOCK_X), -float("inf"), dtype)
+    for begin in range(0, num_classes, BLOCK_K):
+        start = tl.minimum(begin, num_classes - BLOCK_K)
+        largest = tl.maximum(largest, lattice_logits(lattice_ptrs[0] + start, points, offs_k))
+    shift = tl.max(largest, 1)  # without NaNs on a GPU; the sum has them
+    exp_sum = tl.zeros((BLOCK_Y, BLOCK_K, BLOCK_X), dtype)
+    for begin in range(0, num_classes, BLOCK_K):
+        start = tl.minimum(begin, num_classes - BLOCK_K)
+        e = tl.exp2((lattice_logits(lattice_ptrs[0] + start, points, offs_k) - shift[:, None, :]) * LOG2_E)
+        if start < begin:
+            e = tl.where((start + offs_k >= begin)[None, :, None], e, 0.0)
+        exp_sum += e
+    plane = height.to(tl.int64) * width
+    ptrs = out_ptr + 2 * plane * s + (tile[0][:, None] * width + tile[1][None, :])
+    tl.store(ptrs, shift)
+    tl.store(ptrs + plane, tl.log2(tl.sum(exp_sum, 1)))
 
 
 @triton.jit
-def lattice_votes(lattice_ptrs, log_sum_ptr, k, tile, num_classes, lattices, size):
-    """``(BLOCK_Y, BLOCK_X, BLOCK_K)`` sum over the lattices of the softmaxes."""
-    offs_y, offs_x, mask_y, mask_x = tile
-    height, width = size
-    votes = tl.zeros((offs_y.shape[0], offs_x.shape[0], k.shape[0]), log_sum_ptr.dtype.element_ty)
-    mask = mask_y[:, None] & mask_x[None, :]
-    ptrs = log_sum_ptr + offs_y[:, None] * width + offs_x[None, :]
-    plane = height.to(tl.int64) * width
+def lattice_votes(lattice_ptrs, log_sum_ptr, start, offs_k, tile, num_classes, lattices, size):
+    """``(BLOCK_Y, BLOCK_K, BLOCK_X)`` sum over the lattices of the softmaxes, for classes ``start + offs_k``."""
+    offs_y, offs_x = tile
+    votes = tl.zeros((offs_y.shape[0], offs_k.shape[0], offs_x.shape[0]), log_sum_ptr.dtype.element_ty)
+    plane = size[0].to(tl.int64) * size[1]
+    ptrs = log_sum_ptr + (offs_y[:, None] * size[1] + offs_x[None, :])
     for s in range(lattices):
-        logit = lattice_logits(lattice_ptrs, s, k, tile, num_classes, size)
-        shift = tl.load(ptrs + 2 * s * plane, mask=mask, other=0.0)
-        log_sum = tl.load(ptrs + (2 * s + 1) * plane, mask=mask, other=0.0)
-        votes += tl.exp2((logit - shift[:, :, None]) * LOG2_E - log_sum[:, :, None])
+        points = tile_points(lattice_ptrs, s, tile, num_classes, size)
+        shift, log_sum = tl.load(ptrs), tl.load(ptrs + plane)
+        logit = lattice_logits(lattice_ptrs[0] + start, points, offs_k)
+        votes += tl.exp2((logit - shift[:, None, :]) * LOG2_E - log_sum[:, None, :])
+        ptrs += 2 * plane
     return votes
 
 
@@ -114,31 +120,32 @@ def lattice_argmax_kernel(
     labels_ptr,  # (H, W)
     num_classes, lattices, height, width,
     SINGLE: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Labels of one tile, by the logits of a SINGLE lattice or by the votes of all."""
     size = height, width
-    tile = tile_outputs(size, BLOCK_Y, BLOCK_X)
-    offs_y, offs_x, mask_y, mask_x = tile
-    best = tl.full((BLOCK_Y, BLOCK_X, BLOCK_K), -float("inf"), log_sum_ptr.dtype.element_ty)
+    tile = open_tile(size, BLOCK_Y, BLOCK_X, WIDE)
+    offs_k = tl.arange(0, BLOCK_K)
+    points = tile_points(lattice_ptrs, 0, tile, num_classes, size)
+    best = tl.full((BLOCK_Y, BLOCK_K, BLOCK_X), -float("inf"), log_sum_ptr.dtype.element_ty)
     # Each lane holds the best of its classes; the first one, until another exceeds it.
-    label = tl.zeros((BLOCK_Y, BLOCK_X, BLOCK_K), tl.int32) + tl.arange(0, BLOCK_K)[None, None, :]
-    for start in range(0, num_classes, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
+    label = tl.zeros((BLOCK_Y, BLOCK_K, BLOCK_X), tl.int32) + offs_k[None, :, None]
+    for begin in range(0, num_classes, BLOCK_K):
+        start = tl.minimum(begin, num_classes - BLOCK_K)
         if SINGLE:
-            value = lattice_logits(lattice_ptrs, 0, k, tile, num_classes, size)
+            value = lattice_logits(lattice_ptrs[0] + start, points, offs_k)
         else:
-            value = lattice_votes(lattice_ptrs, log_sum_ptr, k, tile, num_classes, lattices, size)
+            value = lattice_votes(lattice_ptrs, log_sum_ptr, start, offs_k, tile, num_classes, lattices, size)
         # A NaN wins against every number, and nothing against a NaN.
-        wins = ~(value <= best) & (best == best) & (k < num_classes)[None, None, :]
+        wins = ~(value <= best) & (best == best)
         best = tl.where(wins, value, best)
-        label = tl.where(wins, k[None, None, :], label)
-    lanes_nan = tl.sum((best != best).to(tl.int32), 2)
-    largest = tl.max(tl.where(best == best, best, -float("inf")), 2)
-    first = tl.where((lanes_nan > 0)[:, :, None], best != best, best == largest[:, :, None])
-    label = tl.min(tl.where(first, label, num_classes), 2)
-    ptrs = labels_ptr + offs_y[:, None] * size[1] + offs_x[None, :]
-    tl.store(ptrs, label.to(labels_ptr.dtype.element_ty), mask=mask_y[:, None] & mask_x[None, :])
+        label = tl.where(wins, (start + offs_k)[None, :, None], label)
+    lanes_nan = tl.sum((best != best).to(tl.int32), 1)
+    largest = tl.max(tl.where(best == best, best, -float("inf")), 1)
+    first = tl.where((lanes_nan > 0)[:, None, :], best != best, best == largest[:, None, :])
+    label = tl.min(tl.where(first, label, num_classes), 1)
+    ptrs = labels_ptr + (tile[0][:, None] * width + tile[1][None, :])
+    tl.store(ptrs, label.to(labels_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -147,19 +154,19 @@ def lattice_softmax_kernel(
     log_sum_ptr,  # (S, 2, H, W)
     out_ptr,  # (K, H, W)
     num_classes, lattices, height, width,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Mean probabilities of one tile."""
     size = height, width
-    tile = tile_outputs(size, BLOCK_Y, BLOCK_X)
-    offs_y, offs_x, mask_y, mask_x = tile
-    mask = mask_y[:, None] & mask_x[None, :]
-    for start in range(0, num_classes, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        votes = lattice_votes(lattice_ptrs, log_sum_ptr, k, tile, num_classes, lattices, size) / lattices
-        offs_r = k.to(tl.int64)[:, None] * size[0] + offs_y[None, :]
-        ptrs = out_ptr + offs_r[:, :, None] * size[1] + offs_x[None, None, :]
-        tl.store(ptrs, votes.permute(2, 0, 1), mask=(k < num_classes)[:, None, None] & mask[None, :, :])
+    tile = open_tile(size, BLOCK_Y, BLOCK_X, WIDE)
+    offs_k = tl.arange(0, BLOCK_K)
+    share = 1.0 / lattices.to(out_ptr.dtype.element_ty)
+    plane = height.to(tl.int64) * width
+    for begin in range(0, num_classes, BLOCK_K):
+        start = tl.minimum(begin, num_classes - BLOCK_K)
+        votes = lattice_votes(lattice_ptrs, log_sum_ptr, start, offs_k, tile, num_classes, lattices, size) * share
+        ptrs = (out_ptr + (start + offs_k) * plane)[None, :, None] + tile[1][None, None, :]
+        tl.store(ptrs + (tile[0] * width)[:, None, None], votes)
 
 
 class Tiles(NamedTuple):
@@ -171,10 +178,14 @@ class Tiles(NamedTuple):
     num_warps: int
 
 
+@lru_cache(maxsize=64)
 def launch_config(num_classes: int) -> Tiles:
-    """Tiles of 32 pixels, 4 logits to a thread: with 8 the softmax spills on sm_100."""
-    block_k = min(triton.next_power_of_2(num_classes), 32)
-    return Tiles(4, 8, block_k, num_warps=max(32 * block_k // 128, 1))
+    """Tiles of 4 rows, which a thread holds, and 16 columns: 16 logits to a thread.
+
+    No step is wider than the classes. The last one ends at the last class and repeats some of the step before.
+    """
+    block_k = min(1 << num_classes.bit_length() - 1, 32)
+    return Tiles(4, 16, block_k, num_warps=max(block_k // 8, 1))
 
 
 def _launch(kernel: Any, lattice: Sequence[Tensor], programs: int = 1, **arguments: Any) -> None:
@@ -188,6 +199,7 @@ def _launch(kernel: Any, lattice: Sequence[Tensor], programs: int = 1, **argumen
         lattices=len(rows),
         height=height,
         width=width,
+        WIDE=max(scores.numel(), height * width) >= 1 << 31,
         **arguments,
         **launch_arguments(tiles),
     )

@@ -23,24 +23,19 @@ from torch import Tensor
 from ..bilinear import Axis
 from ..loss_options import LossOptions
 from ..registry import statistics_dtype
-from .cells import (
-    GEOMETRY,
-    Tiles,
+from .cell_logits import (
     add_corners,
     cell_softmax,
     corner_logits,
     fit_tile,
-    geometry,
     log_sum_exp,
     mix,
-    open_cell,
-    open_tile,
     probabilities,
-    splits_of,
-    sum_corners,
     to_corners,
 )
+from .cells import GEOMETRY, Tiles, geometry, open_cell, open_tile, splits_of
 from .common import LOG2_E, launch_arguments
+from .corners import sum_corners
 
 
 @triton.jit(do_not_specialize=["num_classes", "rows", "columns", "ignore_index"])

@@ -4,7 +4,8 @@ With logits l (B, K, H', W'), the resize R of the masks (B, K, h, w) to a size, 
     p = softmax_k(l), l = R masks            grad_masks = R^T (p (g - sum_k p g)) for a gradient g of p
 One program owns the outputs of one cell, which mix the same four corners (cells.py). A first pass over the classes
 sums the exponentials, a second computes them again and writes the probabilities. The backward also takes two passes
-over p and g: for sum_k p g, and for the cell's share of the gradients of its corners.
+over p and g: for sum_k p g, and for the cell's share of the gradients of its corners (corners.py). Outputs past the
+end of a cell and classes past the last one repeat the last: they are read or written again, without a mask.
 
 Saved for the backward: p, the result.
 """
@@ -22,19 +23,16 @@ from ..registry import statistics_dtype
 from .cells import (
     GEOMETRY,
     Tiles,
-    add_corners,
-    cell_softmax,
+    exponentials,
     fit_tile,
-    geometry,
-    log_sum_exp,
     open_cell,
+    open_corners,
     open_tile,
-    probabilities,
-    splits_of,
-    sum_corners,
-    to_corners,
+    plan,
+    reach,
+    sum_exponentials,
 )
-from .common import launch_arguments
+from .corners import gather, store_corners, sum_corners, to_corners
 
 
 @triton.jit(do_not_specialize=["num_classes", "splits", *GEOMETRY])
@@ -45,23 +43,38 @@ def softmax_kernel(
     num_classes, splits,
     size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y,
     size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = tl.float64 if masks_ptr.dtype.element_ty == tl.float64 else tl.float32
+    integer: tl.constexpr = tl.int64 if WIDE else tl.int32
     ys = Axis(size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y)
     xs = Axis(size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x)
-    _, b, rows, cols, split, tiles = open_cell(ys, xs, splits, BLOCK_Y, BLOCK_X)
-    cell, far = cell_softmax(masks_ptr, masks_strides, num_classes, b, rows[0], cols[0], ys, xs, dtype, BLOCK_C)
+    _index, b, rows, cols, split, tiles = open_cell(ys, xs, splits, BLOCK_Y, BLOCK_X, WIDE)
+    offs_k, offs_c = tl.arange(0, BLOCK_K).to(integer), tl.arange(0, BLOCK_C).to(integer)
+    cell, far = open_corners(masks_ptr, masks_strides, num_classes, b, rows[0], cols[0], ys, xs, offs_c, dtype)
+    plane = kept_y.to(integer) * kept_x
+    out_ptr += b * num_classes * plane
     for tile in range(split, tiles, splits):
-        offs_y, offs_x, mask, weights = open_tile(tile, rows, cols, ys, xs, dtype, BLOCK_Y, BLOCK_X)
-        shift, log_sum = log_sum_exp(cell, far, weights, dtype, BLOCK_Y, BLOCK_X, BLOCK_K)
-        for start in range(0, num_classes, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            p = probabilities(cell, k, far, shift, log_sum, weights, dtype).permute(2, 0, 1)
-            offs_r = (b * num_classes + k[:, None]) * ys.kept + offs_y[None, :]
-            ptrs = out_ptr + offs_r[:, :, None] * xs.kept + offs_x[None, None, :]
-            mask_k = (k < num_classes)[:, None, None]
-            tl.store(ptrs, p.to(out_ptr.dtype.element_ty), mask=mask_k & mask[None, :, :])
+        offs_y, offs_x, _mask, weights = open_tile(tile, rows, cols, ys, xs, dtype, BLOCK_Y, BLOCK_X)
+        offs_y, offs_x = tl.minimum(offs_y, rows[2] - 1) * kept_x, tl.minimum(offs_x, cols[2] - 1)
+        if far:
+            store_probabilities(out_ptr, plane, offs_y, offs_x, offs_k, cell, weights, True, dtype)
+        else:
+            store_probabilities(out_ptr, plane, offs_y, offs_x, offs_k, cell, weights, False, dtype)
+
+
+@triton.jit
+def store_probabilities(
+    out_ptr, stride_k, offs_y, offs_x, offs_k, cell, weights, FAR: tl.constexpr, dtype: tl.constexpr
+):
+    """Softmax of one tile. ``offs_y`` and ``offs_x`` are offsets of its rows and columns in a plane."""
+    shift, total = sum_exponentials(cell, offs_k, weights, FAR, dtype)
+    inverse = 1.0 / total
+    for start in range(0, cell[2], offs_k.shape[0]):
+        k = tl.minimum(start + offs_k, cell[2] - 1)
+        p = exponentials(cell, k, shift, weights, FAR, dtype) * inverse[:, None, :]
+        ptrs = (out_ptr + k * stride_k)[None, :, None] + offs_x[None, None, :] + offs_y[:, None, None]
+        tl.store(ptrs, p.to(out_ptr.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["num_classes", "splits", *GEOMETRY])
@@ -73,48 +86,62 @@ def softmax_backward_kernel(
     num_classes, splits,
     size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y,
     size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = scratch_ptr.dtype.element_ty
     ys = Axis(size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y)
     xs = Axis(size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x)
-    cell, b, rows, cols, split, tiles = open_cell(ys, xs, splits, BLOCK_Y, BLOCK_X)
-    stride_gb, stride_gk, stride_gh, stride_gw = grad_strides
-    stride_pb, stride_pk, stride_ph, stride_pw = probabilities_strides
+    cell, b, rows, cols, split, tiles = open_cell(ys, xs, splits, BLOCK_Y, BLOCK_X, WIDE)
+    grad_ptr += b * grad_strides[0]
+    probabilities_ptr += b * probabilities_strides[0]
     scratch_ptr += (split * (tl.num_programs(0) // splits) + cell) * 4 * num_classes
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64 if WIDE else tl.int32)
+    ragged = ((rows[2] - rows[1]) % BLOCK_Y != 0) | ((cols[2] - cols[1]) % BLOCK_X != 0)
     for tile in range(split, tiles, splits):
         offs_y, offs_x, mask, weights = open_tile(tile, rows, cols, ys, xs, dtype, BLOCK_Y, BLOCK_X)
-        g_ptrs = grad_ptr + b * stride_gb + offs_y[:, None] * stride_gh + offs_x[None, :] * stride_gw
-        p_ptrs = probabilities_ptr + b * stride_pb + offs_y[:, None] * stride_ph + offs_x[None, :] * stride_pw
-        product = tl.zeros((BLOCK_K, BLOCK_Y, BLOCK_X), dtype)
+        offs_y, offs_x = tl.minimum(offs_y, rows[2] - 1), tl.minimum(offs_x, cols[2] - 1)
+        product = tl.zeros((BLOCK_Y, BLOCK_K, BLOCK_X), dtype)
         for start in range(0, num_classes, BLOCK_K):
-            k = start + offs_k
-            product += load_classes(p_ptrs, stride_pk, k, num_classes, mask, dtype) * load_classes(
-                g_ptrs, stride_gk, k, num_classes, mask, dtype
-            )
-        mean = tl.sum(product, 0)  # sum_k p g
-        for start in range(0, num_classes, BLOCK_K):
-            k = start + offs_k
-            p = load_classes(p_ptrs, stride_pk, k, num_classes, mask, dtype)
-            grad = p * (load_classes(g_ptrs, stride_gk, k, num_classes, mask, dtype) - mean[None, :, :])
-            add_corners(scratch_ptr, to_corners(grad.permute(1, 2, 0), weights), k, num_classes, tile > split)
+            k = tl.minimum(start + offs_k, num_classes - 1)
+            p = load_classes(probabilities_ptr, probabilities_strides, k, offs_y, offs_x)
+            g = load_classes(grad_ptr, grad_strides, k, offs_y, offs_x)
+            if start + BLOCK_K > num_classes:
+                p = tl.where((start + offs_k < num_classes)[None, :, None], p, 0.0)
+                g = tl.where((start + offs_k < num_classes)[None, :, None], g, 0.0)
+            product += p.to(dtype) * g.to(dtype)
+        mean = tl.sum(product, 1)[:, None, :]  # sum_k p g
+        GROUP: tl.constexpr = BLOCK_X * BLOCK_K  # classes whose corners lanes keep
+        for group in range(0, num_classes, GROUP):
+            zero = tl.zeros((BLOCK_K, BLOCK_X), dtype)
+            gathered = zero, zero, zero, zero
+            for start in range(group, tl.minimum(group + GROUP, num_classes), BLOCK_K):
+                k = tl.minimum(start + offs_k, num_classes - 1)
+                p = load_classes(probabilities_ptr, probabilities_strides, k, offs_y, offs_x).to(dtype)
+                grad = p * (load_classes(grad_ptr, grad_strides, k, offs_y, offs_x).to(dtype) - mean)
+                if ragged:
+                    grad = tl.where(mask[:, None, :], grad, 0.0)
+                top = tl.sum(grad * (1 - weights[0])[:, None, None], 0)
+                bottom = tl.sum(grad * weights[0][:, None, None], 0)
+                gathered = gather(gathered, to_corners(top, bottom, weights[1]), (start - group) // BLOCK_K)
+            store_corners(scratch_ptr, gathered, group, num_classes, ys, xs, tile > split)
         tl.debug_barrier()  # the next tile adds to what other threads stored
     if split >= tiles:
-        for start in range(0, num_classes, BLOCK_K):
-            add_corners(scratch_ptr, (0.0, 0.0, 0.0, 0.0), start + offs_k, num_classes, False)
+        zero = tl.zeros((BLOCK_K, BLOCK_X), dtype)
+        for group in range(0, num_classes, BLOCK_X * BLOCK_K):
+            store_corners(scratch_ptr, (zero, zero, zero, zero), group, num_classes, ys, xs, False)
 
 
 @triton.jit
-def load_classes(ptrs, stride_k, k, num_classes, mask, dtype: tl.constexpr):
-    """``(BLOCK_Y, BLOCK_X)`` pointers -> ``(BLOCK_K, BLOCK_Y, BLOCK_X)`` values of the classes ``k``; 0 outside."""
-    ptrs = ptrs[None, :, :] + (k.to(tl.int64) * stride_k)[:, None, None]
-    return tl.load(ptrs, mask=(k < num_classes)[:, None, None] & mask[None, :, :], other=0.0).to(dtype)
+def load_classes(ptr, strides, k, offs_y, offs_x):
+    """``(BLOCK_Y, BLOCK_K, BLOCK_X)`` values of an image whose batch stride is not used."""
+    _, stride_k, stride_y, stride_x = strides
+    ptrs = (ptr + k * stride_k)[None, :, None] + (offs_x * stride_x)[None, None, :]
+    return tl.load(ptrs + (offs_y * stride_y)[:, None, None])
 
 
 def launch_config(num_classes: int, longest_y: int, longest_x: int) -> Tiles:
-    """Tiles of at most sixteen warps."""
-    return fit_tile(num_classes, longest_y, longest_x, most=4096)
+    """Tiles of both passes."""
+    return fit_tile(num_classes, longest_y, longest_x)
 
 
 def upsample_softmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool) -> Tensor:
@@ -125,16 +152,8 @@ def upsample_softmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], al
         return out
     ys, xs = (Axis.make(*axis, align_corners) for axis in zip(grid, size, crop, strict=True))
     tiles = launch_config(num_classes, ys.longest_cell, xs.longest_cell)
-    splits = splits_of(ys, xs, batch, tiles.block_y, tiles.block_x)
-    softmax_kernel[(batch * ys.size_in * xs.size_in * splits,)](
-        masks_ptr=masks,
-        out_ptr=out,
-        masks_strides=masks.stride(),
-        num_classes=num_classes,
-        splits=splits,
-        **geometry(ys, xs),
-        **launch_arguments(tiles),
-    )
+    cells = plan(tiles, batch, num_classes, ys, xs, reach(masks, out))
+    softmax_kernel[cells.grid](masks_ptr=masks, out_ptr=out, masks_strides=masks.stride(), **cells.arguments)
     return out
 
 
@@ -148,18 +167,16 @@ def upsample_softmax_backward(
         return grad_masks
     ys, xs = (Axis.make(*axis, align_corners) for axis in zip(grid, size, crop, strict=True))
     tiles = launch_config(num_classes, ys.longest_cell, xs.longest_cell)
-    splits = splits_of(ys, xs, batch, tiles.block_y, tiles.block_x)
-    dtype = statistics_dtype(probabilities.dtype)
-    scratch = probabilities.new_empty((splits, batch, *grid, 4, num_classes), dtype=dtype)
-    softmax_backward_kernel[(batch * ys.size_in * xs.size_in * splits,)](
+    cells = plan(tiles, batch, num_classes, ys, xs, reach(grad, probabilities))
+    scratch = probabilities.new_empty(
+        (cells.splits, batch, *grid, 4, num_classes), dtype=statistics_dtype(probabilities.dtype)
+    )
+    softmax_backward_kernel[cells.grid](
         grad_ptr=grad,
         probabilities_ptr=probabilities,
         scratch_ptr=scratch,
         grad_strides=grad.stride(),
         probabilities_strides=probabilities.stride(),
-        num_classes=num_classes,
-        splits=splits,
-        **geometry(ys, xs),
-        **launch_arguments(tiles),
+        **cells.arguments,
     )
     return sum_corners(scratch, grad_masks)

@@ -123,6 +123,7 @@ def test_far_and_extreme_scores(backend: Backend) -> None:
 def test_nan_and_infinity_as_in_pytorch(backend: Backend, lattices: int, special: float) -> None:
     scores, *tables = draw(lattices, 37, 12, 13, backend.device)
     scores[torch.rand(scores.shape, device=scores.device) < 0.01] = special
+    scores[0] = special
     assert torch.equal(kernels.lattice_argmax(scores, *tables), reference.lattice_argmax(scores, *tables))
     torch.testing.assert_close(
         kernels.lattice_softmax(scores, *tables), reference.lattice_softmax(scores, *tables), equal_nan=True
