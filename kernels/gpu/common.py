@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+MOST_PROGRAMS = 2**31 - 1  # along the first axis of a grid
 
 
 def cdiv(a: int, b: int) -> int:
@@ -39,6 +40,18 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
 def launch_arguments(tiles: Any) -> dict[str, int]:
     """A named tuple of tiles as keywords of a launch: ``block_m`` is the constant BLOCK_M, ``num_warps`` an option."""
     return {name if name.startswith("num_") else name.upper(): value for name, value in tiles._asdict().items()}
+
+
+def programs(*grid: int, **tensors: Tensor) -> tuple[int, ...]:
+    """``grid``, the programs of a launch along each axis.
+
+    Raises:
+        ValueError: more programs than a GPU takes along an axis; the shapes of ``tensors`` are named.
+    """
+    if grid[0] > MOST_PROGRAMS or max(grid[1:], default=0) > 65535:
+        given = " and ".join(f"{name} of shape {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(f"{given} need {grid} programs, a launch takes at most {MOST_PROGRAMS}; split the batch")
+    return grid
 
 
 def refuse_float64(op: str, tensor: Tensor) -> None:

@@ -2,18 +2,19 @@
 
     label(y, x) = argmax_k  sum over the corners c of the cell of (y, x):  weight_c(y, x) masks[k, c]
 
-All outputs of a tile inside one cell are convex combinations of the four interpolated values at the tile's own
-corners. So lower_k <= logit_k <= upper_k there, with the smallest and the largest of these four, and a class with
-upper_k < max_j lower_j cannot win anywhere in the tile. One program owns a tile of a cell, or of CELLS cells side by
-side. A first pass over the classes computes the bound; a second compares the logits (BLOCK_Y, CELLS, BLOCK_X) of the
-classes that reach it, in rising order. On smooth maps few tiles have more than one. Only the labels are written. Where
-a corner is NaN or infinite, nothing is pruned: a NaN wins, as in torch.argmax. Not differentiable, nothing is saved.
+All outputs of a cell are convex combinations of its corners. So lower_k <= logit_k <= upper_k there, with the smallest
+and the largest corner, and a class with upper_k < max_j lower_j cannot win. One program, a warp, owns a tile of a cell.
+Where few classes are left, as on smooth maps, only they are compared, in rising order. Where more are left, each
+quarter of the tile is bounded by the values at its own corners, which leaves less than half of them on noise; the
+columns of a quarter are lanes, and each walks through its own quarter's classes. Where a corner is NaN or infinite,
+nothing is pruned: a NaN wins, as in torch.argmax. Logits are mixed along x first, with the roundings of PyTorch's
+kernel, so that near ties fall as they do there. Only the labels are written. Not differentiable, nothing is saved.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -22,35 +23,137 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bilinear import Axis
-from .cells import GEOMETRY, cell_start, geometry, upper_weights
-from .common import launch_arguments
+from .cells import GEOMETRY, cell_start, geometry
+from .common import cdiv, launch_arguments, next_power_of_2, programs
 
-TILING = ["cells_y", "parts_y", "groups_x", "parts_x"]
+FEW = tl.constexpr(8)  # classes of a tile that cost less than the bounds of its quarters
+LANES = tl.constexpr(32)  # classes of a step, one to each bit of a word
 
 
 @triton.jit
-def class_range(ptrs, offsets, mask, wy, wx, dtype: tl.constexpr):
-    """Smallest and largest logit of ``(CELLS, BLOCK_K)`` classes in the tiles; and 0, or NaN if any is not finite.
+def tile_weights(index, begin, end, cell, axis, dtype: tl.constexpr):
+    """Weight of input ``cell + 1`` at outputs ``begin + index`` of ``cell``; past its ``end``, that of its last one.
 
-    ``wy`` and ``wx`` are pairs: the upper weights of the tiles' first and last outputs.
+    Outputs before the first centre take their weights from cell 0, as in PyTorch: clamped to 0.
     """
-    c00 = tl.load(ptrs[0] + offsets, mask=mask, other=0.0).to(dtype)
-    c01 = tl.load(ptrs[1] + offsets, mask=mask, other=0.0).to(dtype)
-    c10 = tl.load(ptrs[2] + offsets, mask=mask, other=0.0).to(dtype)
-    c11 = tl.load(ptrs[3] + offsets, mask=mask, other=0.0).to(dtype)
-    lower = tl.full(c00.shape, float("inf"), dtype)
-    upper = tl.full(c00.shape, -float("inf"), dtype)
+    least = begin * axis.step + axis.offset - cell * axis.denominator
+    last = (least + (end - 1 - begin) * axis.step).to(dtype)
+    numerator = tl.minimum(least.to(dtype) + index.to(dtype) * axis.step.to(dtype), last)
+    return tl.maximum(numerator, 0.0) * (1 / axis.denominator.to(dtype))
+
+
+@triton.jit
+def load_corners(ptrs, k, mask, stride_mk, dtype: tl.constexpr):
+    """The four corners of classes ``k``, and the sum of their magnitudes.
+
+    The sum is infinite or NaN where a corner is, and where a difference of corners could be.
+    """
+    offsets = k.to(tl.int64) * stride_mk
+    c00 = tl.load(ptrs[0] + offsets, mask=mask).to(dtype)
+    c01 = tl.load(ptrs[1] + offsets, mask=mask).to(dtype)
+    c10 = tl.load(ptrs[2] + offsets, mask=mask).to(dtype)
+    c11 = tl.load(ptrs[3] + offsets, mask=mask).to(dtype)
+    return (c00, c01, c10, c11), (tl.abs(c00) + tl.abs(c01)) + (tl.abs(c10) + tl.abs(c11))
+
+
+@triton.jit
+def corner_range(ptrs, k, num_classes, stride_mk, dtype: tl.constexpr):
+    """Smallest and largest corner of classes ``k``, -inf where they do not exist, and magnitudes."""
+    mask = k < num_classes
+    corners, size = load_corners(ptrs, k, mask, stride_mk, dtype)
+    c00, c01, c10, c11 = corners
+    lower = tl.minimum(tl.minimum(c00, c01), tl.minimum(c10, c11))
+    upper = tl.maximum(tl.maximum(c00, c01), tl.maximum(c10, c11))
+    return tl.where(mask, lower, -float("inf")), tl.where(mask, upper, -float("inf")), tl.where(mask, size, 0.0)
+
+
+@triton.jit
+def part_range(corners, wy, wx):
+    """Smallest, largest logits ``(PARTS, BLOCK_K)`` of classes with these corners, by first and last weights."""
+    c00, c01, c10, c11 = corners
+    lower = tl.full((wy[0].shape[0], c00.shape[0]), float("inf"), c00.dtype)
+    upper = -lower
     for last_y in tl.static_range(2):
-        left = c00 * (1 - wy[last_y]) + c10 * wy[last_y]
-        right = c01 * (1 - wy[last_y]) + c11 * wy[last_y]
+        left = c00 + wy[last_y] * (c10 - c00)
+        right = c01 + wy[last_y] * (c11 - c01)
         for last_x in tl.static_range(2):
-            value = left * (1 - wx[last_x]) + right * wx[last_x]
+            value = left + wx[last_x] * (right - left)
             lower = tl.minimum(lower, value)
             upper = tl.maximum(upper, value)
-    return tl.where(mask, lower, -float("inf")), upper, ((c00 + c01) + (c10 + c11)) * 0.0
+    return lower, upper
 
 
-@triton.jit(do_not_specialize=["num_classes", *TILING, *GEOMETRY])
+@triton.jit
+def lowest_class(word):
+    """Position of the lowest bit of a uint32, -127 if there is none, and the other bits."""
+    others = word & (word - 1)
+    exponent = (word ^ others).to(tl.float32).to(tl.int32, bitcast=True) >> 23
+    return exponent - 127, others
+
+
+@triton.jit
+def take_better(best, label, value, k, NAN: tl.constexpr):
+    """Best logits and labels after class ``k``, which is higher than those before. NAN: logits may be NaN."""
+    # A NaN wins against every number, and nothing against a NaN.
+    wins = ~(value <= best) & (best == best) if NAN else value > best
+    return tl.where(wins, value, best), tl.where(wins, k, label)
+
+
+@triton.jit
+def compare(best, label, k, cell, NAN: tl.constexpr):
+    """``take_better`` for the logits ``(ROWS, COLUMNS)`` of class ``k``, one for all or for each column."""
+    ptrs, stride_mk, wy, wx = cell
+    c00, c01, c10, c11 = load_corners(ptrs, k, None, stride_mk, best.dtype)[0]
+    top = (1 - wx) * c00 + wx * c01
+    bottom = (1 - wx) * c10 + wx * c11
+    return take_better(best, label, (1 - wy) * top + wy * bottom, k, NAN)
+
+
+@triton.jit
+def compare_all(best, label, candidates, num_classes, cell):
+    """``compare`` for the classes among ``candidates``; other entries are ``num_classes``."""
+    k = tl.min(candidates, 0)
+    while k < num_classes:
+        best, label = compare(best, label, k, cell, False)
+        k = tl.min(tl.where(candidates > k, candidates, num_classes), 0)
+    return best, label
+
+
+@triton.jit
+def compare_parts(best, label, parts, part, wy_range, wx_range, num_classes, cell):
+    """``compare`` for the classes that can win in each of ``parts`` ``(PARTS, 1)``; all, where a corner is not finite.
+
+    ``part`` ``(1, COLUMNS)`` is that of each column; ranges are the first and last weights of the parts.
+    """
+    ptrs, stride_mk = cell[0], cell[1]
+    lanes = tl.arange(0, LANES)
+    bounds = tl.full((parts.shape[0], LANES), -float("inf"), best.dtype)
+    sizes = tl.zeros((LANES,), best.dtype)
+    for start in range(0, num_classes, LANES):
+        corners, size = load_corners(ptrs, tl.minimum(start + lanes, num_classes - 1), None, stride_mk, best.dtype)
+        bounds = tl.maximum(bounds, part_range(corners, wy_range, wx_range)[0])
+        sizes += size
+    bound = tl.max(bounds, 1, keep_dims=True)
+    if tl.sum(sizes, 0) < float("inf"):
+        for start in range(0, num_classes, LANES):
+            corners, size = load_corners(ptrs, tl.minimum(start + lanes, num_classes - 1), None, stride_mk, best.dtype)
+            upper = part_range(corners, wy_range, wx_range)[1]
+            candidate = (upper >= bound) & (start + lanes < num_classes)[None, :]
+            count = tl.max(tl.sum(candidate.to(tl.int32), 1), 0)
+            bits = tl.where(candidate, tl.full((LANES,), 1, tl.uint32) << lanes, 0)
+            words = tl.sum(bits, 1, keep_dims=True)
+            word = tl.sum(tl.where(part == parts, words, 0), 0, keep_dims=True)  # (1, COLUMNS)
+            for _ in range(count):
+                # A part that is done compares an earlier class again, which changes nothing.
+                position, word = lowest_class(word)
+                best, label = compare(best, label, tl.maximum(start + position, 0), cell, False)
+    else:
+        for k in range(num_classes):
+            best, label = compare(best, label, tl.zeros(part.shape, tl.int32) + k, cell, True)
+    return best, label
+
+
+@triton.jit(do_not_specialize=["num_classes", "cells_y", "cells_x", *GEOMETRY])
 def upsample_argmax_kernel(
     masks_ptr,  # (B, K, h, w)
     labels_ptr,  # (B, H', W'), contiguous
@@ -58,100 +161,103 @@ def upsample_argmax_kernel(
     num_classes,
     size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y,
     size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x,
-    cells_y, parts_y, groups_x, parts_x,  # parts: tiles of a cell; groups: of CELLS cells
-    CELLS: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
+    cells_y, parts_y, cells_x, parts_x,  # parts: tiles of a cell
+    ONE_BLOCK: tl.constexpr,  # all classes fit one block
+    WIDE: tl.constexpr,  # positions pass 32 bits
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One tile of each of CELLS neighbouring cells; the first cell of a row or column is -1."""
+    """One tile of a cell; the first cell of a row or column is -1."""
     dtype: tl.constexpr = tl.float64 if masks_ptr.dtype.element_ty == tl.float64 else tl.float32
     ys = Axis(size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y)
     xs = Axis(size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x)
     stride_mb, stride_mk, stride_mh, stride_mw = masks_strides
     pid = tl.program_id(0)
     part_x = pid % parts_x
-    group_x = pid // parts_x % groups_x
-    part_y = pid // parts_x // groups_x % parts_y
-    cell_y = (pid // parts_x // groups_x // parts_y % cells_y).to(tl.int64) - 1
-    b = (pid // parts_x // groups_x // parts_y // cells_y).to(tl.int64)
-    cells_x = (group_x * CELLS + tl.arange(0, CELLS)).to(tl.int64) - 1  # (CELLS,)
-
+    cell_x = pid // parts_x % cells_x - 1
+    row = pid // parts_x // cells_x
+    part_y = row % parts_y
+    cell_y = row // parts_y % cells_y - 1
+    b = (row // parts_y // cells_y).to(tl.int64)
+    if WIDE:
+        cell_y, cell_x = cell_y.to(tl.int64), cell_x.to(tl.int64)
     begin_y = cell_start(cell_y, ys) + part_y * BLOCK_Y
-    begin_x = cell_start(cells_x, xs) + part_x * BLOCK_X
-    end_y = cell_start(cell_y + 1, ys)
-    end_x = cell_start(cells_x + 1, xs)
-    filled = (begin_x < end_x) & (begin_y < end_y)
-    if tl.max(filled.to(tl.int32), 0) == 0:
+    begin_x = cell_start(cell_x, xs) + part_x * BLOCK_X
+    end_y, end_x = cell_start(cell_y + 1, ys), cell_start(cell_x + 1, xs)
+    if (begin_y >= end_y) | (begin_x >= end_x):
         return
 
-    # Outputs before the first centre take their weights from cell 0, as in PyTorch: clamped to 0.
-    top = tl.maximum(cell_y, 0)
-    left = tl.minimum(tl.maximum(cells_x, 0), xs.size_in - 1)
-    offs_y = begin_y + tl.arange(0, BLOCK_Y)
-    offs_x = begin_x[:, None] + tl.arange(0, BLOCK_X)[None, :]  # (CELLS, BLOCK_X)
-    wy = upper_weights(offs_y, end_y, top, ys, dtype)
-    wx = upper_weights(offs_x, end_x[:, None], left[:, None], xs, dtype)
-    last_y, last_x = begin_y + BLOCK_Y - 1, begin_x + BLOCK_X - 1
-    wy_range = (
-        upper_weights(begin_y, end_y, top, ys, dtype),
-        upper_weights(last_y, end_y, top, ys, dtype),
-    )
-    wx_range = (
-        upper_weights(begin_x, end_x, left, xs, dtype)[:, None],
-        upper_weights(last_x, end_x, left, xs, dtype)[:, None],
-    )
-
     # Without a change of size there is no second input, as in PyTorch: 0 * inf would be NaN.
-    bottom = tl.minimum(top + tl.cast(ys.step != ys.denominator, tl.int64), ys.size_in - 1)
-    right = tl.minimum(left + tl.cast(xs.step != xs.denominator, tl.int64), xs.size_in - 1)
-    upper_row = masks_ptr + b * stride_mb + top * stride_mh
-    lower_row = masks_ptr + b * stride_mb + bottom * stride_mh
-    p00, p01 = upper_row + left * stride_mw, upper_row + right * stride_mw  # (CELLS,)
-    p10, p11 = lower_row + left * stride_mw, lower_row + right * stride_mw
-    ptrs = (p00[:, None], p01[:, None], p10[:, None], p11[:, None])
+    top, left = tl.maximum(cell_y, 0), tl.maximum(cell_x, 0)
+    bottom = tl.minimum(top + (ys.step != ys.denominator).to(tl.int32), ys.size_in - 1)
+    right = tl.minimum(left + (xs.step != xs.denominator).to(tl.int32), xs.size_in - 1)
+    upper_row = masks_ptr + b * stride_mb + top.to(tl.int64) * stride_mh
+    lower_row = masks_ptr + b * stride_mb + bottom.to(tl.int64) * stride_mh
+    left, right = left.to(tl.int64) * stride_mw, right.to(tl.int64) * stride_mw
+    ptrs = upper_row + left, upper_row + right, lower_row + left, lower_row + right
 
-    bound = tl.full((CELLS, BLOCK_K), -float("inf"), dtype)
-    poison = tl.zeros((CELLS, BLOCK_K), dtype)
-    for start in range(0, num_classes, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)[None, :]
-        mask = (offs_k < num_classes) & filled[:, None]
-        lower, _, not_finite = class_range(ptrs, offs_k.to(tl.int64) * stride_mk, mask, wy_range, wx_range, dtype)
-        bound = tl.maximum(bound, lower)
-        poison += not_finite
-    bound = tl.where(tl.sum(poison, 1) == 0, tl.max(bound, 1), -float("inf"))  # (CELLS,)
+    # Columns are lanes: those of the tile, side by side for each of its bands of ROWS rows.
+    COLUMNS: tl.constexpr = BLOCK_Y * BLOCK_X if BLOCK_Y * BLOCK_X < 32 else 32
+    ROWS: tl.constexpr = BLOCK_Y * BLOCK_X // COLUMNS
+    columns = tl.arange(0, COLUMNS)[None, :]
+    first_row, offs_x = columns // BLOCK_X * ROWS, columns % BLOCK_X
+    offs_y = first_row + tl.arange(0, ROWS)[:, None]  # (ROWS, COLUMNS)
+    left = tl.maximum(cell_x, 0)
+    wy = tile_weights(offs_y, begin_y, end_y, top, ys, dtype)
+    wx = tile_weights(offs_x, begin_x, end_x, left, xs, dtype)
+    cell = ptrs, stride_mk, wy, wx
+    best = tl.full((ROWS, COLUMNS), -float("inf"), dtype)
+    label = tl.zeros((ROWS, COLUMNS), tl.int32)
 
-    best = tl.full((BLOCK_Y, CELLS, BLOCK_X), -float("inf"), dtype)
-    label = tl.zeros((BLOCK_Y, CELLS, BLOCK_X), tl.int32)
-    for start in range(0, num_classes, BLOCK_K):
-        offs_k = start + tl.arange(0, BLOCK_K)[None, :]
-        mask = (offs_k < num_classes) & filled[:, None]
-        _, upper, _ = class_range(ptrs, offs_k.to(tl.int64) * stride_mk, mask, wy_range, wx_range, dtype)
-        # A NaN must pass, so not upper >= bound. Other classes become num_classes.
-        candidates = tl.where(mask & ~(upper < bound[:, None]), offs_k, num_classes)
-        k = tl.min(candidates, 1)  # (CELLS,)
-        while tl.min(k, 0) < num_classes:
-            candidate = k < num_classes
-            offsets = k.to(tl.int64) * stride_mk
-            c00 = tl.load(p00 + offsets, mask=candidate, other=0.0).to(dtype)[None, :]
-            c01 = tl.load(p01 + offsets, mask=candidate, other=0.0).to(dtype)[None, :]
-            c10 = tl.load(p10 + offsets, mask=candidate, other=0.0).to(dtype)[None, :]
-            c11 = tl.load(p11 + offsets, mask=candidate, other=0.0).to(dtype)[None, :]
-            left_edge = c00 * (1 - wy[:, None]) + c10 * wy[:, None]  # (BLOCK_Y, CELLS)
-            right_edge = c01 * (1 - wy[:, None]) + c11 * wy[:, None]
-            value = left_edge[:, :, None] * (1 - wx[None]) + right_edge[:, :, None] * wx[None]
-            # A NaN wins against every number, and nothing against a NaN.
-            wins = ~(value <= best) & (best == best) & candidate[None, :, None]
-            best = tl.where(wins, value, best)
-            label = tl.where(wins, k[None, :, None], label)
-            k = tl.min(tl.where(candidates > k[:, None], candidates, num_classes), 1)
-
-    ptrs_out = labels_ptr + (b * ys.kept + offs_y[:, None, None]) * xs.kept + offs_x[None]
-    mask_out = (offs_y < end_y)[:, None, None] & (offs_x < end_x[:, None])[None]
-    tl.store(ptrs_out, label.to(labels_ptr.dtype.element_ty), mask=mask_out)
+    offs_k = tl.arange(0, BLOCK_K)
+    if ONE_BLOCK:
+        tl.assume(num_classes > BLOCK_K // 2)
+        lower, upper, size = corner_range(ptrs, offs_k, num_classes, stride_mk, dtype)
+        candidates = tl.where(upper >= tl.max(lower, 0), offs_k, num_classes)
+        count = tl.sum((candidates < num_classes).to(tl.int32), 0)
+        few = (tl.sum(size, 0) < float("inf")) & (count <= FEW)
+        if few:
+            best, label = compare_all(best, label, candidates, num_classes, cell)
+    else:
+        bounds = tl.full((BLOCK_K,), -float("inf"), dtype)
+        sizes = tl.zeros((BLOCK_K,), dtype)
+        for start in range(0, num_classes, BLOCK_K):
+            lower, _, size = corner_range(ptrs, start + offs_k, num_classes, stride_mk, dtype)
+            bounds = tl.maximum(bounds, lower)
+            sizes += size
+        bound = tl.max(bounds, 0)
+        few = tl.sum(sizes, 0) < float("inf")
+        count = 0
+        for start in range(0, num_classes, BLOCK_K):
+            if few:
+                _, upper, _ = corner_range(ptrs, start + offs_k, num_classes, stride_mk, dtype)
+                candidates = tl.where(upper >= bound, start + offs_k, num_classes)
+                count += tl.sum((candidates < num_classes).to(tl.int32), 0)
+                few = count <= FEW
+                if few:
+                    best, label = compare_all(best, label, candidates, num_classes, cell)
+    if not few:
+        # Quarters share the weights in the middle, so that the values there are computed once.
+        quarters = tl.arange(0, 4)[:, None]
+        half_y, half_x = quarters // 2, quarters % 2
+        wy_range = (
+            tile_weights(half_y * (BLOCK_Y // 2), begin_y, end_y, top, ys, dtype),
+            tile_weights(tl.where(half_y == 0, BLOCK_Y // 2, BLOCK_Y - 1), begin_y, end_y, top, ys, dtype),
+        )
+        wx_range = (
+            tile_weights(half_x * (BLOCK_X // 2), begin_x, end_x, left, xs, dtype),
+            tile_weights(tl.where(half_x == 0, BLOCK_X // 2, BLOCK_X - 1), begin_x, end_x, left, xs, dtype),
+        )
+        quarter = (first_row >= BLOCK_Y // 2).to(tl.int32) * 2 + (offs_x >= BLOCK_X // 2).to(tl.int32)
+        best, label = compare_parts(best, label, quarters, quarter, wy_range, wx_range, num_classes, cell)
+    row_ptr = labels_ptr + (b * ys.kept + begin_y) * xs.kept + begin_x
+    mask = (begin_y + offs_y < end_y) & (begin_x + offs_x < end_x)
+    ptrs_out = row_ptr + (offs_y * xs.kept + offs_x)
+    tl.store(ptrs_out, label.to(labels_ptr.dtype.element_ty), mask=mask)
 
 
 class Tiles(NamedTuple):
-    """Cells of a program, outputs of each, classes of a step, warps."""
+    """Outputs of a tile, classes of a step, warps."""
 
-    cells: int
     block_y: int
     block_x: int
     block_k: int
@@ -159,32 +265,33 @@ class Tiles(NamedTuple):
 
 
 def launch_config(rows: int, cols: int, num_classes: int) -> Tiles:
-    """Tiles for cells of at most ``rows x cols`` outputs: one warp, up to 256 outputs, 256 corners at a time.
+    """Tiles for cells of at most ``rows x cols`` outputs: one warp, up to 256 outputs, 256 classes at a time."""
+    block_y, block_x = (min(next_power_of_2(size), 16) for size in (rows, cols))
+    return Tiles(block_y, block_x, min(next_power_of_2(num_classes), 256), num_warps=1)
 
-    Small cells go in pairs: four cells of 4x4 outputs to a warp spill on sm_80 and sm_90.
-    """
-    block_y, block_x = (min(triton.next_power_of_2(size), 16) for size in (rows, cols))
-    cells = 2 if block_y * block_x <= 16 else 1
-    return Tiles(cells, block_y, block_x, min(triton.next_power_of_2(num_classes), 256 // cells), num_warps=1)
+
+@lru_cache(maxsize=256)
+def _launch_sizes(
+    num_classes: int, grid: Sequence[int], size: Sequence[int], crop: Sequence[int], align_corners: bool
+) -> tuple[int, dict[str, int]]:
+    """Programs of an image, and the arguments of a launch that its sizes determine."""
+    ys, xs = (Axis.make(*axis, align_corners) for axis in zip(grid, size, crop, strict=True))
+    tiles = launch_config(ys.longest_cell, xs.longest_cell, num_classes)
+    parts_y, parts_x = cdiv(ys.longest_cell, tiles.block_y), cdiv(xs.longest_cell, tiles.block_x)
+    farthest = max((axis.cells + 1) * axis.denominator + abs(axis.offset) + axis.step for axis in (ys, xs))
+    sizes = dict(cells_y=ys.cells, parts_y=parts_y, cells_x=xs.cells, parts_x=parts_x, **geometry(ys, xs))
+    sizes |= dict(ONE_BLOCK=num_classes <= tiles.block_k, WIDE=max(farthest, 16 * xs.kept) >= 2**31)
+    return ys.cells * parts_y * xs.cells * parts_x, sizes | launch_arguments(tiles)
 
 
 def upsample_argmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool) -> Tensor:
     """``(B, K, h, w)`` -> ``(B, H', W')``, uint8 where K <= 256 and int32 otherwise."""
-    batch, num_classes, h, w = masks.shape
+    batch, num_classes, *grid = masks.shape
     labels = masks.new_empty((batch, *crop), dtype=torch.uint8 if num_classes <= 256 else torch.int32)
     if num_classes == 1 or batch == 0:
         return labels.zero_()
-    ys, xs = (Axis.make(*axis, align_corners) for axis in zip((h, w), size, crop, strict=True))
-    tiles = launch_config(ys.longest_cell, xs.longest_cell, num_classes)
-    parts_y, parts_x = -(-ys.longest_cell // tiles.block_y), -(-xs.longest_cell // tiles.block_x)
-    tiling = ys.cells, parts_y, -(-xs.cells // tiles.cells), parts_x
-    upsample_argmax_kernel[(batch * math.prod(tiling),)](
-        masks_ptr=masks,
-        labels_ptr=labels,
-        masks_strides=masks.stride(),
-        num_classes=num_classes,
-        **geometry(ys, xs),
-        **dict(zip(TILING, tiling, strict=True)),
-        **launch_arguments(tiles),
+    count, sizes = _launch_sizes(num_classes, tuple(grid), tuple(size), tuple(crop), align_corners)
+    upsample_argmax_kernel[programs(batch * count, masks=masks, labels=labels)](
+        masks_ptr=masks, labels_ptr=labels, masks_strides=masks.stride(), num_classes=num_classes, **sizes
     )
     return labels
