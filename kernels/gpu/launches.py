@@ -156,6 +156,8 @@ def _upsample_argmax() -> Iterator[tuple[str, Callable[[], object]]]:
                     masks = _masks(num_classes, name, layout == "channels-last")
                     label = f"{patch}x{patch} K={num_classes} {name} {layout}"
                     yield label, partial(upsample_argmax, masks, size, size, False)
+    wide = (1 << 29) + 1  # rows, whose positions pass 32 bits
+    yield "wide K=150 bf16", partial(upsample_argmax, _masks(150, "bf16"), (wide, GRID), (16, GRID), False)
 
 
 def _upsample_softmax() -> Iterator[tuple[str, Callable[[], object]]]:

@@ -140,8 +140,8 @@ def test_one_name_is_one_build() -> None:
     layouts = {label: call for label, call in representative_calls() if label.startswith("1x1 K=150")}
     narrow, wide = layouts["1x1 K=150 bf16 channels-last"], layouts["1x1 K=150 fp32 channels-last"]
     twice = record(SM_90, iter([("label", narrow), ("other label", narrow)]))
-    assert [launch.name for launch in twice] == ["upsample_argmax label (1, 1, 128, 1, 3)"]
-    with pytest.raises(ValueError, match=r"have one name: upsample_argmax label \(1, 1, 128, 1, 3\)"):
+    assert [launch.name for launch in twice] == ["upsample_argmax label (1, 1, 256, 1, 3)"]
+    with pytest.raises(ValueError, match=r"have one name: upsample_argmax label \(1, 1, 256, 1, 3\)"):
         record(SM_90, iter([("label", narrow), ("label", wide)]))
 
 

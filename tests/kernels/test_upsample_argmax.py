@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from segmenter_fast import kernels
+from segmenter_fast.kernels.bilinear import Axis
 from segmenter_fast.kernels.registry import INTERPRET
 from support.accuracy import largest_shortfall
 
@@ -185,6 +186,26 @@ def test_tiles_of_the_cpu_change_nothing(limit, monkeypatch) -> None:
             monkeypatch.setattr(module, name, limit)
         assert torch.equal(module.upsample_argmax(*arguments), whole)
         monkeypatch.undo()
+
+
+@pytest.mark.interpret
+def test_positions_beyond_32_bits() -> None:
+    masks = torch.randn(1, 12, 1, 3)
+    tall = masks.expand(-1, -1, 1 << 28, -1)  # all rows are alike
+    labels = kernels.upsample_argmax(tall, ((1 << 29) + 1, 8), (5, 8))
+    assert torch.equal(labels, kernels.upsample_argmax(masks, (5, 8)))
+
+
+@pytest.mark.interpret
+def test_logits_are_mixed_along_x_first() -> None:
+    """With PyTorch's roundings: a class and its transpose tie where x = y, and the last bits decide."""
+    masks = torch.rand(1, 4, 3, 3)
+    masks = torch.cat([masks, masks.mT], 1)
+    low, high, weight = Axis.make(3, 24).taps()
+    weight = weight.float()
+    rows = (1 - weight) * masks[..., low] + weight * masks[..., high]
+    expected = (1 - weight)[:, None] * rows[:, :, low] + weight[:, None] * rows[:, :, high]
+    assert torch.equal(kernels.upsample_argmax(masks, (24, 24)).long(), expected.argmax(1))
 
 
 @pytest.mark.parametrize("axis", range(4), ids=["batch", "class", "row", "column"])
