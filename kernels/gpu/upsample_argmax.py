@@ -249,10 +249,9 @@ def upsample_argmax_kernel(
         )
         quarter = (first_row >= BLOCK_Y // 2).to(tl.int32) * 2 + (offs_x >= BLOCK_X // 2).to(tl.int32)
         best, label = compare_parts(best, label, quarters, quarter, wy_range, wx_range, num_classes, cell)
-    row_ptr = labels_ptr + (b * ys.kept + begin_y) * xs.kept + begin_x
+    first = (b * ys.kept + begin_y) * xs.kept + begin_x
     mask = (begin_y + offs_y < end_y) & (begin_x + offs_x < end_x)
-    ptrs_out = row_ptr + (offs_y * xs.kept + offs_x)
-    tl.store(ptrs_out, label.to(labels_ptr.dtype.element_ty), mask=mask)
+    tl.store(labels_ptr + (first + (offs_y * xs.kept + offs_x)), label.to(labels_ptr.dtype.element_ty), mask=mask)
 
 
 class Tiles(NamedTuple):

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import math
 import pkgutil
+import re
 from typing import Any
 
 import pytest
@@ -134,6 +135,41 @@ def test_addresses_are_64_bit() -> None:
     additions = [line for line in text.splitlines() if "tt.addptr" in line]
     assert additions
     assert all(line.split(" loc(")[0].rstrip().endswith(("i64", "i64>")) for line in additions), additions
+
+
+def operations(ptx: str, register: str) -> set[str]:
+    """Operations that a register's value comes from, back to the loads."""
+    written: dict[str, list[tuple[str, list[str]]]] = {}
+    for line in ptx.splitlines():
+        if match := re.match(r"\s*(?:@!?%p\d+\s+)?([a-z]\S*)\s+(.*%.*);", line):
+            result, *sources = re.findall(r"%[a-z]+\d+", match[2])
+            written.setdefault(result, []).append((match[1], [] if match[1].startswith("ld.") else sources))
+    found, waiting, seen = set(), [register], {register}
+    while waiting:
+        for operation, sources in written.get(waiting.pop(), []):
+            found.add(operation)
+            waiting += set(sources) - seen
+            seen |= set(sources)
+    return found
+
+
+@pytest.mark.parametrize("name", ["upsample_argmax 16x16 K=150 bf16 channels-last"])
+def test_a_nan_reaches_the_labels(name: str) -> None:
+    """Maxima and minima drop a NaN on a GPU. They only bound finite scores.
+
+    A sum of magnitudes that is NaN or infinite sends all others to a loop in which a NaN wins.
+    """
+    (launch,) = (launch for launch in aot.shipped("sm_90") if launch.name.startswith(name))
+    ptx = aot.compile_launch(launch, "sm_90").asm["ptx"]
+    guards = re.findall(r"setp\.equ\.f32\s+%p\d+, (%\w+), 0f7F800000;", ptx)  # true for NaN, too
+    assert guards
+    for guard in guards:
+        found = operations(ptx, guard)
+        assert {"add.f32", "abs.f32"} <= found
+        assert not [operation for operation in found if re.match(r"(min|max)\.f32", operation)]
+    (exact,) = (block for block in re.split(r"^\$L__BB", ptx, flags=re.MULTILINE) if "setp.gtu.f32" in block)
+    assert exact.count("setp.gtu.f32") == exact.count("setp.num.f32") == 8  # one for each logit of a thread
+    assert not re.search(r"(min|max)\.f32", exact)
 
 
 def test_one_name_is_one_build() -> None:
