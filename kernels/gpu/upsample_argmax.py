@@ -188,8 +188,8 @@ def upsample_argmax_kernel(
 
     # Without a change of size there is no second input, as in PyTorch: 0 * inf would be NaN.
     top, left = tl.maximum(cell_y, 0), tl.maximum(cell_x, 0)
-    bottom = tl.minimum(top + (ys.step != ys.denominator).to(tl.int32), ys.size_in - 1)
-    right = tl.minimum(left + (xs.step != xs.denominator).to(tl.int32), xs.size_in - 1)
+    bottom = tl.minimum(top + tl.cast(ys.step != ys.denominator, tl.int32), ys.size_in - 1)
+    right = tl.minimum(left + tl.cast(xs.step != xs.denominator, tl.int32), xs.size_in - 1)
     upper_row = masks_ptr + b * stride_mb + top.to(tl.int64) * stride_mh
     lower_row = masks_ptr + b * stride_mb + bottom.to(tl.int64) * stride_mh
     left, right = left.to(tl.int64) * stride_mw, right.to(tl.int64) * stride_mw
