@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bilinear import Axis
-from .common import LOG2_E, launch_arguments, next_power_of_2
+from .common import LOG2_E, launch_arguments, next_power_of_2, programs
 
 SAFE_SPREAD = tl.constexpr(32.0)  # exp(-32) is far from underflow
 DEEP = tl.constexpr(1e30)  # corners below its negative need PyTorch's roundings, and -inf its NaNs
@@ -69,7 +69,7 @@ class Plan(NamedTuple):
     """Programs of a cell, the grid of all, and the arguments that depend on sizes alone."""
 
     splits: int
-    grid: tuple[int]
+    grid: tuple[int, ...]
     arguments: dict[str, Any]
 
 
@@ -81,13 +81,10 @@ def plan(tiles: Tiles, batch: int, num_classes: int, ys: Axis, xs: Axis, reach: 
         ValueError: more programs than a grid can have.
     """
     splits = splits_of(ys, xs, batch, tiles.block_y, tiles.block_x)
-    programs = batch * ys.size_in * xs.size_in * splits
-    if programs >= 1 << 31:
-        shape = (batch, num_classes, ys.size_in, xs.size_in)
-        raise ValueError(f"masks {shape} need {programs} programs, a GPU runs at most 2^31 - 1; split the batch")
+    grid = programs(batch * ys.size_in * xs.size_in * splits, masks=(batch, num_classes, ys.size_in, xs.size_in))
     products = [(a.size_in + 1) * a.denominator + (a.kept + 1) * a.step + abs(a.offset) for a in (ys, xs)]
     arguments = geometry(ys, xs) | launch_arguments(tiles) | {"WIDE": max(*products, reach) >= 1 << 31}
-    return Plan(splits, (programs,), arguments | {"num_classes": num_classes, "splits": splits})
+    return Plan(splits, grid, arguments | {"num_classes": num_classes, "splits": splits})
 
 
 def reach(*tensors: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -42,14 +43,14 @@ def launch_arguments(tiles: Any) -> dict[str, int]:
     return {name if name.startswith("num_") else name.upper(): value for name, value in tiles._asdict().items()}
 
 
-def programs(*grid: int, **tensors: Tensor) -> tuple[int, ...]:
+def programs(*grid: int, **shapes: Sequence[int]) -> tuple[int, ...]:
     """``grid``, the programs of a launch along each axis.
 
     Raises:
-        ValueError: more programs than a GPU takes along an axis; the shapes of ``tensors`` are named.
+        ValueError: more programs than a GPU takes along an axis; ``shapes`` of tensors are named.
     """
     if grid[0] > MOST_PROGRAMS or max(grid[1:], default=0) > 65535:
-        given = " and ".join(f"{name} of shape {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        given = " and ".join(f"{name} of shape {tuple(shape)}" for name, shape in shapes.items())
         raise ValueError(f"{given} need {grid} programs, a launch takes at most {MOST_PROGRAMS}; split the batch")
     return grid
 

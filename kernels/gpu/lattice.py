@@ -15,12 +15,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, launch_arguments
+from .common import LOG2_E, cdiv, launch_arguments, programs
 
 SIZES = ["num_classes", "lattices", "height", "width"]
 
@@ -54,9 +53,17 @@ def tile_points(lattice_ptrs, s, tile, num_classes, size):
 
 
 @triton.jit
+def step_classes(BLOCK_K: tl.constexpr):
+    """Classes of a step. Were they known to be neighbours, lanes would hold them, and not pixels."""
+    return tl.max_contiguous(tl.arange(0, BLOCK_K), 1)
+
+
+@triton.jit
 def lattice_logits(scores_ptr, points, offs_k):
     """``(BLOCK_Y, BLOCK_K, BLOCK_X)`` logits of a tile, for classes ``offs_k`` behind ``scores_ptr``."""
-    (r0, r1, v), (c0, c1, u) = points
+    rows, cols = points
+    r0, r1, v = rows
+    c0, c1, u = cols
     r0, r1, v = r0[:, None, None], r1[:, None, None], v[:, None, None]
     c0, c1, u = c0[None, None, :], c1[None, None, :], u[None, None, :]
     k = offs_k[None, :, None]
@@ -78,7 +85,7 @@ def lattice_log_sum_kernel(
     tile = open_tile(size, BLOCK_Y, BLOCK_X, WIDE)
     s = tl.program_id(1)
     points = tile_points(lattice_ptrs, s, tile, num_classes, size)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = step_classes(BLOCK_K)
     largest = tl.full((BLOCK_Y, BLOCK_K, BLOCK_X), -float("inf"), dtype)
     for begin in range(0, num_classes, BLOCK_K):
         start = tl.minimum(begin, num_classes - BLOCK_K)
@@ -114,41 +121,6 @@ def lattice_votes(lattice_ptrs, log_sum_ptr, start, offs_k, tile, num_classes, l
 
 
 @triton.jit(do_not_specialize=SIZES)
-def lattice_argmax_kernel(
-    lattice_ptrs,
-    log_sum_ptr,  # (S, 2, H, W), unused by a single lattice
-    labels_ptr,  # (H, W)
-    num_classes, lattices, height, width,
-    SINGLE: tl.constexpr,
-    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Labels of one tile, by the logits of a SINGLE lattice or by the votes of all."""
-    size = height, width
-    tile = open_tile(size, BLOCK_Y, BLOCK_X, WIDE)
-    offs_k = tl.arange(0, BLOCK_K)
-    points = tile_points(lattice_ptrs, 0, tile, num_classes, size)
-    best = tl.full((BLOCK_Y, BLOCK_K, BLOCK_X), -float("inf"), log_sum_ptr.dtype.element_ty)
-    # Each lane holds the best of its classes; the first one, until another exceeds it.
-    label = tl.zeros((BLOCK_Y, BLOCK_K, BLOCK_X), tl.int32) + offs_k[None, :, None]
-    for begin in range(0, num_classes, BLOCK_K):
-        start = tl.minimum(begin, num_classes - BLOCK_K)
-        if SINGLE:
-            value = lattice_logits(lattice_ptrs[0] + start, points, offs_k)
-        else:
-            value = lattice_votes(lattice_ptrs, log_sum_ptr, start, offs_k, tile, num_classes, lattices, size)
-        # A NaN wins against every number, and nothing against a NaN.
-        wins = ~(value <= best) & (best == best)
-        best = tl.where(wins, value, best)
-        label = tl.where(wins, (start + offs_k)[None, :, None], label)
-    lanes_nan = tl.sum((best != best).to(tl.int32), 1)
-    largest = tl.max(tl.where(best == best, best, -float("inf")), 1)
-    first = tl.where((lanes_nan > 0)[:, None, :], best != best, best == largest[:, None, :])
-    label = tl.min(tl.where(first, label, num_classes), 1)
-    ptrs = labels_ptr + (tile[0][:, None] * width + tile[1][None, :])
-    tl.store(ptrs, label.to(labels_ptr.dtype.element_ty))
-
-
-@triton.jit(do_not_specialize=SIZES)
 def lattice_softmax_kernel(
     lattice_ptrs,
     log_sum_ptr,  # (S, 2, H, W)
@@ -159,7 +131,7 @@ def lattice_softmax_kernel(
     """Mean probabilities of one tile."""
     size = height, width
     tile = open_tile(size, BLOCK_Y, BLOCK_X, WIDE)
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = step_classes(BLOCK_K)
     share = 1.0 / lattices.to(out_ptr.dtype.element_ty)
     plane = height.to(tl.int64) * width
     for begin in range(0, num_classes, BLOCK_K):
@@ -180,20 +152,19 @@ class Tiles(NamedTuple):
 
 @lru_cache(maxsize=64)
 def launch_config(num_classes: int) -> Tiles:
-    """Tiles of 4 rows, which a thread holds, and 16 columns: 16 logits to a thread.
+    """Tiles of 32 columns of a row, one warp: a thread holds the classes of a step, at constant distances in memory.
 
     No step is wider than the classes. The last one ends at the last class and repeats some of the step before.
     """
-    block_k = min(1 << num_classes.bit_length() - 1, 32)
-    return Tiles(4, 16, block_k, num_warps=max(block_k // 8, 1))
+    return Tiles(1, 32, min(1 << num_classes.bit_length() - 1, 16), num_warps=1)
 
 
-def _launch(kernel: Any, lattice: Sequence[Tensor], programs: int = 1, **arguments: Any) -> None:
-    """Launch ``kernel`` on all tiles, with ``programs`` for each. ``lattice`` is what the ops take."""
+def launch(kernel: Any, lattice: Sequence[Tensor], tiles: Tiles, of_a_tile: int = 1, **arguments: Any) -> None:
+    """Launch ``kernel`` on all tiles, with ``of_a_tile`` programs for each. ``lattice`` is what the ops take."""
     scores, rows, _, cols, _ = lattice
-    tiles = launch_config(scores.shape[1])
     height, width = rows.shape[2], cols.shape[2]
-    kernel[(-(-height // tiles.block_y) * -(-width // tiles.block_x), programs)](
+    count = cdiv(height, tiles.block_y) * cdiv(width, tiles.block_x)
+    kernel[programs(count, of_a_tile, rows=rows.shape, cols=cols.shape)](
         lattice_ptrs=lattice,
         num_classes=scores.shape[1],
         lattices=len(rows),
@@ -205,27 +176,17 @@ def _launch(kernel: Any, lattice: Sequence[Tensor], programs: int = 1, **argumen
     )
 
 
-def _log_sum(lattice: Sequence[Tensor]) -> Tensor:
+def log_sum(lattice: Sequence[Tensor]) -> Tensor:
+    """Shift and log2 of the sum of the exponentials of each pixel and lattice, ``(S, 2, H, W)``."""
     scores, rows, _, cols, _ = lattice
     out = scores.new_empty((len(rows), 2, rows.shape[2], cols.shape[2]))
-    _launch(lattice_log_sum_kernel, lattice, programs=len(rows), out_ptr=out)
+    launch(lattice_log_sum_kernel, lattice, launch_config(scores.shape[1]), of_a_tile=len(rows), out_ptr=out)
     return out
-
-
-def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
-    """``(H, W)`` labels, uint8 where K <= 256 and int32 otherwise."""
-    lattice = scores, rows, row_weights, cols, col_weights
-    single = len(rows) == 1
-    log_sum = scores if single else _log_sum(lattice)
-    dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
-    labels = scores.new_empty((rows.shape[2], cols.shape[2]), dtype=dtype)
-    _launch(lattice_argmax_kernel, lattice, log_sum_ptr=log_sum, labels_ptr=labels, SINGLE=single)
-    return labels
 
 
 def lattice_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
     """``(K, H, W)``: the mean over S of the softmaxes."""
     lattice = scores, rows, row_weights, cols, col_weights
     out = scores.new_empty((scores.shape[1], rows.shape[2], cols.shape[2]))
-    _launch(lattice_softmax_kernel, lattice, log_sum_ptr=_log_sum(lattice), out_ptr=out)
+    launch(lattice_softmax_kernel, lattice, launch_config(scores.shape[1]), log_sum_ptr=log_sum(lattice), out_ptr=out)
     return out

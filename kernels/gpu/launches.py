@@ -20,7 +20,8 @@ from ..loss_options import LossOptions
 from ..registry import HEAD_SIZES
 from .attention_backward import attention_backward
 from .attention_forward import SHORT, attention_forward
-from .lattice import lattice_argmax, lattice_softmax
+from .lattice import lattice_softmax
+from .lattice_argmax import lattice_argmax
 from .mask_scores import mask_scores, mask_scores_backward
 from .upsample_argmax import upsample_argmax
 from .upsample_cross_entropy import pixel_backward, upsample_cross_entropy

@@ -23,23 +23,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bilinear import Axis
-from .cells import GEOMETRY, cell_start, geometry
+from .cells import GEOMETRY, cell_start, geometry, tile_weights
 from .common import cdiv, launch_arguments, next_power_of_2, programs
 
 FEW = tl.constexpr(8)  # classes of a tile that cost less than the bounds of its quarters
 LANES = tl.constexpr(32)  # classes of a step, one to each bit of a word
-
-
-@triton.jit
-def tile_weights(index, begin, end, cell, axis, dtype: tl.constexpr):
-    """Weight of input ``cell + 1`` at outputs ``begin + index`` of ``cell``; past its ``end``, that of its last one.
-
-    Outputs before the first centre take their weights from cell 0, as in PyTorch: clamped to 0.
-    """
-    least = begin * axis.step + axis.offset - cell * axis.denominator
-    last = (least + (end - 1 - begin) * axis.step).to(dtype)
-    numerator = tl.minimum(least.to(dtype) + index.to(dtype) * axis.step.to(dtype), last)
-    return tl.maximum(numerator, 0.0) * (1 / axis.denominator.to(dtype))
 
 
 @triton.jit
@@ -290,7 +278,7 @@ def upsample_argmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], ali
     if num_classes == 1 or batch == 0:
         return labels.zero_()
     count, sizes = _launch_sizes(num_classes, tuple(grid), tuple(size), tuple(crop), align_corners)
-    upsample_argmax_kernel[programs(batch * count, masks=masks, labels=labels)](
+    upsample_argmax_kernel[programs(batch * count, masks=masks.shape, labels=labels.shape)](
         masks_ptr=masks, labels_ptr=labels, masks_strides=masks.stride(), num_classes=num_classes, **sizes
     )
     return labels

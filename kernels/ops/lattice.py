@@ -66,7 +66,7 @@ def _described(tensor: Tensor) -> str:
 _ARGUMENTS = "(Tensor scores, Tensor rows, Tensor row_weights, Tensor cols, Tensor col_weights) -> Tensor"
 define(
     f"lattice_argmax{_ARGUMENTS}",
-    triton=".gpu.lattice:lattice_argmax",
+    triton=".gpu.lattice_argmax:lattice_argmax",
     plain=cpu.lattice_argmax,
     fake=lambda scores, rows, row_weights, cols, col_weights: scores.new_empty(
         (rows.shape[2], cols.shape[2]), dtype=torch.uint8 if scores.shape[1] <= 256 else torch.int32

@@ -153,7 +153,7 @@ def operations(ptx: str, register: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["upsample_argmax 16x16 K=150 bf16 channels-last"])
+@pytest.mark.parametrize("name", ["upsample_argmax 16x16 K=150 bf16 channels-last", "lattice_argmax of one K=2"])
 def test_a_nan_reaches_the_labels(name: str) -> None:
     """Maxima and minima drop a NaN on a GPU. They only bound finite scores.
 

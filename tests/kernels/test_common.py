@@ -1,0 +1,52 @@
+"""Launchers refuse more programs than a launch takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from segmenter_fast.kernels.registry import HAS_TRITON, INTERPRET
+
+if not HAS_TRITON:
+    pytest.skip("needs Triton", allow_module_level=True)
+if INTERPRET:
+    pytest.skip("TRITON_INTERPRET is set: launches cannot be recorded", allow_module_level=True)
+
+from segmenter_fast.kernels import aot
+from segmenter_fast.kernels.gpu import launches
+from segmenter_fast.kernels.gpu.common import programs
+from segmenter_fast.kernels.gpu.launches import empty
+
+MANY = 1 << 20
+SIDE = 1 << 6
+
+
+def lattice(op: Callable[..., object]) -> object:
+    index, weights = empty(1, 2, MANY, dtype=torch.int64), empty(1, MANY)
+    return op(empty(4, 2), index, weights, index, weights)
+
+
+MASKS = empty(MANY, 2, SIDE, SIDE)
+CALLS: dict[str, Callable[[], object]] = {
+    "lattice_argmax": lambda: lattice(launches.lattice_argmax),
+    "lattice_softmax": lambda: lattice(launches.lattice_softmax),
+    "upsample_argmax": lambda: launches.upsample_argmax(MASKS, (SIDE, SIDE), (SIDE, SIDE), False),
+    "upsample_softmax": lambda: launches.upsample_softmax(MASKS, (SIDE, SIDE), (SIDE, SIDE), False),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_more_programs_than_a_launch_takes_are_an_error(name: str) -> None:
+    """Tensors on the meta device, of terabytes."""
+    with pytest.raises(ValueError, match=r"of shape \(.* need .* programs, a launch takes at most 2147483647"):
+        launches.record(aot.CHIPS["sm_90"].target, iter([(name, CALLS[name])]))
+
+
+def test_a_grid_may_be_full() -> None:
+    assert programs(2**31 - 1, masks=(2, 3)) == (2**31 - 1,)
+    assert programs(5, 65535, masks=(2, 3)) == (5, 65535)
+    for grid in ((2**31,), (1, 65536)):
+        with pytest.raises(ValueError, match=r"masks of shape \(2, 3\) need .* split the batch"):
+            programs(*grid, masks=(2, 3))
