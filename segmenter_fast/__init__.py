@@ -1,19 +1,23 @@
 """Segmenter (Strudel et al., ICCV 2021) with fused kernels, for inference and training."""
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# In a checkout that is not installed, the parts `kernels`, `train` and `benchmarks` lie beside this folder.
+if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
+    __path__.append(os.path.dirname(os.path.dirname(__file__)))
 
 # Imported here, because the package `accelerate` would later take the function's place. None of it imports PyTorch.
 from .accelerate import AccelerationReport, accelerate, acceleration_report, restore
 from .config import VARIANTS, SegmenterConfig
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from . import inference
     from .inference.predict import Prediction, predict
     from .segmenter import Segmenter
     from .weights.load import create_model, load
-
-__version__ = "0.1.0"
 
 __all__ = [
     "VARIANTS",

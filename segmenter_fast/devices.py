@@ -90,6 +90,13 @@ def warn_of_slow_dtype(dtype: torch.dtype, device: torch.device) -> None:
     warnings.warn(f"{has}: {doing}; dtype='auto' takes {best}, the fastest here", stacklevel=4)
 
 
+def numeric_state(device_type: str) -> tuple[object, ...]:
+    """PyTorch's settings that decide which kernels a call runs: autocast, TF32 of products and of convolutions."""
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    convolutions = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined]
+    return autocast, torch.backends.cuda.matmul.fp32_precision, convolutions
+
+
 def cpu_is_fast_in_bfloat16() -> bool:
     """True if the CPU has bfloat16 matrix products (AMX or AVX512-BF16); False also if PyTorch cannot tell."""
     return _cpu_has("amx_tile") or _cpu_has("avx512_bf16")

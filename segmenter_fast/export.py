@@ -6,27 +6,29 @@ Every file is run and compared with the model before it appears under its name.
 from __future__ import annotations
 
 import copy
-import importlib.metadata
 import importlib.util
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import kernels, vit
+from . import kernels
 from .config import Pair
-from .decoders import MaskTransformer, upsampled_size
+from .decoders import upsampled_size
 from .devices import DTYPES
+from .exportable import ExportableSegmenter
 from .io.atomic import atomic_path
 from .io.images import normalise
 from .segmenter import Segmenter
+from .version import __version__
 
 _OUTPUTS = ("labels", "masks", "logits")
 _ONNX_BYTES = 2**31 - 2**24  # of one protobuf message, less some room for the graph
@@ -130,61 +132,6 @@ def export(
     return Exported(options.path, sum(batches) * height * width, differing)
 
 
-class ExportableSegmenter(nn.Module):
-    """A copy of a Segmenter for images of one height and width, of PyTorch's own operators; see ``export``.
-
-    Prefix tokens and learned positions are computed for this size once. Weights and activations have ``dtype``; class
-    scores, their LayerNorm and the upsampling are float32, as in ``InferenceSegmenter``.
-    """
-
-    def __init__(self, model: Segmenter, size: Pair, output: str, uint8: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        config, patch = model.config, model.config.patch_size
-        self.size, self.output, self.uint8 = size, output, uint8
-        self.upsampled = upsampled_size(config, size)
-        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(1, 3, 1, 1)) for v in (config.mean, config.std))
-        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
-        encoder = self.model.encoder
-        encoder.grid = -(-size[0] // patch), -(-size[1] // patch)
-        encoder.config = config.replace(pos_embed_prefix=False)
-        prefix, positions, _ = model.encoder.grid_embeddings(*encoder.grid)
-        encoder.cls_token = nn.Parameter(prefix.to(dtype), requires_grad=False)
-        encoder.dist_token = encoder.reg_token = None
-        if positions is not None:
-            encoder.pos_embed = nn.Parameter(positions.to(dtype), requires_grad=False)
-        for name in {"head", "head_dist"} & encoder._modules.keys():
-            delattr(encoder, name)
-        for module in self.model.modules():
-            if isinstance(module, vit.Attention):
-                module.__class__ = _PlainAttention
-            elif isinstance(module, MaskTransformer):
-                module.__class__ = _PlainMaskTransformer
-                module.mask_norm.float()
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.uint8:
-            images = (images.float() / 255 - self.mean) / self.std
-        masks = self.model.masks(images).float()
-        if self.output == "labels":
-            return kernels.reference.upsample_argmax(masks, self.upsampled, self.size)
-        if self.output == "logits":
-            return kernels.reference.upsample(masks, self.upsampled, self.size, align_corners=False)
-        return masks
-
-
-class _PlainAttention(vit.Attention):
-    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
-        q, k, v = self.packed_qkv(x, rotation).permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-
-class _PlainMaskTransformer(MaskTransformer):
-    def forward(self, patches: Tensor) -> Tensor:
-        patches, classes = self.projected(patches)
-        norm = self.mask_norm
-        return kernels.reference.mask_scores(patches.float(), classes.float(), norm.weight, norm.bias, norm.eps)
-
-
 def _write_onnx(model: Segmenter, options: _Options, path: Path) -> Run:
     """Write one self-contained file, and return it as a function in onnxruntime."""
     import onnxruntime
@@ -216,12 +163,16 @@ def _write_pt2(model: Segmenter, options: _Options, path: Path) -> Run:
 
     device = next(model.parameters()).device
     traced, metadata = _trace(model, options, device), _metadata(model, options)
+    needed = "a working C++ compiler, such as g++"
+    if device.type == "cuda":
+        needed += ", and for a GPU its toolkit: headers and libraries of CUDA (CUDA_HOME) or ROCm (ROCM_HOME)"
     try:
         aoti_compile_and_package(traced, package_path=str(path), inductor_configs={"aot_inductor.metadata": metadata})
-    except InductorError as error:
-        if not isinstance(error.inner_exception, (InvalidCxxCompiler, CppCompileError)):
+    except (InductorError, CppCompileError, OSError) as error:  # OSError: no toolkit
+        inner = error.inner_exception if isinstance(error, InductorError) else error
+        if not isinstance(inner, (InvalidCxxCompiler, CppCompileError, OSError)):
             raise
-        raise ExportError(f".pt2 packages need a working C++ compiler, such as g++ ({error})") from error
+        raise ExportError(f".pt2 packages need {needed} ({error})") from error
     package = aoti_load_package(str(path))
     return lambda images: package(images.to(device)).cpu()
 
@@ -245,7 +196,7 @@ def _metadata(model: Segmenter, options: _Options) -> dict[str, str]:
         "input": "uint8 RGB" if options.uint8 else "float32 RGB in [0, 1], minus mean, divided by std",
         "output": options.output,
         "dtype": str(options.dtype).removeprefix("torch."),
-        "segmenter_fast_version": importlib.metadata.version("segmenter-fast"),
+        "segmenter_fast_version": __version__,
     }
     for name in ("variant", "mean", "std", "num_classes", "class_names", "palette"):
         facts[name] = getattr(model.config, name)
@@ -257,7 +208,8 @@ def _check(model: Segmenter, options: _Options, run: Run, batch: int) -> int:
     pixels = _pixels(batch, options.size)
     device, upsampled = next(model.parameters()).device, upsampled_size(model.config, options.size)
     images = torch.cat([normalise(image.numpy(), model.config.mean, model.config.std, device) for image in pixels])
-    result = run(pixels.permute(0, 3, 1, 2).contiguous() if options.uint8 else images.cpu())
+    with _without_tf32():  # the tolerance comes from the CPU, which has none
+        result = run(pixels.permute(0, 3, 1, 2).contiguous() if options.uint8 else images.cpu())
 
     exact = _masks(model, images, torch.float64)
     # Upsampling is a convex combination of masks: their error bounds the error of the logits.
@@ -283,6 +235,20 @@ def _check(model: Segmenter, options: _Options, run: Run, batch: int) -> int:
             f"and scores are off by {worst:.2g} where rounding explains {tolerance:.2g}; nothing was written"
         )
     return differing
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """Products and convolutions of float32 in full precision inside the block."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 def _pixels(batch: int, size: Pair) -> Tensor:

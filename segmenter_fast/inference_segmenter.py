@@ -1,13 +1,12 @@
-"""The inference form of a Segmenter: low-precision weights, uint8 images, compiled, one CUDA graph per input shape."""
+"""The inference form of a Segmenter: low-precision weights, uint8 images, compiled, replayed by CUDA graphs."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import types
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,15 +16,16 @@ from torch import Tensor, nn
 from . import kernels
 from .config import SegmenterConfig
 from .decoders import LinearDecoder, MaskTransformer, upsampled_size
-from .devices import choose_compile, choose_dtype, computes_slowly, warn_of_slow_dtype
+from .devices import choose_compile, choose_dtype, computes_slowly, numeric_state, warn_of_slow_dtype
+from .graphs import Graphs
 from .linears import pack_linears, store_linears, unpack
 from .quantize import check_quantization, quantize_linears, warn_of_slow_quantization
 from .vit import VisionTransformer, channels_last_maps, check_images, pad_to_patches
 
-# Input shapes that keep a CUDA graph; the least recently used is dropped first.
-_MAX_GRAPHS = 8
 # Grids that keep their position embedding: a few hundred kilobytes each.
 _MAX_STEMS = 64
+# Kinds of calls that are known to be compiled: a few hundred bytes each.
+_MAX_COMPILED = 4096
 
 # Weight, bias and shift of the patch embedding; prefix tokens, positions and rotation of the grid. See ``_stem``.
 _Stem = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None]
@@ -120,7 +120,9 @@ class InferenceSegmenter(nn.Module):
         unpack(self)
         self._stems: dict[tuple[int, int, bool], _Stem] = {}
         self._compiled: dict[tuple[str, torch.dtype], Callable[..., Tensor]] = {}
-        self._graphs: OrderedDict[Any, _Graph] = OrderedDict()
+        self._called: set[Any] = set()
+        self._graphs = Graphs()
+        self._lock = threading.RLock()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
         """Load, as every module does, and drop everything derived from the old weights."""
@@ -137,7 +139,7 @@ class InferenceSegmenter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("_stems", "_compiled", "_graphs"):
+        for derived in ("_stems", "_compiled", "_called", "_graphs", "_lock"):
             del state[derived]
         return state
 
@@ -148,25 +150,52 @@ class InferenceSegmenter(nn.Module):
     @torch.no_grad()
     def _run(self, result: str, images: Tensor) -> Tensor:
         check_images(images, uint8=True)
-        rows, columns = (-(-side // self.config.patch_size) for side in images.shape[2:])
-        key = (rows, columns, images.dtype == torch.uint8)
-        if key not in self._stems:
-            if len(self._stems) == _MAX_STEMS:
-                self._stems.clear()
-            _keep_freed_memory()
-            self._stems[key] = self._stem(*key)
-        stem = self._stems[key]
-        compute = self._function(result, images.dtype)
-        with self._compiler_settings():
-            if not (self.cuda_graph and images.is_cuda and images.numel()):
-                return compute(result, images, *stem)
-            graph_key = (result, images.shape, images.dtype)
-            if graph_key not in self._graphs:
-                if len(self._graphs) == _MAX_GRAPHS:
-                    self._graphs.popitem(last=False)
-                self._graphs[graph_key] = _Graph.capture(lambda fixed: compute(result, fixed, *stem), images)
-            self._graphs.move_to_end(graph_key)
-            return self._graphs[graph_key].replay(images)
+        stem = self._stem_of(images)
+        if not self._captures(images):
+            return self._call(result, images, stem)
+        # The last op on a large result runs after the graph, which then leaves nothing large to be copied.
+        captured = result if result == "labels" else "masks"
+        key = captured, images.shape, images.dtype, numeric_state(images.device.type)
+        size = images.shape[2], images.shape[3]
+        return self._graphs.run(
+            key,
+            lambda fixed: self._call(captured, fixed, stem),
+            images,
+            torch.clone if captured == result else lambda masks: self._upsample(result, masks, size),
+        )
+
+    def _captures(self, images: Tensor) -> bool:
+        return self.cuda_graph and images.is_cuda and images.numel() > 0
+
+    def _stem_of(self, images: Tensor) -> _Stem:
+        """The stem for the images' grid and kind, kept for the next ones."""
+        patch = self.config.patch_size
+        key = -(-images.shape[2] // patch), -(-images.shape[3] // patch), images.dtype == torch.uint8
+        stem = self._stems.get(key)
+        if stem is None:
+            with self._lock:
+                if len(self._stems) >= _MAX_STEMS:
+                    self._stems.clear()
+                _keep_freed_memory()
+                stem = self._stems[key] = self._stem(*key)
+        return stem
+
+    def _call(self, result: str, images: Tensor, stem: _Stem) -> Tensor:
+        """``_compute``, compiled where that is asked for."""
+        if not self.compile_graph:
+            return self._compute(result, images, *stem)
+        function = self._function(result, images.dtype)
+        # Everything that can make the compiler compile again. Its settings take longer than a small model's kernels.
+        state = numeric_state(images.device.type), torch.is_inference_mode_enabled(), torch.get_num_threads()
+        key = result, images.shape, images.stride(), images.dtype, state
+        if key in self._called:
+            return function(result, images, *stem)
+        with self._lock, self._compiler_settings():
+            computed = function(result, images, *stem)
+            if len(self._called) >= _MAX_COMPILED:
+                self._called.clear()
+            self._called.add(key)
+        return computed
 
     def _stem(self, rows: int, columns: int, from_uint8: bool) -> _Stem:
         """Weights of the patch embedding for a kind of image, and tokens and positions for a grid of patches.
@@ -194,9 +223,7 @@ class InferenceSegmenter(nn.Module):
         return weight, bias, shift, *self.encoder.grid_embeddings(rows, columns)
 
     def _function(self, result: str, dtype: torch.dtype) -> Callable[..., Tensor]:
-        """``_compute``, or with ``compile`` its compiled form for one result and dtype of images."""
-        if not self.compile_graph:
-            return self._compute
+        """The compiled form of ``_compute`` for one result and dtype of images."""
         if (result, dtype) not in self._compiled:
             # The compiler counts recompilations per code object: a copy keeps other models' out of the count.
             code = InferenceSegmenter._compute.__code__.replace()
@@ -207,9 +234,6 @@ class InferenceSegmenter(nn.Module):
     @contextlib.contextmanager
     def _compiler_settings(self) -> Iterator[None]:
         """Allow many image sizes; on a CPU, let the compiler pack the frozen weights for its matrix products."""
-        if not self.compile_graph:
-            yield
-            return
         from torch._dynamo import config as dynamo  # a second to import
         from torch._inductor import config as inductor
 
@@ -229,7 +253,7 @@ class InferenceSegmenter(nn.Module):
         rotation: Tensor | None,
     ) -> Tensor:
         """Compute one result from tensors alone: the function that is compiled and captured."""
-        height, width = size = images.shape[2:]
+        size = images.shape[2], images.shape[3]
         images = images.to(weight.dtype)
         if shift is not None:
             images = images - shift
@@ -242,14 +266,16 @@ class InferenceSegmenter(nn.Module):
         for block in self.encoder.blocks:
             x = block(x, rotation)
         masks = channels_last_maps(self.decoder(self.encoder.norm(x)[:, prefix.shape[1] :]), grid)
-        if result == "masks":
-            return masks
+        return masks if result == "masks" else self._upsample(result, masks, size)
+
+    def _upsample(self, result: str, masks: Tensor, size: tuple[int, int]) -> Tensor:
+        """Labels, probabilities or logits of images of ``size`` (height, width)."""
         upsampled = upsampled_size(self.config, size)
         if result == "labels":
             return kernels.upsample_argmax(masks, upsampled, size)
         if result == "probabilities":
             return kernels.upsample_softmax(masks, upsampled, size)
-        return kernels.reference.upsample(masks, upsampled, (height, width), align_corners=False)
+        return kernels.reference.upsample(masks, upsampled, size, align_corners=False)
 
 
 def _keep_freed_memory() -> None:
@@ -258,31 +284,3 @@ def _keep_freed_memory() -> None:
     Source: mallopt(3), M_MMAP_THRESHOLD. The memory is never touched.
     """
     torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
-
-
-@dataclass(frozen=True)
-class _Graph:
-    """A captured CUDA graph with the buffers it reads and writes."""
-
-    graph: torch.cuda.CUDAGraph
-    images: Tensor
-    result: Tensor
-
-    @classmethod
-    def capture(cls, function: Callable[[Tensor], Tensor], images: Tensor) -> _Graph:
-        fixed = images.clone()
-        stream = torch.cuda.Stream(images.device)
-        stream.wait_stream(torch.cuda.current_stream(images.device))
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # compiles, tunes and fills the allocator before anything is captured
-                function(fixed)
-        torch.cuda.current_stream(images.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = function(fixed)
-        return cls(graph, fixed, result)
-
-    def replay(self, images: Tensor) -> Tensor:
-        self.images.copy_(images)
-        self.graph.replay()
-        return self.result.clone()

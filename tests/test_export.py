@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -218,3 +219,31 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     with without, pytest.raises(ExportError, match=r"\.pt2 packages need a working C\+\+ compiler"):
         export(small("linear_16"), tmp_path / "model.pt2")
     assert files(tmp_path) == []
+
+
+def test_a_missing_gpu_toolkit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def package(*_: object, **__: object) -> None:
+        raise OSError("CUDA_HOME environment variable is not set")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", package)
+    with pytest.raises(ExportError, match=r"need a working C\+\+ compiler.*CUDA_HOME environment variable is not set"):
+        export(small("linear_16"), tmp_path / "model.pt2")
+    assert files(tmp_path) == []
+
+
+def test_files_are_checked_without_tf32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, seen = (torch.backends.cuda.matmul, torch.backends.cudnn.conv), []
+
+    def write(model: sf.Segmenter, *_: object) -> object:
+        def run(images: torch.Tensor) -> torch.Tensor:
+            seen.extend(setting.fp32_precision for setting in settings)
+            return model.segment(images)
+
+        return run
+
+    monkeypatch.setattr("segmenter_fast.export._write_pt2", write)
+    before = [setting.fp32_precision for setting in settings]
+    with contextlib.suppress(OSError):  # nothing was written
+        export(small("linear_16"), tmp_path / "model.pt2")
+    assert seen == ["ieee"] * 2
+    assert [setting.fp32_precision for setting in settings] == before

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,15 @@ def test_every_asset_is_package_data() -> None:
 def test_the_version_has_one_source() -> None:
     """A literal, which the build reads without importing the package."""
     project = (ROOT / "pyproject.toml").read_text()
-    assert 'version = { attr = "segmenter_fast.__version__" }' in project
+    assert 'version = { attr = "segmenter_fast.version.__version__" }' in project
     assert not re.search(r'^version = "', project, re.M)
     assert importlib.metadata.version("segmenter-fast") == sf.__version__
+
+
+def test_a_checkout_can_be_imported_as_it_is(tmp_path: Path) -> None:
+    """Its own parts are taken, although the package is installed elsewhere."""
+    for folder in FOLDERS:
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    code = "from segmenter_fast import kernels, train; print(kernels.__file__, train.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(tmp_path / name / "__init__.py") for name in ("kernels", "train")]

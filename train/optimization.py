@@ -170,7 +170,8 @@ def orthogonal(matrix: Tensor) -> Tensor:
     if isinstance(matrix, DTensor):
         return distribute_tensor(orthogonal(matrix.full_tensor()), matrix.device_mesh, matrix.placements)
     wide = matrix.shape[0] <= matrix.shape[1]
-    x = (matrix if wide else matrix.T).float()
+    # A CPU without its units is 9 times slower in bfloat16 (AMD EPYC, AVX2); the iteration allows for its rounding.
+    x = (matrix if wide else matrix.T).to(torch.bfloat16 if matrix.is_cuda else torch.float32)
     x = x / x.norm().clamp(min=1e-7)
     a, b, c = _QUINTIC
     for _ in range(_ITERATIONS):

@@ -21,7 +21,6 @@ rank, see ``stepping``. The position in the data is the step. So a run may go on
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import re
 import shutil
@@ -34,6 +33,7 @@ import torch
 from ..config import SegmenterConfig
 from ..io.atomic import atomic_files, atomic_path, write_json
 from ..segmenter import Segmenter
+from ..version import __version__
 from ..weights.hub import write_folder
 from ..weights.reading import CheckpointError, read_mapping, read_torch
 from .presets import Recipe
@@ -100,7 +100,7 @@ def open_run(
                 shutil.rmtree(left, ignore_errors=True)
         (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         description = {
-            "package_version": importlib.metadata.version("segmenter-fast"),
+            "package_version": __version__,
             "recipe": asdict(recipe),
             "model": config.to_dict(),
             "samples": samples,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -92,17 +94,34 @@ def segment_images(model: Model, images: Sequence[Tensor]) -> Tensor:
     return torch.cat([segment_images(model, half) for half in (images[:middle], images[middle:])])
 
 
+# Models inside of ``evaluation_mode``: the number of blocks, and the modules that were training before the first one.
+_evaluated: weakref.WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = weakref.WeakKeyDictionary()
+_evaluated_lock = threading.Lock()
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout or stochastic depth inside the block; afterwards every module is in the mode it was in."""
-    training = [module for module in model.modules() if module.training]
-    if training:
-        model.eval()
+    """No dropout or stochastic depth inside the block; afterwards every module is in the mode it was in.
+
+    Threads may be in blocks of one model at once: the last one to leave restores the modes.
+    """
+    with _evaluated_lock:
+        blocks, training = _evaluated.get(model, (0, []))
+        if not blocks:
+            training = [module for module in model.modules() if module.training]
+            if training:
+                model.eval()
+        _evaluated[model] = blocks + 1, training
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        with _evaluated_lock:
+            blocks, training = _evaluated.pop(model)
+            if blocks > 1:
+                _evaluated[model] = blocks - 1, training
+            else:
+                for module in training:
+                    module.training = True
 
 
 def side_threads() -> int:

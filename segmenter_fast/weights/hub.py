@@ -7,7 +7,6 @@ format and of the package that wrote it. Local folders need no network.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 from ..config import SegmenterConfig
 from ..describe import describe_config
 from ..io.atomic import atomic_files
+from ..version import __version__
 from .build import SavedModel, build
 from .reading import CheckpointError, read_mapping, read_safetensors
 
@@ -65,7 +65,7 @@ def write_folder(folder: Path, config: SegmenterConfig, state: Mapping[str, Tens
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     except SafetensorError as error:  # raised for a full disk
         raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
-    versions = {"format_version": FORMAT_VERSION, "package_version": importlib.metadata.version("segmenter-fast")}
+    versions = {"format_version": FORMAT_VERSION, "package_version": __version__}
     (folder / CONFIG).write_text(json.dumps(versions | config.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 

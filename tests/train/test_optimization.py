@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from segmenter_fast.train.optimization import Muon, freeze, make_optimizer, make_schedule, orthogonal, recomputed
 from segmenter_fast.train.presets import Recipe
@@ -121,6 +125,22 @@ def test_singular_values_end_near_one_in_their_own_directions(shape: tuple[int, 
     assert values.max() < 1.3
     assert (found - torch.diag(values)).abs().max() < 1e-3
     assert torch.equal(orthogonal(torch.zeros(shape)), torch.zeros(shape))
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.float32), ("cuda", torch.bfloat16)])
+def test_products_of_muon_are_fast_on_the_device(device: str, dtype: torch.dtype) -> None:
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if "mm" in function.__name__:
+                seen.append((result.device.type, result.dtype))
+            return result
+
+    seen: list[Any] = []
+    with FakeTensorMode(), Products():
+        found = orthogonal(torch.empty(6, 4, device=device))
+    assert found.dtype == torch.float32
+    assert set(seen) == {(device, dtype)}
 
 
 def test_matrices_follow_pytorchs_muon_and_the_rest_its_adamw() -> None:

@@ -1,0 +1,69 @@
+"""A Segmenter of PyTorch's own operators for one image size, which exporters can trace."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import kernels, vit
+from .config import Pair
+from .decoders import MaskTransformer, upsampled_size
+from .segmenter import Segmenter
+
+
+class ExportableSegmenter(nn.Module):
+    """A copy of a Segmenter for images of one height and width, of PyTorch's own operators; see ``export``.
+
+    Prefix tokens and learned positions are computed for this size once. Weights and activations have ``dtype``; class
+    scores, their LayerNorm and the upsampling are float32, as in ``InferenceSegmenter``.
+    """
+
+    def __init__(self, model: Segmenter, size: Pair, output: str, uint8: bool, dtype: torch.dtype) -> None:
+        super().__init__()
+        config, patch = model.config, model.config.patch_size
+        self.size, self.output, self.uint8 = size, output, uint8
+        self.upsampled = upsampled_size(config, size)
+        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(1, 3, 1, 1)) for v in (config.mean, config.std))
+        self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
+        encoder = self.model.encoder
+        encoder.grid = -(-size[0] // patch), -(-size[1] // patch)
+        encoder.config = config.replace(pos_embed_prefix=False)
+        prefix, positions, _ = model.encoder.grid_embeddings(*encoder.grid)
+        encoder.cls_token = nn.Parameter(prefix.to(dtype), requires_grad=False)
+        encoder.dist_token = encoder.reg_token = None
+        if positions is not None:
+            encoder.pos_embed = nn.Parameter(positions.to(dtype), requires_grad=False)
+        for name in {"head", "head_dist"} & encoder._modules.keys():
+            delattr(encoder, name)
+        for module in self.model.modules():
+            if isinstance(module, vit.Attention):
+                module.__class__ = _PlainAttention
+            elif isinstance(module, MaskTransformer):
+                module.__class__ = _PlainMaskTransformer
+                module.mask_norm.float()
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.uint8:
+            images = (images.float() / 255 - self.mean) / self.std
+        masks = self.model.masks(images).float()
+        if self.output == "labels":
+            return kernels.reference.upsample_argmax(masks, self.upsampled, self.size)
+        if self.output == "logits":
+            return kernels.reference.upsample(masks, self.upsampled, self.size, align_corners=False)
+        return masks
+
+
+class _PlainAttention(vit.Attention):
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        q, k, v = self.packed_qkv(x, rotation).permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _PlainMaskTransformer(MaskTransformer):
+    def forward(self, patches: Tensor) -> Tensor:
+        patches, classes = self.projected(patches)
+        norm = self.mask_norm
+        return kernels.reference.mask_scores(patches.float(), classes.float(), norm.weight, norm.bias, norm.eps)
