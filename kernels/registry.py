@@ -25,6 +25,9 @@ HEAD_SIZES = (16, 32, 64, 80, 96, 128)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRET = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0").lower() in {"1", "true", "on"}
 
+# The Triton backend of each operator, in the arguments of its schema.
+FUSED: dict[str, Callable[..., Any]] = {}
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Dtype of statistics, accumulators and losses for the dtype of an input: float64 for float64, float32 for all others.
 statistics_dtype = functools.partial(torch.promote_types, torch.float32)
@@ -61,6 +64,7 @@ def define(
     library.impl(name, _warning(plain) if triton and not HAS_TRITON else plain, "CompositeExplicitAutograd")
     if fused:
         library.impl(name, fused, "CUDA")
+        FUSED[name] = fused
     if backward:
         torch.library.register_autograd(f"segmenter_fast::{name}", backward, setup_context=setup_context, lib=library)
 
@@ -68,10 +72,16 @@ def define(
 def _triton_backend(module: str, function: str) -> Callable[..., Any]:
     """The function, imported at its first call and run with the device of its first argument as the current one."""
 
+    @functools.cache
+    def backend() -> Callable[..., Any]:
+        return getattr(importlib.import_module(module, __package__), function)
+
     def call(*args: Any) -> Any:
-        backend = getattr(importlib.import_module(module, __package__), function)
-        with torch.cuda.device_of(args[0]):  # Triton launches on the current device
-            return backend(*args)
+        tensor = args[0]
+        if tensor.is_cuda and tensor.get_device() != torch.cuda.current_device():
+            with torch.cuda.device(tensor.get_device()):  # Triton launches on the current device
+                return backend()(*args)
+        return backend()(*args)
 
     return call
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -26,8 +27,18 @@ def next_power_of_2(n: int) -> int:
 
 def device_arch(tensor: Tensor) -> str:
     """``"sm_90"`` or ``"gfx942"``, of the GPU that Triton launches on; interpreted CPU tensors use sm_80's tables."""
-    if tensor.device.type == "cpu":
-        return "sm_80"
+    if tensor.is_cuda:
+        return _arch_of(tensor.get_device())
+    return "sm_80" if tensor.is_cpu else _current_arch()
+
+
+@lru_cache
+def _arch_of(device: int) -> str:
+    """Architecture of ``device``, which is the current one."""
+    return _current_arch()
+
+
+def _current_arch() -> str:
     target = triton.runtime.driver.active.get_current_target()
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
@@ -38,6 +49,7 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
     return "tf32" if allowed and arch.startswith("sm_") else "ieee"
 
 
+@lru_cache
 def launch_arguments(tiles: Any) -> dict[str, int]:
     """A named tuple of tiles as keywords of a launch: ``block_m`` is the constant BLOCK_M, ``num_warps`` an option."""
     return {name if name.startswith("num_") else name.upper(): value for name, value in tiles._asdict().items()}

@@ -10,11 +10,14 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from ..loss_options import LossOptions
 from ..registry import HEAD_SIZES
@@ -34,7 +37,7 @@ empty = partial(torch.empty, device="meta")
 
 
 class Launch(NamedTuple):
-    """A kernel and what Triton compiles it for, in the terms of ``triton.compiler.ASTSource``."""
+    """A kernel and what Triton compiles it for, in the terms of ``triton.compiler.ASTSource``; and how it is called."""
 
     name: str
     kernel: Any
@@ -42,52 +45,80 @@ class Launch(NamedTuple):
     constants: dict[tuple[int, ...], Any]  # position -> value
     attributes: dict[tuple[int, ...], Any]  # position -> divisibility and the like
     options: dict[str, int]
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]  # as given, options included
+
+    @property
+    def build(self) -> tuple[Any, ...]:
+        """Everything that decides the machine code."""
+        return self.kernel, self.signature, self.constants, self.attributes, self.options
+
+    def compile(self, target: GPUTarget) -> Any:
+        """The compiled kernel, as the launch would compile it."""
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        return triton.compile(source, target=target, options=self.options)
 
 
-def record(target: GPUTarget, calls: Iterator[tuple[str, Callable[[], object]]]) -> list[Launch]:
-    """The launches of labelled ``calls`` on a GPU that is ``target``, each build once.
-
-    Raises:
-        ValueError: two different builds have one name.
-    """
-    bound: list[tuple[Any, dict[str, Any]]] = []
-    found: dict[str, Launch] = {}  # by everything but the name
-
-    def keep(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        bound.append((fn.jit_function, compile))
-        return True  # Triton then neither compiles nor launches
-
-    stand_in: Any = SimpleNamespace(
+def stand_in(target: GPUTarget) -> Any:
+    """A driver for Triton that stands for a GPU of the wanted architecture."""
+    return SimpleNamespace(
         get_current_target=lambda: target,
         get_current_device=lambda: f"{target.backend} {target.arch}",
         get_current_stream=lambda device: 0,
     )
+
+
+def bind(target: GPUTarget, calls: Iterator[tuple[str, Callable[[], object]]]) -> list[Launch]:
+    """All launches of labelled ``calls`` on a GPU that is ``target``, in order."""
+    found: list[Launch] = []
+    call: list[Any] = []  # label, grid, arguments
+
+    def note(kernel: Any, *args: Any, grid: Any, warmup: bool, **arguments: Any) -> Any:
+        call[1:] = grid, arguments
+        return run(kernel, *args, grid=grid, warmup=warmup, **arguments)
+
+    def keep(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        found.append(_launch(fn.jit_function, compile, *call))
+        return True  # Triton then neither compiles nor launches
+
+    run = JITFunction.run
     precision = torch.backends.cuda.matmul.fp32_precision
-    triton.runtime.driver.set_active(stand_in)
+    triton.runtime.driver.set_active(stand_in(target))
     try:
-        with triton.knobs.runtime.scope():
+        with triton.knobs.runtime.scope(), mock.patch.object(JITFunction, "run", note):
             triton.knobs.runtime.jit_cache_hook = keep
-            for label, call in calls:
-                bound.clear()
-                call()
-                for launch in (_launch(label, *one) for one in bound):
-                    found.setdefault(repr(launch[1:]), launch)
+            for label, function in calls:
+                call[:] = (label,)
+                function()
     finally:
         triton.runtime.driver.set_active(None)  # Triton finds its own driver again at the next launch
         torch.backends.cuda.matmul.fp32_precision = precision
+    return found
+
+
+def record(target: GPUTarget, calls: Iterator[tuple[str, Callable[[], object]]]) -> list[Launch]:
+    """As ``bind``, but each build once.
+
+    Raises:
+        ValueError: two different builds have one name.
+    """
+    found: dict[str, Launch] = {}
+    for launch in bind(target, calls):
+        found.setdefault(repr(launch.build), launch)
     names = [launch.name for launch in found.values()]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"different builds for {target} have one name: {', '.join(sorted(twice))}")
     return list(found.values())
 
 
-def _launch(label: str, kernel: Any, bound: dict[str, Any]) -> Launch:
+def _launch(kernel: Any, bound: dict[str, Any], label: str, grid: Any, arguments: dict[str, Any]) -> Launch:
     """Launch from the arguments of Triton's hook, named by kernel, call and tile (blocks, warps, stages)."""
     options = {"num_warps": bound["num_warps"], "num_stages": bound["num_stages"]}
     constants = {kernel.arg_names[path[0]]: value for path, value in bound["constants"].items()}
     tile = [value for name, value in constants.items() if name.startswith("BLOCK")]
     name = f"{kernel.__name__.removesuffix('_kernel')} {label} {(*tile, *options.values())}"
-    return Launch(name, kernel, bound["signature"], bound["constants"], bound["configs"][0], options)
+    build = bound["signature"], bound["constants"], bound["configs"][0], options
+    return Launch(name, kernel, *build, tuple(grid), arguments)
 
 
 def representative_calls() -> Iterator[tuple[str, Callable[[], object]]]:
