@@ -4,16 +4,16 @@
 with 1 where a kernel spills or asks for more shared memory than a block of the chip can have. A build is what Triton
 would compile for a launch with representative tensors (``gpu.launches``), its argument specialisation included.
 
-The figures come from the disassembly: ``cuobjdump`` of the Triton wheel, or the text of AMD's assembler.
+The figures come from the disassembly: ``nvdisasm`` of the Triton wheel, or the text of AMD's assembler. ``--costs``
+counts the instructions of a few named problems on an H100 instead (``problems``): static bounds, not times.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,10 +24,11 @@ from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.errors import TritonError
 
 from .gpu.launches import Launch, record, representative_calls
+from .problems import measure, table
+from .sass import Program, disassemble, load_widths
 
 
 class Chip(NamedTuple):
@@ -73,8 +74,7 @@ def shipped(arch: str) -> list[Launch]:
 
 def compile_launch(launch: Launch, arch: str) -> Any:
     """The compiled kernel, as the launch would compile it."""
-    source = ASTSource(launch.kernel, launch.signature, launch.constants, launch.attributes)
-    return triton.compile(source, target=CHIPS[arch].target, options=launch.options)
+    return launch.compile(CHIPS[arch].target)
 
 
 def build(launch: Launch, arch: str) -> Build:
@@ -102,20 +102,9 @@ def _read_amdgcn(text: str) -> tuple[int, int, dict[int, int]]:
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, dict[int, int]]:
-    tool = triton.knobs.nvidia.cuobjdump.path
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage, sass = (
-            subprocess.run([tool, flag, str(path)], check=True, capture_output=True, text=True).stdout
-            for flag in ("-res-usage", "-sass")
-        )
-    (registers,) = re.findall(r"REG:(\d+)", usage)
-    counts: Counter[int] = Counter()
-    for modifiers in re.findall(r"\b(?:LDGSTS|LDG)((?:\.\w+)*)", sass):
-        sizes = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
-        counts[next((sizes[token] for token in modifiers.split(".") if token in sizes), 32)] += 1
-    return int(registers), len(re.findall(r"\b(?:STL|LDL)\b", sass)), dict(counts)
+    text, registers = disassemble(cubin)
+    instructions = [one for block in Program(text).blocks for one in block.instructions]
+    return registers, sum(one.base in ("LDL", "STL") for one in instructions), load_widths(instructions)
 
 
 def _build_named(arch: str, names: Sequence[str]) -> list[Build]:
@@ -137,11 +126,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Print the table; return 1 if a build has a defect."""
     parser = argparse.ArgumentParser(prog="python -m segmenter_fast.kernels.aot", description=__doc__.split("\n")[0])
     parser.add_argument("--arch", nargs="+", choices=CHIPS, default=list(CHIPS))
-    parser.add_argument("--only", default="", help="only builds whose name contains this text")
+    parser.add_argument("--only", default="", help="only builds, or problems of --costs, whose name contains this text")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--costs", action="store_true", help="static bounds of named problems on sm_90")
+    parser.add_argument("--json", type=Path, help="file that --costs writes its figures to")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled")
+    if options.costs:
+        found = measure(options.only)
+        print(table(found))
+        if options.json:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+        return 0
     wanted = [(arch, one.name) for arch in options.arch for one in shipped(arch) if options.only in one.name]
     builds = build_all(wanted, options.jobs)
     width = max((len(one.name) for one in builds), default=0)
