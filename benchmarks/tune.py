@@ -1,17 +1,18 @@
-"""Search of launch configurations on the GPU at hand: ``python -m segmenter_fast.benchmarks.tune attention``.
+"""Calibration of the static bounds on the GPU at hand: ``python -m segmenter_fast.benchmarks.tune attention``.
 
-A kernel module keeps its configurations as data behind a pure ``launch_config(...)``. For each case the search starts
-at the shipped configuration and climbs from neighbour to faster neighbour (tiles halved and doubled, other warps and
-stages) with that function replaced. It prints the fastest configuration, to be written into the module by hand; run
-``python -m segmenter_fast.kernels.aot`` after that. A configuration that gives wrong output, does not compile or does
-not fit is counted and skipped.
+A kernel module keeps its configurations as data behind a pure ``launch_config(...)``. For each case the shipped
+configuration and its neighbours (a tile halved or doubled, other warps or stages) are compiled and ranked by their
+static bound (``kernels/costs``), and the best of them timed with that function replaced. A table shows the factor
+between time and bound and their rank correlation: where it is low, believe the clock. The fastest configuration is to
+be written into the module by hand; run ``python -m segmenter_fast.kernels.aot`` after that. A configuration that gives
+wrong output, does not compile or does not fit is counted and skipped.
 """
 
 from __future__ import annotations
 
 import importlib
-import itertools
-import time
+import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
@@ -32,29 +33,26 @@ from .timing import own_stream
 WARPS = (1, 2, 4, 8)
 STAGES = (1, 2, 3, 4)
 LARGEST = 256
-# Candidates that are timed together with the best configuration so far.
-ROUND = 8
 
 
 def tune(
     op: str,
     cases: Annotated[int, typer.Option(help="Number of the most valuable cases.")] = 4,
-    budget: Annotated[float, typer.Option(help="Seconds for all cases together.")] = 480,
+    configurations: Annotated[int, typer.Option(min=2, help="Number of configurations to time for a case.")] = 8,
 ) -> None:
-    """Search the launch configurations of an op on the GPU at hand."""
+    """Time the configurations of an op that the static bounds rank first, on the GPU at hand."""
     if op not in OPS:
         raise ValueError(f"unknown op {op}; known are {', '.join(OPS)}")
     device = choose_device("cuda")
-    console, headings = make_console(), ("case", "shipped", "ms", "best", "ms", "gain", "tried", "skipped")
-    table = narrow_table(f"{op}, {describe(device).name}", headings)
-    chosen = OPS[op](device, False)[:cases]
-    end = time.monotonic() + budget
-    for index, case in enumerate(chosen):
-        now = time.monotonic()
-        row = search(case, kernel_module(case), now + (end - now) / (len(chosen) - index))
+    headings = ("case", "shipped", "ms", "bound", "best", "ms", "gain", "factor", "rank", "timed", "skipped")
+    console, table = make_console(), narrow_table(f"{op}, {describe(device).name}", headings)
+    for case in OPS[op](device, False)[:cases]:
+        row = calibrate(case, kernel_module(case), configurations)
         table.add_row(case.name, *row)
         console.print(case.name, *row)
     console.print(table)
+    console.print("bound: static bound of the shipped configuration, ms; factor: median of time over bound;")
+    console.print("rank: correlation of the ranks of times and bounds (Spearman)")
 
 
 def kernel_module(case: Case) -> ModuleType:
@@ -65,36 +63,62 @@ def kernel_module(case: Case) -> ModuleType:
     return importlib.import_module(f"segmenter_fast.kernels.gpu.{name}")
 
 
-def search(case: Case, module: ModuleType, deadline: float) -> tuple[str, ...]:
-    """Search ``case`` until ``deadline``: the cells of its row of the table."""
+def calibrate(case: Case, module: ModuleType, configurations: int) -> tuple[str, ...]:
+    """Time the best ``configurations`` by static bound, the shipped one among them: the cells of a row of the table."""
     ours = case.variant(OURS)
     with own_stream(case.device):
         inputs = case.make_inputs(torch.Generator(case.device).manual_seed(0))
         judge = case.judge(inputs)
         shipped = shipped_config(module, ours.bind(inputs))
+    runs = {config: with_config(config, shipped, module, ours.run) for config in (shipped, *neighbours(shipped))}
+    bounds: dict[Any, float] = {}
+    for config, run in runs.items():
+        if bound := static_bound(replace(ours, run=run).bind(inputs)):
+            bounds[config] = bound
+    chosen = list(dict.fromkeys((shipped, *sorted(bounds, key=lambda config: bounds[config]))))[:configurations]
+    variants: dict[str, Variant | str] = {str(config): replace(ours, run=runs[config]) for config in chosen}
+    rows = run_case(replace(case, variants=variants, judge=lambda _: judge), Ceilings(0.0, {}), 0.1 * len(chosen))
+    times = {config: row.timing.median_ms for config, row in zip(chosen, rows, strict=True) if row.timing}
+    best = min(times, key=lambda config: times[config])
+    both = [config for config in times if config in bounds]
+    factor = statistics.median(times[config] / bounds[config] for config in both)
+    rank = spearman([bounds[config] for config in both], [times[config] for config in both])
+    cells = (str(shipped), f"{times[shipped]:.4g}", f"{bounds[shipped]:.4g}", str(best), f"{times[best]:.4g}")
+    skipped = len(runs) - len(bounds) + len(chosen) - len(times)
+    return (
+        *cells,
+        f"{times[shipped] / times[best]:.3f}",
+        f"{factor:.3g}",
+        f"{rank:.2f}",
+        str(len(times)),
+        str(skipped),
+    )
 
-    def times(configs: Sequence[Any]) -> dict[Any, float]:
-        """Median milliseconds of the configurations that run and are right."""
-        variants: dict[str, Variant | str] = {
-            str(c): replace(ours, run=with_config(c, shipped, module, ours.run)) for c in configs
-        }
-        judged = replace(case, variants=variants, judge=lambda _: judge)
-        rows = run_case(judged, Ceilings(0.0, {}), 0.1 * len(configs))
-        return {c: row.timing.median_ms for c, row in zip(configs, rows, strict=True) if row.timing}
 
-    best, tried, skipped, waiting = shipped, {shipped}, 0, neighbours(shipped)
-    while waiting and time.monotonic() < deadline:
-        candidates, waiting = waiting[:ROUND], waiting[ROUND:]
-        tried.update(candidates)
-        found = times((best, *candidates))
-        skipped += 1 + len(candidates) - len(found)
-        fastest = min(found, key=lambda config: found[config])
-        if fastest != best:
-            best, waiting = fastest, neighbours(fastest)
-        waiting = [config for config in waiting if config not in tried]
-    last = times(list(dict.fromkeys((shipped, best))))
-    cells = (str(shipped), f"{last[shipped]:.4g}", str(best), f"{last[best]:.4g}")
-    return (*cells, f"{last[shipped] / last[best]:.3f}", str(len(tried) - 1), str(skipped))
+def static_bound(call: Callable[[], object]) -> float | None:
+    """Milliseconds in which the launches of ``call`` can be issued on an H100; None where they cannot be counted."""
+    from triton.errors import TritonError
+
+    from segmenter_fast.kernels import costs
+    from segmenter_fast.kernels.gpu.launches import bind
+
+    try:
+        found = [costs.cost(launch, {}) for launch in bind(costs.TARGET, iter([("", call)]))]
+    except (RuntimeError, LookupError, TritonError):
+        return None
+    return 1e-3 * sum(max(one["us"].values()) for one in found)
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float:
+    """Correlation of the ranks of two sequences; equal values share a rank. NaN where one of them is constant."""
+
+    def ranks(values: Sequence[float]) -> list[float]:
+        return [sum((other < value) + (other == value) / 2 for other in values) for value in values]
+
+    try:
+        return statistics.correlation(ranks(first), ranks(second))
+    except statistics.StatisticsError:
+        return math.nan
 
 
 def shipped_config(module: ModuleType, call: Callable[[], Any]) -> Any:
@@ -132,24 +156,20 @@ def with_config(config: Any, shipped: Any, module: ModuleType, call: Callable[..
 
 
 def neighbours(config: Any) -> list[Any]:
-    """Configurations that differ from ``config`` in one or two fields of one of its parts, the nearest first.
+    """Configurations that differ from ``config`` in one field of one of its parts.
 
     A configuration is a named tuple of tiles, or a plain tuple of these with one for each kernel.
     """
     single = hasattr(config, "_fields")
     found = []
     for part, tiles in enumerate((config,) if single else config):
-        choices = [
-            {"num_warps": WARPS, "num_stages": STAGES}.get(field)
-            or (value, *(size for size in (value // 2, value * 2) if 1 <= size <= LARGEST))
-            for field, value in zip(tiles._fields, tiles, strict=True)
-        ]
-        for values in itertools.product(*choices):
-            changes = sum(a != b for a, b in zip(values, tiles, strict=True))
-            if changes in (1, 2):
-                new = type(tiles)(*values)
-                found.append((changes, new if single else (*config[:part], new, *config[part + 1 :])))
-    return [other for _, other in sorted(found, key=lambda pair: pair[0])]
+        for field, value in tiles._asdict().items():
+            sizes = (size for size in (value // 2, value * 2) if 1 <= size <= LARGEST)
+            for other in {"num_warps": WARPS, "num_stages": STAGES}.get(field, sizes):
+                if other != value:
+                    new = tiles._replace(**{field: other})
+                    found.append(new if single else (*config[:part], new, *config[part + 1 :]))
+    return found
 
 
 if __name__ == "__main__":
