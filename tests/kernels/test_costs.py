@@ -15,7 +15,7 @@ if not HAS_TRITON:
 if INTERPRET:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled", allow_module_level=True)
 
-from segmenter_fast.kernels import aot, costs, problems, sass
+from segmenter_fast.kernels import aot, costs, problems, sass, source
 
 SOURCE = """
 def kernel(n, near, BLOCK):
@@ -84,10 +84,11 @@ $divide:
 def flow(monkeypatch: pytest.MonkeyPatch) -> Any:
     function = ast.parse(SOURCE).body[0]
     found = [(function, one) for one in ast.walk(function) if isinstance(one, ast.For | ast.While | ast.If)]
-    monkeypatch.setattr(costs, "nodes", lambda file: found if file == "fake.py" else [])
+    monkeypatch.setattr(source, "_functions", dict)
+    monkeypatch.setattr(source, "nodes", lambda file: found if file == "fake.py" else [])
 
     def make(**values: Any) -> costs.Flow:
-        return costs.Flow(sass.Program(CODE), costs.Values(values))
+        return costs.Flow(sass.Program(CODE), source.Values(values))
 
     return make
 
@@ -157,10 +158,10 @@ BOUNDS = {
     "cross-entropy and gradient, K=150, patch 16": 600,
     "cross-entropy and gradient, K=150, patch 8": 1000,
     "cross-entropy and gradient, K=19, patch 16": 230,
-    "softmax, K=150, patch 16": 1200,
-    "softmax backward, K=150, patch 16": 1800,
-    "argmax, smooth (2 candidates), K=150, patch 16": 20,
-    "argmax, smooth (2 candidates), K=150, patch 8": 66,
+    "softmax, K=150, patch 16": 240,
+    "softmax backward, K=150, patch 16": 450,
+    "argmax, smooth, 2 candidates, K=150, patch 16": 10,
+    "argmax, smooth, 2 candidates, K=150, patch 8": 34,
 }
 
 
@@ -198,7 +199,7 @@ def test_the_table_calls_no_bound_a_time(measured) -> None:
 
 def test_costs_are_written_as_json(tmp_path, capsys) -> None:
     path = tmp_path / "costs.json"
-    assert aot.main(["--costs", "--only", "argmax, smooth (2 candidates), K=150, patch 8", "--json", str(path)]) == 0
+    assert aot.main(["--costs", "--only", "argmax, smooth, 2 candidates, K=150, patch 8", "--json", str(path)]) == 0
     (problem,) = json.loads(path.read_text())
     assert problem["launches"][0]["us"]["issue"] > 0
     assert problem["problem"] in capsys.readouterr().out
