@@ -196,8 +196,9 @@ def upsample_argmax_kernel(
     best = tl.full((ROWS, COLUMNS), -float("inf"), dtype)
     label = tl.zeros((ROWS, COLUMNS), tl.int32)
 
-    offs_k = tl.arange(0, BLOCK_K)
+    few = False
     if ONE_BLOCK:
+        offs_k = tl.arange(0, BLOCK_K)
         tl.assume(num_classes > BLOCK_K // 2)
         lower, upper, size = corner_range(ptrs, offs_k, num_classes, stride_mk, dtype)
         candidates = tl.where(upper >= tl.max(lower, 0), offs_k, num_classes)
@@ -205,24 +206,6 @@ def upsample_argmax_kernel(
         few = (tl.sum(size, 0) < float("inf")) & (count <= FEW)
         if few:
             best, label = compare_all(best, label, candidates, num_classes, cell)
-    else:
-        bounds = tl.full((BLOCK_K,), -float("inf"), dtype)
-        sizes = tl.zeros((BLOCK_K,), dtype)
-        for start in range(0, num_classes, BLOCK_K):
-            lower, _, size = corner_range(ptrs, start + offs_k, num_classes, stride_mk, dtype)
-            bounds = tl.maximum(bounds, lower)
-            sizes += size
-        bound = tl.max(bounds, 0)
-        few = tl.sum(sizes, 0) < float("inf")
-        count = 0
-        for start in range(0, num_classes, BLOCK_K):
-            if few:
-                _, upper, _ = corner_range(ptrs, start + offs_k, num_classes, stride_mk, dtype)
-                candidates = tl.where(upper >= bound, start + offs_k, num_classes)
-                count += tl.sum((candidates < num_classes).to(tl.int32), 0)
-                few = count <= FEW
-                if few:
-                    best, label = compare_all(best, label, candidates, num_classes, cell)
     if not few:
         # Quarters share the weights in the middle, so that the values there are computed once.
         quarters = tl.arange(0, 4)[:, None]
@@ -252,9 +235,9 @@ class Tiles(NamedTuple):
 
 
 def launch_config(rows: int, cols: int, num_classes: int) -> Tiles:
-    """Tiles for cells of at most ``rows x cols`` outputs: one warp, up to 256 outputs, 256 classes at a time."""
+    """Tiles for cells of at most ``rows x cols`` outputs: one warp, up to 256 outputs, 1024 classes at a time."""
     block_y, block_x = (min(next_power_of_2(size), 16) for size in (rows, cols))
-    return Tiles(block_y, block_x, min(next_power_of_2(num_classes), 256), num_warps=1)
+    return Tiles(block_y, block_x, min(next_power_of_2(num_classes), 1024), num_warps=1)
 
 
 @lru_cache(maxsize=256)

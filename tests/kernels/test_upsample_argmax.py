@@ -90,7 +90,7 @@ def test_any_shape(backend, shape, size, crop, align_corners, kind) -> None:
     check(MAPS[kind](*shape).to(backend.device), size, crop, align_corners)
 
 
-@pytest.mark.parametrize("num_classes", [1, 2, 256, 257, 4096])
+@pytest.mark.parametrize("num_classes", [1, 2, 256, 257, 1025])
 def test_class_counts(backend, num_classes) -> None:
     masks = torch.randn(1, num_classes, 1, 1) + 0.1 * torch.randn(1, num_classes, 2, 2)
     masks = masks.to(backend.device)
