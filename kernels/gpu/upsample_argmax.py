@@ -180,8 +180,8 @@ def upsample_argmax_kernel(
     right = tl.minimum(left + tl.cast(xs.step != xs.denominator, tl.int32), xs.size_in - 1)
     upper_row = masks_ptr + b * stride_mb + top.to(tl.int64) * stride_mh
     lower_row = masks_ptr + b * stride_mb + bottom.to(tl.int64) * stride_mh
-    left, right = left.to(tl.int64) * stride_mw, right.to(tl.int64) * stride_mw
-    ptrs = upper_row + left, upper_row + right, lower_row + left, lower_row + right
+    west, east = left.to(tl.int64) * stride_mw, right.to(tl.int64) * stride_mw
+    ptrs = upper_row + west, upper_row + east, lower_row + west, lower_row + east
 
     # Columns are lanes: those of the tile, side by side for each of its bands of ROWS rows.
     COLUMNS: tl.constexpr = BLOCK_Y * BLOCK_X if BLOCK_Y * BLOCK_X < 32 else 32
@@ -189,7 +189,6 @@ def upsample_argmax_kernel(
     columns = tl.arange(0, COLUMNS)[None, :]
     first_row, offs_x = columns // BLOCK_X * ROWS, columns % BLOCK_X
     offs_y = first_row + tl.arange(0, ROWS)[:, None]  # (ROWS, COLUMNS)
-    left = tl.maximum(cell_x, 0)
     wy = tile_weights(offs_y, begin_y, end_y, top, ys, dtype)
     wx = tile_weights(offs_x, begin_x, end_x, left, xs, dtype)
     cell = ptrs, stride_mk, wy, wx
