@@ -12,6 +12,7 @@ from torch import Tensor
 from .costs import ASSUMED, CLOCK, SCHEDULERS, TARGET, cost
 from .gpu.attention_backward import attention_backward
 from .gpu.attention_forward import attention_forward
+from .gpu.lattice_argmax import lattice_argmax
 from .gpu.launches import bind, empty
 from .gpu.mask_scores import mask_scores, mask_scores_backward
 from .gpu.upsample_argmax import upsample_argmax
@@ -55,6 +56,10 @@ def problems() -> Iterator[Problem]:
         masks = _masks(150, patch)
         call = partial(upsample_argmax, masks, size, size, False)
         yield Problem(f"argmax, {kind}, K=150, patch {patch}", call, (_bytes(masks) + pixels, 0, 0), {"few": few})
+    index, weights = empty(2, 2, 512, dtype=torch.int64), empty(2, 512)
+    lattice = empty(1024, 150), index, weights, index, weights
+    least = (_bytes(*lattice) + 512 * 512, 2 * 2 * 150 * 512 * 512, 0)
+    yield Problem("votes of two lattices, K=150, 512 x 512", partial(lattice_argmax, *lattice), least, {})
     qkv, out, lse = bf16(8, 1025, 3, 12, 64), bf16(8, 1025, 12, 64), empty(8, 12, 1025)
     scores = 8 * 12 * 1025**2
     call = partial(attention_forward, qkv, 0.125, True)

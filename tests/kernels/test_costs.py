@@ -165,6 +165,22 @@ BOUNDS = {
 }
 
 
+# Instructions a logit in a loop over classes, at most.
+CLASS_LOOPS = {
+    "softmax, K=150, patch 16": 14,
+    "softmax backward, K=150, patch 16": 19,
+    "votes of two lattices, K=150, 512 x 512": 25,
+}
+# By problem and kernel: instruction of the products in the main loop, tiles that are on their way while it waits.
+PRODUCTS = {
+    "attention": {"attention_forward_kernel": ("HGMMA", 1)},
+    "attention backward": {
+        "attention_backward_queries_kernel": ("HGMMA", 0),
+        "attention_backward_keys_kernel": ("HGMMA", 0),
+    },
+}
+
+
 @pytest.fixture(scope="module")
 def measured() -> dict[str, Any]:
     return {problem["problem"]: problem for problem in problems.measure()}
@@ -182,13 +198,22 @@ def test_bounds_hold(measured) -> None:
     assert not [name for name, problem in measured.items() if any(one["spills"] for one in problem["launches"])]
 
 
-def test_attention_uses_the_tensor_cores_and_loads_ahead(measured) -> None:
-    for name in ("attention", "attention backward"):
-        main = [loop for loop in loops(measured[name]) if loop["async_loads"]]
-        assert len(main) == 1 + (name != "attention")
-        for loop in main:
-            assert loop["mma"].get("HGMMA", 0) > 0
-            assert loop["async_loads"][128] > 0
+def test_no_class_loop_waits(measured) -> None:
+    for name in CLASS_LOOPS:
+        found = [loop for loop in loops(measured[name]) if "per_logit" in loop]
+        assert len(found) >= 2, name
+        assert not [loop for loop in found if loop["barriers"]], name
+        assert max(loop["per_logit"] for loop in found) <= CLASS_LOOPS[name], name
+
+
+def test_matrix_products_use_the_tensor_cores_and_load_ahead(measured) -> None:
+    for name, kernels in PRODUCTS.items():
+        assert {one["kernel"] for one in measured[name]["launches"]} == kernels.keys()
+        for kernel, (product, prefetch) in kernels.items():
+            (main,) = (loop for loop in loops(measured[name], kernel) if loop["passes"] > 1)
+            assert main["mma"].get(product, 0) > 0
+            assert main["async_loads"][128] > 0
+            assert main["prefetch"] >= prefetch
 
 
 def test_the_table_calls_no_bound_a_time(measured) -> None:
