@@ -34,6 +34,10 @@ def issue_us(problem: dict[str, Any]) -> float:
     return sum(one["us"]["issue"] for one in problem["launches"])
 
 
+def number(us: float) -> str:
+    return f"{us:.0f}" if us >= 100 else f"{us:.3g}"
+
+
 def table(before: Costs, after: Costs) -> str:
     """A line for each problem; registers and warps are those of the launch that takes longest."""
     lines = [
@@ -48,9 +52,9 @@ def table(before: Costs, after: Costs) -> str:
         slowest = [sum(max(launch["us"].values()) for launch in one["launches"]) for one in both]
         floor, kind = max((us, kind) for kind, us in problem["floor_us"].items())
         cells = (
-            " -> ".join(f"{issue_us(one):.3g}" for one in both),
-            " -> ".join(f"{us:.3g}" for us in slowest),
-            f"{floor:.3g} ({kind})",
+            " -> ".join(number(issue_us(one)) for one in both),
+            " -> ".join(number(us) for us in slowest),
+            f"{number(floor)} ({kind})",
             " -> ".join(str(launch["registers"]) for launch in longest),
             " -> ".join(str(launch["warps_sm"]) for launch in longest),
         )
