@@ -46,7 +46,12 @@ class Flow:
         for loop in program.loops():
             inside = [other for other in nodes_of if other.blocks < loop.blocks]
             own = self.instructions(loop.blocks.difference(*(other.blocks for other in inside)))
+            closing = (program.blocks[block] for block in loop.blocks if loop.head in program.blocks[block].after)
             votes = Counter(node for one in own if (node := innermost(one.line, (ast.For, ast.While))))
+            for block in closing:  # the branch to the next pass mostly has the line of the header
+                one = block.instructions[-1]
+                if one.line and (node := innermost(one.line, (ast.For, ast.While))) and node[1].lineno == one.line[1]:
+                    votes[node] += len(own)
             for other in inside:
                 votes.pop(nodes_of[other], None)
             if not votes:
@@ -106,6 +111,9 @@ def cost(launch: Launch, assumed: dict[str, float]) -> dict[str, Any]:
         values[f"offs_{name}"] = SimpleNamespace(shape=(values.get(f"BLOCK_{name.upper()}"),))
     if "step_y" in values:
         values["tiles"] = math.prod(_tiles(values, axis) for axis in "yx")
+    if {"SEGMENT", "size_in_x"} <= values.keys():  # cells of a row that a program owns
+        width = values["size_in_x"]
+        values |= {"first_cell": 0, "cells": width / math.ceil(width / values["SEGMENT"])}
     compiled = launch.compile(TARGET)
     text, registers = sass.disassemble(compiled.asm["cubin"])
     flow = Flow(sass.Program(text), Values(values))

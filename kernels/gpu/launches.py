@@ -114,6 +114,7 @@ def record(target: GPUTarget, calls: Iterator[tuple[str, Callable[[], object]]])
 def _launch(kernel: Any, bound: dict[str, Any], label: str, grid: Any, arguments: dict[str, Any]) -> Launch:
     """Launch from the arguments of Triton's hook, named by kernel, call and tile (blocks, warps, stages)."""
     options = {"num_warps": bound["num_warps"], "num_stages": bound["num_stages"]}
+    options |= {name: value for name, value in arguments.items() if name == "maxnreg"}  # the hook does not tell it
     constants = {kernel.arg_names[path[0]]: value for path, value in bound["constants"].items()}
     tile = [value for name, value in constants.items() if name.startswith("BLOCK")]
     name = f"{kernel.__name__.removesuffix('_kernel')} {label} {(*tile, *options.values())}"
