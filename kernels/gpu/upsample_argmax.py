@@ -36,7 +36,7 @@ def load_corners(ptrs, k, mask, stride_mk, dtype: tl.constexpr):
 
     The sum is infinite or NaN where a corner is, and where a difference of corners could be.
     """
-    offsets = k.to(tl.int64) * stride_mk
+    offsets = (k * stride_mk).to(tl.int64)
     c00 = tl.load(ptrs[0] + offsets, mask=mask).to(dtype)
     c01 = tl.load(ptrs[1] + offsets, mask=mask).to(dtype)
     c10 = tl.load(ptrs[2] + offsets, mask=mask).to(dtype)
@@ -167,7 +167,7 @@ def upsample_argmax_kernel(
     cell_y = row // parts_y % cells_y - 1
     b = (row // parts_y // cells_y).to(tl.int64)
     if WIDE:
-        cell_y, cell_x = cell_y.to(tl.int64), cell_x.to(tl.int64)
+        cell_y, cell_x, stride_mk = cell_y.to(tl.int64), cell_x.to(tl.int64), stride_mk * tl.full((), 1, tl.int64)
     begin_y = cell_start(cell_y, ys) + part_y * BLOCK_Y
     begin_x = cell_start(cell_x, xs) + part_x * BLOCK_X
     end_y, end_x = cell_start(cell_y + 1, ys), cell_start(cell_x + 1, xs)
@@ -241,15 +241,15 @@ def launch_config(rows: int, cols: int, num_classes: int) -> Tiles:
 
 @lru_cache(maxsize=256)
 def _launch_sizes(
-    num_classes: int, grid: Sequence[int], size: Sequence[int], crop: Sequence[int], align_corners: bool
+    num_classes: int, grid: Sequence[int], size: Sequence[int], crop: Sequence[int], align_corners: bool, wide: bool
 ) -> tuple[int, dict[str, int]]:
-    """Programs of an image, and the arguments of a launch that its sizes determine."""
+    """Programs of an image, and the arguments of a launch that its sizes determine, or ``wide`` classes."""
     ys, xs = (Axis.make(*axis, align_corners) for axis in zip(grid, size, crop, strict=True))
     tiles = launch_config(ys.longest_cell, xs.longest_cell, num_classes)
     parts_y, parts_x = cdiv(ys.longest_cell, tiles.block_y), cdiv(xs.longest_cell, tiles.block_x)
     farthest = max((axis.cells + 1) * axis.denominator + abs(axis.offset) + axis.step for axis in (ys, xs))
     sizes = dict(cells_y=ys.cells, parts_y=parts_y, cells_x=xs.cells, parts_x=parts_x, **geometry(ys, xs))
-    sizes |= dict(ONE_BLOCK=num_classes <= tiles.block_k, WIDE=max(farthest, 16 * xs.kept) >= 2**31)
+    sizes |= dict(ONE_BLOCK=num_classes <= tiles.block_k, WIDE=wide or max(farthest, 16 * xs.kept) >= 2**31)
     return ys.cells * parts_y * xs.cells * parts_x, sizes | launch_arguments(tiles)
 
 
@@ -259,7 +259,8 @@ def upsample_argmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], ali
     labels = masks.new_empty((batch, *crop), dtype=torch.uint8 if num_classes <= 256 else torch.int32)
     if num_classes == 1 or batch == 0:
         return labels.zero_()
-    count, sizes = _launch_sizes(num_classes, tuple(grid), tuple(size), tuple(crop), align_corners)
+    wide = num_classes * masks.stride(1) >= 2**31
+    count, sizes = _launch_sizes(num_classes, tuple(grid), tuple(size), tuple(crop), align_corners, wide)
     upsample_argmax_kernel[programs(batch * count, masks=masks.shape, labels=labels.shape)](
         masks_ptr=masks, labels_ptr=labels, masks_strides=masks.stride(), num_classes=num_classes, **sizes
     )
