@@ -46,12 +46,12 @@ class Flow:
         for loop in program.loops():
             inside = [other for other in nodes_of if other.blocks < loop.blocks]
             own = self.instructions(loop.blocks.difference(*(other.blocks for other in inside)))
-            closing = (program.blocks[block] for block in loop.blocks if loop.head in program.blocks[block].after)
             votes = Counter(node for one in own if (node := innermost(one.line, (ast.For, ast.While))))
-            for block in closing:  # the branch to the next pass mostly has the line of the header
-                one = block.instructions[-1]
-                if one.line and (node := innermost(one.line, (ast.For, ast.While))) and node[1].lineno == one.line[1]:
-                    votes[node] += len(own)
+            for block in loop.blocks:
+                # The branch to the next pass mostly has the line of the loop's header.
+                line = self.instructions([block])[-1].line if loop.head in program.blocks[block].after else None
+                if line and (header := innermost(line, (ast.For, ast.While))) and header[1].lineno == line[1]:
+                    votes[header] += len(own)
             for other in inside:
                 votes.pop(nodes_of[other], None)
             if not votes:
