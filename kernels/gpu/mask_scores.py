@@ -6,9 +6,10 @@ The norms are summed along with the matrix product, so the division comes after 
 Backward, from the output's gradient g, with h = g * weight:
     ds = (h - mean_K h - x mean_K (h x)) / sqrt(var + eps)
     dp = ds (c / |c|) / |p| - p (sum_K ds s) / |p|^2        dc = ds^T (p / |p|) / |c| - c (sum_N ds s) / |c|^2
-The kernel computes s again and stores u = ds / (|p| |c|) in the dtype of the patches; dp and dc are then one matrix
-product each, u c and u^T p, minus a multiple of p and c. Sums over N are stored per tile and added up afterwards, so
-that the same input gives the same bits. Only the inputs are saved.
+The kernel computes s again and stores u = ds / (|p| |c|); dp and dc are then one matrix product each, u c and u^T p,
+minus a multiple of p and c. u has the dtype of the patches. Of float16 it would leave the range (1e6 at norms of 1e-3):
+it is stored in float32 and divided by a power of two for each image. Sums over N are stored per tile and added up
+afterwards, so that the same input gives the same bits. Only the inputs are saved.
 
 The projections before are not fused. That would save 4 N D bytes an image (3 MB at N 1024, D 768: 1 us at 3 TB/s), but
 the norm needs whole projected rows on the chip, D x 64 float32 values a tile: 196 KB at D 768, most of a register file.
@@ -16,6 +17,7 @@ the norm needs whole projected rows on the chip, D x 64 float32 values a tile: 1
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_arch, dot_precision, launch_arguments, refuse_float64
+from .common import cdiv, device_arch, dot_precision, launch_arguments, next_power_of_2, refuse_float64
 
 
 @triton.jit
@@ -187,9 +189,10 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
+@lru_cache
 def launch_config(num_classes: int, dtype: torch.dtype, backward: bool, arch: str) -> Tiles:
     """Tiles of up to 256 classes forward and 64 backward (32 on gfx942), where more tiles are alive."""
-    block_k = max(triton.next_power_of_2(num_classes), 16)
+    block_k = max(next_power_of_2(num_classes), 16)
     if backward:
         nvidia = arch.startswith("sm_")
         block_k = min(block_k, 64 if nvidia else 32)
@@ -210,7 +213,7 @@ def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, 
         return out
     arch = device_arch(patches)
     tiles = launch_config(k, patches.dtype, False, arch)
-    mask_scores_kernel[(triton.cdiv(n, tiles.block_n) * b,)](
+    mask_scores_kernel[(cdiv(n, tiles.block_n) * b,)](
         patches_ptr=patches,
         classes_ptr=classes,
         weight_ptr=weight.contiguous(),
@@ -239,8 +242,9 @@ def mask_scores_backward(
         return tuple(torch.zeros_like(tensor) for tensor in (patches, classes, weight, bias))  # type: ignore[return-value]
     arch = device_arch(patches)
     tiles = launch_config(k, patches.dtype, True, arch)
-    blocks = triton.cdiv(n, tiles.block_n)
-    u = patches.new_empty((b, n, k))
+    blocks = cdiv(n, tiles.block_n)
+    half = patches.dtype == torch.float16
+    u = patches.new_empty((b, n, k), dtype=torch.float32 if half else patches.dtype)
     patch_factor = patches.new_empty((b, n), dtype=torch.float32)
     sums = patches.new_empty((b, blocks, 3, k), dtype=torch.float32)
     mask_scores_backward_kernel[(blocks * b,)](
@@ -262,11 +266,15 @@ def mask_scores_backward(
         **launch_arguments(tiles),
     )
     sums = sums.sum(1)  # (B, 3, K)
-    grad_patches = (u @ classes).sub_(patches * patch_factor.unsqueeze(-1))
-    grad_classes = (u.mT @ patches).sub_(classes * sums[:, 2].unsqueeze(-1))
-    return (
-        grad_patches,
-        grad_classes.to(classes.dtype),
-        sums[:, 0].sum(0).to(weight.dtype),
-        sums[:, 1].sum(0).to(bias.dtype),
-    )
+    factors = patch_factor.unsqueeze(-1), sums[:, 2].unsqueeze(-1)
+    if half:
+        largest = torch.linalg.vector_norm(u.nan_to_num(0.0, 0.0, 0.0), torch.inf, (1, 2), keepdim=True)
+        bits = largest.clamp_(min=torch.finfo(torch.float32).tiny).view(torch.int32)
+        scale = (bits & 0x7F800000).view(torch.float32)  # the power of two below
+        u, factors = (u / scale).half(), tuple(factor / scale for factor in factors)
+    grad_patches = (u @ classes).sub_(patches * factors[0])
+    grad_classes = (u.mT @ patches).sub_(classes * factors[1])
+    if half:
+        grad_patches.mul_(scale)
+        grad_classes.mul_(scale)
+    return grad_patches, grad_classes, sums[:, 0].sum(0).to(weight.dtype), sums[:, 1].sum(0).to(bias.dtype)

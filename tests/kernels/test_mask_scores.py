@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from segmenter_fast import kernels
 from segmenter_fast.kernels import reference
-from support.accuracy import assert_op_as_accurate
+from support.accuracy import assert_as_accurate, assert_op_as_accurate, with_gradients
 
 from .conftest import Backend
 
@@ -29,6 +30,22 @@ def check(tensors: list[Tensor]) -> None:
 def test_as_accurate_as_pytorch(backend: Backend, shape: tuple[int, ...]) -> None:
     for dtype in backend.dtypes:
         check(inputs(*shape, dtype, backend.device))
+
+
+@pytest.mark.parametrize("norm", [1e-3, 1e-2, 1.0, 100.0])
+def test_norms_of_embeddings(backend: Backend, norm: float) -> None:
+    """Gradients of norm 1e-3 are thousands, which float16 holds; their products on the way are millions.
+
+    They are held to the rounded oracle, because PyTorch's own overflow.
+    """
+    for dtype in backend.dtypes:
+        tensors = [t.detach() for t in inputs(2, 33, 19, 64, dtype, backend.device)]
+        tensors[:2] = [F.normalize(t.float(), dim=-1).mul(norm).to(dtype) for t in tensors[:2]]
+        grad = torch.randn(2, 33, 19).to(backend.device, dtype)
+        ours = with_gradients(kernels.mask_scores, tensors, grad)
+        oracle = with_gradients(reference.mask_scores, [t.double() for t in tensors], grad)
+        for result, expected in zip(ours, oracle, strict=True):
+            assert_as_accurate(result, expected.to(dtype), expected)
 
 
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(3, 40), st.integers(8, 40))
@@ -72,6 +89,18 @@ def test_zero_vectors_are_nan_where_the_reference_is(backend: Backend) -> None:
     assert torch.equal(ours.isnan(), expected.isnan())
     assert ours[0, 3].isnan().all()
     assert ours[1].isnan().all()
+
+
+def test_gradients_of_zero_vectors_are_nan_where_the_reference_is(backend: Backend) -> None:
+    for dtype in backend.dtypes:
+        tensors = [t.detach() for t in inputs(2, 8, 4, 16, dtype, backend.device)]
+        tensors[0][0, 3] = 0
+        grad = torch.randn(2, 8, 4).to(backend.device, dtype)
+        ours = with_gradients(kernels.mask_scores, tensors, grad)
+        oracle = with_gradients(reference.mask_scores, [t.double() for t in tensors], grad)
+        assert not oracle[1][0, 2].isnan().any()
+        for result, expected in zip(ours, oracle, strict=True):
+            assert torch.equal(result.isnan(), expected.isnan())
 
 
 def test_a_float32_norm_of_low_precision_embeddings_is_not_rounded(backend: Backend) -> None:
