@@ -11,13 +11,15 @@ are the three slices of one contiguous ``(B, N, 3, H, D)`` buffer.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_forward import SHORT, TAIL_N, Tiles, check, load_rows, qkv_strides, store_rows, table_arch
-from .common import LOG2_E, device_arch, dot_precision, launch_arguments
+from .attention_forward import TAIL, Tiles, check, fills, load_rows, locate, qkv_strides, store_rows, table_arch, tail
+from .common import LOG2_E, cdiv, device_arch, dot_precision, launch_arguments, next_power_of_2, processors
 
 
 @triton.jit
@@ -29,9 +31,9 @@ def _add_keys(
     k = load_rows(k_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     v = load_rows(v_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])  # (BLOCK_M, ROWS)
-    if EDGE:
-        p = tl.where(start + tl.arange(0, ROWS)[None, :] < seq_len, p, 0.0)
     ds = p * (tl.dot(grad_out, v.T, input_precision=PRECISION) - delta[:, None])
+    if EDGE:
+        ds = tl.where(start + tl.arange(0, ROWS)[None, :] < seq_len, ds, 0.0)
     return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
 
@@ -44,16 +46,19 @@ def _add_queries(
     q = load_rows(q_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     grad_out = load_rows(grad_out_ptr, start, stride_grad_n, seq_len, ROWS, DIM, PAD, EDGE)
     offs_m = start + tl.arange(0, ROWS)
-    if EDGE:  # a log-sum-exp of infinity makes p zero
-        lse = tl.load(lse_ptr + offs_m, mask=offs_m < seq_len, other=float("inf"))
+    if EDGE:
+        lse = tl.load(lse_ptr + offs_m, mask=offs_m < seq_len, other=0.0)
         delta = tl.load(delta_ptr + offs_m, mask=offs_m < seq_len, other=0.0)
     else:
         lse = tl.load(lse_ptr + offs_m)
         delta = tl.load(delta_ptr + offs_m)
-    scores = tl.dot(k, q.T, input_precision=PRECISION)  # (BLOCK_N, ROWS)
-    p = tl.exp2(scores * scale_log2 - lse[None, :])
+    p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - lse[None, :])  # (BLOCK_N, ROWS)
+    if EDGE:
+        p = tl.where((offs_m < seq_len)[None, :], p, 0.0)
     dv = tl.dot(p.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
     ds = p * (tl.dot(v, grad_out.T, input_precision=PRECISION) - delta[None, :])
+    if EDGE:  # an infinite value times the zeros of a missing row would be NaN
+        ds = tl.where((offs_m < seq_len)[None, :], ds, 0.0)
     dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -74,15 +79,11 @@ def attention_backward_queries_kernel(
     HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(seq_len, BLOCK_M)
-    head_index = (tl.program_id(0) // blocks).to(tl.int64)
-    start_m = (tl.program_id(0) % blocks) * BLOCK_M
-    b, h = head_index // heads, head_index % heads
     stride_n, stride_grad_n = stride_n.to(tl.int64), stride_grad_n.to(tl.int64)
+    start_m, b, h, head_index, q_ptr, k_ptr, v_ptr = locate(
+        qkv_ptr, stride_b, stride_s, stride_h, seq_len, heads, BLOCK_M
+    )
     stride_out = heads.to(tl.int64) * HEAD_DIM
-    q_ptr = qkv_ptr + b * stride_b + h * stride_h
-    k_ptr = q_ptr + stride_s
-    v_ptr = k_ptr + stride_s
     grad_out_ptr += b * stride_grad_b + h * stride_grad_h
     out_ptr += b * seq_len * stride_out + h * HEAD_DIM
     offs_m = start_m + tl.arange(0, BLOCK_M)
@@ -97,15 +98,15 @@ def attention_backward_queries_kernel(
 
     dq = tl.zeros((BLOCK_M, PAD_DIM), tl.float32)
     full = seq_len // BLOCK_N * BLOCK_N
+    if TAIL_N > 0:
+        dq = _add_keys(
+            dq, q, grad_out, lse, delta, k_ptr, v_ptr, full, stride_n, seq_len, scale_log2,
+            TAIL_N, HEAD_DIM, PAD_DIM, True, PRECISION,
+        )  # fmt: skip
     for start in tl.range(0, full, BLOCK_N):
         dq = _add_keys(
             dq, q, grad_out, lse, delta, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
             BLOCK_N, HEAD_DIM, PAD_DIM, False, PRECISION,
-        )  # fmt: skip
-    for start in tl.range(full, seq_len, TAIL_N, num_stages=1):
-        dq = _add_keys(
-            dq, q, grad_out, lse, delta, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
-            TAIL_N, HEAD_DIM, PAD_DIM, True, PRECISION,
         )  # fmt: skip
     dq_ptr = grad_qkv_ptr + b * seq_len * 3 * stride_out + h * HEAD_DIM
     store_rows(dq_ptr, dq * scale, start_m, 3 * stride_out, seq_len, BLOCK_M, HEAD_DIM, PAD_DIM)
@@ -126,15 +127,11 @@ def attention_backward_keys_kernel(
     HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL_M: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(seq_len, BLOCK_N)
-    head_index = (tl.program_id(0) // blocks).to(tl.int64)
-    start_n = (tl.program_id(0) % blocks) * BLOCK_N
-    b, h = head_index // heads, head_index % heads
     stride_n, stride_grad_n = stride_n.to(tl.int64), stride_grad_n.to(tl.int64)
+    start_n, b, h, head_index, q_ptr, k_ptr, v_ptr = locate(
+        qkv_ptr, stride_b, stride_s, stride_h, seq_len, heads, BLOCK_N
+    )
     stride_out = heads.to(tl.int64) * HEAD_DIM
-    q_ptr = qkv_ptr + b * stride_b + h * stride_h
-    k_ptr = q_ptr + stride_s
-    v_ptr = k_ptr + stride_s
     grad_out_ptr += b * stride_grad_b + h * stride_grad_h
     lse_ptr += head_index * seq_len
     delta_ptr += head_index * seq_len
@@ -144,15 +141,15 @@ def attention_backward_keys_kernel(
     dk = tl.zeros((BLOCK_N, PAD_DIM), tl.float32)
     dv = tl.zeros((BLOCK_N, PAD_DIM), tl.float32)
     full = seq_len // BLOCK_M * BLOCK_M
-    for start in tl.range(0, full, BLOCK_M):
-        dk, dv = _add_queries(
-            dk, dv, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, start, stride_n, stride_grad_n, seq_len, scale_log2,
-            BLOCK_M, HEAD_DIM, PAD_DIM, False, PRECISION,
-        )  # fmt: skip
     for start in tl.range(full, seq_len, TAIL_M, num_stages=1):
         dk, dv = _add_queries(
             dk, dv, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, start, stride_n, stride_grad_n, seq_len, scale_log2,
             TAIL_M, HEAD_DIM, PAD_DIM, True, PRECISION,
+        )  # fmt: skip
+    for start in tl.range(0, full, BLOCK_M):
+        dk, dv = _add_queries(
+            dk, dv, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, start, stride_n, stride_grad_n, seq_len, scale_log2,
+            BLOCK_M, HEAD_DIM, PAD_DIM, False, PRECISION,
         )  # fmt: skip
     dk_ptr = grad_qkv_ptr + b * seq_len * 3 * stride_out + (heads + h) * HEAD_DIM
     dv_ptr = dk_ptr + stride_out
@@ -160,22 +157,24 @@ def attention_backward_keys_kernel(
     store_rows(dv_ptr, dv, start_n, 3 * stride_out, seq_len, BLOCK_N, HEAD_DIM, PAD_DIM)
 
 
-# As in the forward, short and long sequences; each has the tiles of the queries' pass and of the keys' pass.
+# As in the forward, for few and for many programs, but of the queries' pass and of the keys' pass.
 _HALF = {
-    ("sm_80", False): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)), (Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))),
-    ("sm_80", True): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)), (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2))),
-    ("sm_90", False): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)), (Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))),
-    ("sm_90", True): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)), (Tiles(128, 64, 8, 2), Tiles(64, 64, 8, 2))),
-    ("sm_100", False): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)), (Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))),
-    ("sm_100", True): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 2)), (Tiles(128, 64, 8, 2), Tiles(64, 128, 8, 2))),
+    ("sm_80", False): ((Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)), (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3))),
+    ("sm_80", True): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 3)), (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 3))),
+    ("sm_86", False): ((Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)), (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3))),
+    ("sm_86", True): ((Tiles(64, 32, 8, 3), Tiles(32, 64, 8, 3)), (Tiles(64, 32, 8, 3), Tiles(32, 64, 8, 3))),
+    ("sm_90", False): ((Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3)), (Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 3))),
+    ("sm_90", True): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 3)), (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3))),
+    ("sm_100", False): ((Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)), (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3))),
+    ("sm_100", True): ((Tiles(64, 64, 4, 3), Tiles(64, 64, 8, 3)), (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3))),
     ("gfx942", False): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2)), (Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2))),
     ("gfx942", True): ((Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2)), (Tiles(64, 32, 4, 2), Tiles(32, 64, 4, 2))),
 }
 _FLOAT = {  # by padded head size
-    16: (Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2)),
-    32: (Tiles(32, 32, 4, 2), Tiles(32, 32, 8, 2)),
-    64: (Tiles(64, 32, 8, 2), Tiles(32, 32, 8, 2)),
-    128: (Tiles(16, 32, 8, 2), Tiles(32, 16, 8, 2)),
+    16: (Tiles(32, 32, 4, 3), Tiles(32, 32, 8, 3)),
+    32: (Tiles(32, 32, 4, 3), Tiles(32, 32, 8, 3)),
+    64: (Tiles(64, 32, 8, 3), Tiles(32, 32, 8, 2)),  # keys: three stages spill
+    128: (Tiles(16, 16, 8, 3), Tiles(32, 16, 8, 3)),
 }
 _FLOAT_GFX = {
     16: (Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
@@ -185,11 +184,16 @@ _FLOAT_GFX = {
 }
 
 
-def launch_config(head_dim: int, seq_len: int, dtype: torch.dtype, arch: str) -> tuple[Tiles, Tiles]:
-    """Tiles of the queries' pass and of the keys' pass, chosen as in the forward."""
+@lru_cache
+def launch_config(
+    head_dim: int, seq_len: int, dtype: torch.dtype, arch: str, heads: int, processors: int
+) -> tuple[Tiles, Tiles]:
+    """Tiles of the queries' pass and of the keys' pass, each chosen as in the forward."""
     if dtype == torch.float32:
-        return (_FLOAT_GFX if arch.startswith("gfx") else _FLOAT)[triton.next_power_of_2(head_dim)]
-    return _HALF[table_arch(arch), head_dim > 64][seq_len > SHORT]
+        return (_FLOAT_GFX if arch.startswith("gfx") else _FLOAT)[next_power_of_2(head_dim)]
+    few, many = _HALF[table_arch(arch), head_dim > 64]
+    queries, keys = (fills(seq_len, rows, heads, processors) for rows in (many[0].block_m, many[1].block_n))
+    return (many if queries else few)[0], (many if keys else few)[1]
 
 
 def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
@@ -202,7 +206,7 @@ def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, 
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     delta = torch.empty_like(lse)
     arch = device_arch(qkv)
-    queries, keys = launch_config(dim, n, qkv.dtype, arch)
+    queries, keys = launch_config(dim, n, qkv.dtype, arch, b * heads, processors(qkv))
     shared = dict(
         grad_out_ptr=grad_out,
         qkv_ptr=qkv,
@@ -218,18 +222,18 @@ def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, 
         scale=scale,
         scale_log2=scale * LOG2_E.value,
         HEAD_DIM=dim,
-        PAD_DIM=triton.next_power_of_2(dim),
+        PAD_DIM=next_power_of_2(dim),
         PRECISION=dot_precision(qkv.dtype, arch),
     )
-    attention_backward_queries_kernel[(triton.cdiv(n, queries.block_m) * b * heads,)](
+    attention_backward_queries_kernel[(cdiv(n, queries.block_m) * b * heads,)](
         **shared,
         out_ptr=out,
-        TAIL_N=TAIL_N,
+        TAIL_N=tail(n, queries.block_n),
         **launch_arguments(queries),
     )
-    attention_backward_keys_kernel[(triton.cdiv(n, keys.block_n) * b * heads,)](
+    attention_backward_keys_kernel[(cdiv(n, keys.block_n) * b * heads,)](
         **shared,
-        TAIL_M=TAIL_N,
+        TAIL_M=TAIL,
         **launch_arguments(keys),
     )
     return grad_qkv

@@ -4,8 +4,8 @@ For each head of ``qkv (B, N, 3, H, D)``, with s = q k^T * scale of shape (N, N)
     lse_i = log sum_j exp(s_ij)        out_i = sum_j exp(s_ij - lse_i) v_j
 One program owns BLOCK_M queries of one head and visits the keys with an online softmax in base 2: the statistics are
 in units of log 2, so that ``exp2(q k^T * (scale * log2 e) - max)`` is one fused multiply-add and one exponential.
-Full key blocks run without masks. The rest of a ragged sequence (2^k + 1 tokens: one key) runs in blocks of
-TAIL_N = 16 keys, the smallest size of a matrix product.
+Full key blocks run without masks, after the one masked block that the rest of a ragged sequence needs: TAIL_N keys,
+at 2^k + 1 tokens TAIL = 16, the smallest size of a matrix product. Its loads share the latency of the queries' load.
 
 Saved for the backward, only where a gradient is needed: ``lse (B, H, N)``, float32. It stays in units of log 2 to avoid
 two roundings: the last place of a log-sum-exp of 1e4 is a thousandth of p.
@@ -13,6 +13,7 @@ two roundings: the last place of a log-sum-exp of 1e4 is a thousandth of p.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,10 +22,35 @@ import triton.language as tl
 from torch import Tensor
 
 from ..registry import HEAD_SIZES
-from .common import LOG2_E, device_arch, dot_precision, launch_arguments, refuse_float64
+from .common import (
+    LOG2_E,
+    cdiv,
+    device_arch,
+    dot_precision,
+    launch_arguments,
+    next_power_of_2,
+    processors,
+    refuse_float64,
+)
 
-TAIL_N = 16
+TAIL = 16
 SHORT = 512  # tokens
+_LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)
+
+
+@triton.jit
+def locate(qkv_ptr, stride_b, stride_s, stride_h, seq_len, heads, BLOCK: tl.constexpr):
+    """First row, image, head and their common index of a program, and pointers to the queries, keys and values.
+
+    Neighbouring programs share a head, whose keys the cache then holds.
+    """
+    blocks = tl.cdiv(seq_len, BLOCK)
+    start = (tl.program_id(0) % blocks) * BLOCK
+    head_index = tl.program_id(0) // blocks
+    b, h = (head_index // heads).to(tl.int64), (head_index % heads).to(tl.int64)
+    q_ptr = qkv_ptr + b * stride_b + h * stride_h
+    k_ptr = q_ptr + stride_s
+    return start, b, h, head_index.to(tl.int64), q_ptr, k_ptr, k_ptr + stride_s
 
 
 @triton.jit
@@ -57,8 +83,13 @@ def _attend(
     q, acc, row_max, row_sum, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
     ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add ROWS keys to the online softmax. ``row_max`` is scaled once, so that all exponents round it alike."""
+    """Add ROWS keys to the online softmax. ``row_max`` is scaled once, so that all exponents round it alike.
+
+    The maximum drops NaN on a GPU: a NaN score still makes p, and with it the sum and the output of its row, NaN.
+    """
     k = load_rows(k_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
+    if ROWS <= 16:
+        v = load_rows(v_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     scores = tl.dot(q, k.T, input_precision=PRECISION)  # (BLOCK_M, ROWS)
     if EDGE:
         scores = tl.where(start + tl.arange(0, ROWS)[None, :] < seq_len, scores * scale_log2, -float("inf"))
@@ -68,7 +99,8 @@ def _attend(
         new_max = tl.maximum(row_max, tl.max(scores, 1) * scale_log2)
         p = tl.exp2(scores * scale_log2 - new_max[:, None])
     shrink = tl.exp2(row_max - new_max)
-    v = load_rows(v_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
+    if ROWS > 16:
+        v = load_rows(v_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return acc, new_max, row_sum * shrink + tl.sum(p, 1)
 
@@ -86,39 +118,36 @@ def attention_forward_kernel(
     HEAD_DIM: tl.constexpr, PAD_DIM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TAIL_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(seq_len, BLOCK_M)
-    head_index = (tl.program_id(0) // blocks).to(tl.int64)  # of all B * H heads; neighbours share keys in the cache
-    start_m = (tl.program_id(0) % blocks) * BLOCK_M
-    b, h = head_index // heads, head_index % heads
     stride_n = stride_n.to(tl.int64)
-    q_ptr = qkv_ptr + b * stride_b + h * stride_h
-    k_ptr = q_ptr + stride_s
-    v_ptr = k_ptr + stride_s
-
+    start_m, b, h, head_index, q_ptr, k_ptr, v_ptr = locate(
+        qkv_ptr, stride_b, stride_s, stride_h, seq_len, heads, BLOCK_M
+    )
+    stride_out = heads.to(tl.int64) * HEAD_DIM
+    out_ptr += b * seq_len * stride_out + h * HEAD_DIM
+    lse_ptr += head_index * seq_len
     q = load_rows(q_ptr, start_m, stride_n, seq_len, BLOCK_M, HEAD_DIM, PAD_DIM, True)
     if NEGATIVE:
         q = -q
     acc = tl.zeros((BLOCK_M, PAD_DIM), tl.float32)
-    row_max = tl.full((BLOCK_M,), -float("inf"), tl.float32)
+    row_max = tl.full((BLOCK_M,), _LOWEST, tl.float32)  # finite: a block of scores -inf adds zeros, not NaN
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     full = seq_len // BLOCK_N * BLOCK_N
+    if TAIL_N > 0:
+        acc, row_max, row_sum = _attend(
+            q, acc, row_max, row_sum, k_ptr, v_ptr, full, stride_n, seq_len, scale_log2,
+            TAIL_N, HEAD_DIM, PAD_DIM, True, PRECISION,
+        )  # fmt: skip
     for start in tl.range(0, full, BLOCK_N):
         acc, row_max, row_sum = _attend(
             q, acc, row_max, row_sum, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
             BLOCK_N, HEAD_DIM, PAD_DIM, False, PRECISION,
         )  # fmt: skip
-    for start in tl.range(full, seq_len, TAIL_N, num_stages=1):
-        acc, row_max, row_sum = _attend(
-            q, acc, row_max, row_sum, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
-            TAIL_N, HEAD_DIM, PAD_DIM, True, PRECISION,
-        )  # fmt: skip
 
-    stride_out = heads.to(tl.int64) * HEAD_DIM
-    out_ptr += b * seq_len * stride_out + h * HEAD_DIM
+    row_sum = tl.where(row_sum == 0, float("inf"), row_sum)  # all scores are -inf: zeros, as PyTorch gives
     store_rows(out_ptr, acc / row_sum[:, None], start_m, stride_out, seq_len, BLOCK_M, HEAD_DIM, PAD_DIM)
     if WITH_LSE:
         offs_m = start_m + tl.arange(0, BLOCK_M)
-        tl.store(lse_ptr + head_index * seq_len + offs_m, row_max + tl.log2(row_sum), mask=offs_m < seq_len)
+        tl.store(lse_ptr + offs_m, row_max + tl.log2(row_sum), mask=offs_m < seq_len)
 
 
 class Tiles(NamedTuple):
@@ -130,35 +159,51 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# 16-bit types: tiles for short and for long sequences, by architecture and by whether a head is wider than 64.
+# 16-bit types: tiles of 64 queries and of many, by architecture and by whether a head is wider than 64. On NVIDIA two
+# stages prefetch nothing: the head of the loop waits for the tile that it has just asked for.
 _HALF = {
-    ("sm_80", False): (Tiles(64, 64, 4, 3), Tiles(128, 64, 4, 3)),
+    ("sm_80", False): (Tiles(64, 64, 4, 3), Tiles(64, 128, 4, 3)),
     ("sm_80", True): (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)),
-    ("sm_90", False): (Tiles(64, 64, 4, 3), Tiles(128, 64, 4, 3)),
+    ("sm_86", False): (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3)),
+    ("sm_86", True): (Tiles(64, 64, 4, 2), Tiles(128, 32, 8, 3)),
+    ("sm_90", False): (Tiles(64, 64, 4, 3), Tiles(128, 64, 8, 3)),
     ("sm_90", True): (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)),
-    ("sm_100", False): (Tiles(64, 128, 4, 2), Tiles(128, 128, 8, 3)),
+    ("sm_100", False): (Tiles(64, 128, 4, 3), Tiles(128, 128, 8, 3)),
     ("sm_100", True): (Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3)),
     ("gfx942", False): (Tiles(64, 64, 4, 2), Tiles(128, 64, 4, 2)),
     ("gfx942", True): (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
 }
 # float32, by padded head size: without TF32 the products run on the FMA units, and their operands fill the registers.
-_FLOAT = {16: Tiles(64, 32, 8, 2), 32: Tiles(64, 32, 8, 2), 64: Tiles(32, 32, 4, 2), 128: Tiles(16, 32, 8, 2)}
+_FLOAT = {16: Tiles(64, 32, 8, 3), 32: Tiles(64, 32, 8, 3), 64: Tiles(32, 32, 4, 3), 128: Tiles(16, 32, 8, 2)}
 
 
-def launch_config(head_dim: int, seq_len: int, dtype: torch.dtype, arch: str) -> Tiles:
-    """Tiles of a launch: the largest that aot builds without spills; no table was measured.
-
-    Up to SHORT tokens tiles have 64 queries, because 128 leave more empty rows after a 2^k + 1 sequence.
-    """
+@lru_cache
+def launch_config(head_dim: int, seq_len: int, dtype: torch.dtype, arch: str, heads: int, processors: int) -> Tiles:
+    """Tiles of a launch for ``heads`` heads of all images; no table was measured."""
     if dtype == torch.float32:
-        return _FLOAT[triton.next_power_of_2(head_dim)]
-    return _HALF[table_arch(arch), head_dim > 64][seq_len > SHORT]
+        tiles = _FLOAT[next_power_of_2(head_dim)]
+        return tiles._replace(num_stages=2) if arch.startswith("gfx") else tiles
+    few, many = _HALF[table_arch(arch), head_dim > 64]
+    return many if fills(seq_len, many.block_m, heads, processors) else few
+
+
+def fills(seq_len: int, rows: int, heads: int, processors: int) -> bool:
+    """True where blocks of ``rows`` make two programs for each processor, and few empty rows after 2^k + 1 tokens."""
+    return seq_len > SHORT and cdiv(seq_len, rows) * heads >= 2 * processors
+
+
+def tail(seq_len: int, block: int) -> int:
+    """Rows of the masked block for what full blocks leave over, or 0."""
+    rest = seq_len % block
+    return TAIL if 0 < rest <= TAIL else block if rest else 0
 
 
 def table_arch(arch: str) -> str:
-    """Row of the launch tables for any chip; sm_80's tiles fit the 99 KB of shared memory of sm_86, 89 and 120."""
+    """Row of the launch tables for any chip; sm_86's serves those with 99 KB of shared memory."""
     if arch.startswith("gfx"):
         return "gfx942"
+    if arch in ("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"):
+        return "sm_86"
     return "sm_100" if arch.startswith("sm_10") else arch if arch == "sm_90" else "sm_80"
 
 
@@ -186,8 +231,8 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor
     if out.numel() == 0:
         return out, lse
     arch = device_arch(qkv)
-    tiles = launch_config(dim, n, qkv.dtype, arch)
-    attention_forward_kernel[(triton.cdiv(n, tiles.block_m) * b * heads,)](
+    tiles = launch_config(dim, n, qkv.dtype, arch, b * heads, processors(qkv))
+    attention_forward_kernel[(cdiv(n, tiles.block_m) * b * heads,)](
         qkv_ptr=qkv,
         out_ptr=out,
         lse_ptr=lse,
@@ -198,8 +243,8 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor
         NEGATIVE=scale < 0,
         WITH_LSE=with_lse,
         HEAD_DIM=dim,
-        PAD_DIM=triton.next_power_of_2(dim),
-        TAIL_N=TAIL_N,
+        PAD_DIM=next_power_of_2(dim),
+        TAIL_N=tail(n, tiles.block_n),
         PRECISION=dot_precision(qkv.dtype, arch),
         **launch_arguments(tiles),
     )

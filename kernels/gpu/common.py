@@ -43,6 +43,16 @@ def _current_arch() -> str:
     return f"sm_{target.arch}" if target.backend == "cuda" else str(target.arch)
 
 
+def processors(tensor: Tensor) -> int:
+    """Multiprocessors or compute units of the tensor's GPU; an H100's where a launch is interpreted or recorded."""
+    return _processors(tensor.get_device()) if tensor.is_cuda else 132
+
+
+@lru_cache
+def _processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def dot_precision(dtype: torch.dtype, arch: str) -> str:
     """``"tf32"`` where PyTorch's own float32 matrix products may use it, ``"ieee"`` elsewhere."""
     allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
