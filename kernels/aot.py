@@ -37,10 +37,15 @@ class Chip(NamedTuple):
 
 
 CHIPS = {
+    "sm_75": Chip(GPUTarget("cuda", 75, 32), 64 << 10),
     "sm_80": Chip(GPUTarget("cuda", 80, 32), 163 << 10),
+    "sm_86": Chip(GPUTarget("cuda", 86, 32), 99 << 10),
+    "sm_89": Chip(GPUTarget("cuda", 89, 32), 99 << 10),
     "sm_90": Chip(GPUTarget("cuda", 90, 32), 227 << 10),
     "sm_100": Chip(GPUTarget("cuda", 100, 32), 227 << 10),
+    "sm_120": Chip(GPUTarget("cuda", 120, 32), 99 << 10),
     "gfx942": Chip(GPUTarget("hip", "gfx942", 64), 64 << 10),
+    "gfx950": Chip(GPUTarget("hip", "gfx950", 64), 160 << 10),
 }
 
 
@@ -69,7 +74,7 @@ class Build:
 
 def shipped(arch: str) -> list[Launch]:
     """All launches on ``arch``, as recorded."""
-    return record(CHIPS[arch].target, representative_calls())
+    return record(CHIPS[arch].target, representative_calls(arch))
 
 
 def compile_launch(launch: Launch, arch: str) -> Any:

@@ -1,6 +1,7 @@
 """The operator library ``segmenter_fast``: definitions, the backend of each device, and rules that all ops share.
 
-CUDA and ROCm tensors run Triton kernels, tensors of every other device the plain formulations in ``cpu/``.
+CUDA and ROCm tensors run Triton kernels, tensors of every other device the plain formulations in ``cpu/``. One op has a
+rule of its own: ``ops.attention`` takes PyTorch's kernel on NVIDIA GPUs before compute capability 8.0.
 ``TRITON_INTERPRET=1`` sends CPU tensors through the Triton kernels, interpreted. Where Triton does not exist,
 the plain formulations serve every device, and a warning says so.
 """

@@ -22,7 +22,7 @@ from triton.runtime.jit import JITFunction
 from ..loss_options import LossOptions
 from ..registry import HEAD_SIZES
 from .attention_backward import attention_backward
-from .attention_forward import SHORT, attention_forward
+from .attention_forward import attention_forward
 from .lattice import lattice_softmax
 from .lattice_argmax import lattice_argmax
 from .mask_scores import mask_scores, mask_scores_backward
@@ -122,26 +122,37 @@ def _launch(kernel: Any, bound: dict[str, Any], label: str, grid: Any, arguments
     return Launch(name, kernel, *build, tuple(grid), arguments)
 
 
-def representative_calls() -> Iterator[tuple[str, Callable[[], object]]]:
-    """A label and a call of a launcher, for every op, dtype, layout and tile configuration that ships."""
-    yield from _attention()
+def representative_calls(arch: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """A label and a call of a launcher, for every op, dtype, layout and tile configuration that ships.
+
+    sm_75 has no attention, which PyTorch computes there, and float16 in place of bfloat16, which it lacks. Chips that
+    share the tiles of others have a part of attention's builds.
+    """
+    half = "fp16" if arch == "sm_75" else "bf16"
+    if arch != "sm_75":
+        yield from _attention(arch not in ("sm_86", "sm_89", "sm_120", "gfx950"))
     yield from _lattice()
-    yield from _mask_scores()
-    yield from _upsample_argmax()
-    yield from _upsample_softmax()
-    yield from _upsample_cross_entropy()
+    yield from _mask_scores(half)
+    yield from _upsample_argmax(half)
+    yield from _upsample_softmax(half)
+    yield from _upsample_cross_entropy(half)
 
 
-def _attention() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Calls with a positive scale; a negative one would only negate the queries."""
-    for name, dtype in DTYPES.items():
-        for dim in HEAD_SIZES:
-            for seq_len in (SHORT, SHORT + 1):
-                qkv = empty(BATCH, seq_len, 3, HEADS, dim, dtype=dtype)
-                out, lse = empty(BATCH, seq_len, HEADS, dim, dtype=dtype), empty(BATCH, HEADS, seq_len)
+def _attention(all_sizes: bool) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Calls with a positive scale; a negative one would only negate the queries.
+
+    2^k + 1 tokens, few and many; head sizes 64 and 128 also with a rest that takes a whole masked block.
+    """
+    for name in DTYPES if all_sizes else ("bf16", "fp32"):
+        for dim in HEAD_SIZES if all_sizes else (64, 128):
+            for seq_len, rest in ((257, ""), (1025, ""), (280, " ragged"), (1080, " ragged")):
+                if rest and (dim not in (64, 128) or name == "fp16"):
+                    continue
+                qkv = empty(BATCH, seq_len, 3, HEADS, dim, dtype=DTYPES[name])
+                out, lse = empty(BATCH, seq_len, HEADS, dim, dtype=qkv.dtype), empty(BATCH, HEADS, seq_len)
                 for precision in ("ieee", "tf32") if name == "fp32" else ("ieee",):
                     torch.backends.cuda.matmul.fp32_precision = precision
-                    label = f"D={dim} {name} {precision}"
+                    label = f"D={dim} {name} {precision}{rest}"
                     yield label, partial(attention_forward, qkv, 0.125, False)
                     yield f"{label} lse", partial(attention_forward, qkv, 0.125, True)
                     yield label, partial(attention_backward, out, qkv, out, lse, 0.125)
@@ -162,15 +173,15 @@ def _lattice() -> Iterator[tuple[str, Callable[[], object]]]:
         yield f"of votes {label}", partial(lattice_argmax, *lattice(2))
 
 
-def _mask_scores() -> Iterator[tuple[str, Callable[[], object]]]:
-    for name in ("bf16", "fp32"):
-        for num_classes in (19, 150, 1000):
-            like = partial(empty, dtype=DTYPES[name])
-            patches, classes = like(BATCH, GRID**2, 768), like(BATCH, num_classes, 768)
-            grad, norm = like(BATCH, GRID**2, num_classes), like(num_classes)
-            label = f"K={num_classes} {name}"
-            yield label, partial(mask_scores, patches, classes, norm, norm, 1e-5)
-            yield label, partial(mask_scores_backward, grad, patches, classes, norm, norm, 1e-5)
+def _mask_scores(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    cases = [(name, num_classes) for name in (half, "fp32") for num_classes in (19, 150, 1000)]
+    for name, num_classes in dict.fromkeys((*cases, ("fp16", 150))):
+        like = partial(empty, dtype=DTYPES[name])
+        patches, classes = like(BATCH, GRID**2, 768), like(BATCH, num_classes, 768)
+        grad, norm = like(BATCH, GRID**2, num_classes), like(num_classes)
+        label = f"K={num_classes} {name}"
+        yield label, partial(mask_scores, patches, classes, norm, norm, 1e-5)
+        yield label, partial(mask_scores_backward, grad, patches, classes, norm, norm, 1e-5)
 
 
 def _masks(num_classes: int, name: str, channels_last: bool = True) -> Tensor:
@@ -180,21 +191,21 @@ def _masks(num_classes: int, name: str, channels_last: bool = True) -> Tensor:
     return empty(BATCH, num_classes, GRID, GRID, dtype=DTYPES[name])
 
 
-def _upsample_argmax() -> Iterator[tuple[str, Callable[[], object]]]:
+def _upsample_argmax(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for patch in (1, 2, 4, 8, 16):
         size = (GRID * patch, GRID * patch)
         for num_classes in (19, 150, 1000):
-            for name in ("bf16", "fp32"):
+            for name in (half, "fp32"):
                 for layout in ("channels-last", "contiguous"):
                     masks = _masks(num_classes, name, layout == "channels-last")
                     label = f"{patch}x{patch} K={num_classes} {name} {layout}"
                     yield label, partial(upsample_argmax, masks, size, size, False)
     wide = (1 << 29) + 1  # rows, whose positions pass 32 bits
-    yield "wide K=150 bf16", partial(upsample_argmax, _masks(150, "bf16"), (wide, GRID), (16, GRID), False)
+    yield f"wide K=150 {half}", partial(upsample_argmax, _masks(150, half), (wide, GRID), (16, GRID), False)
 
 
-def _upsample_softmax() -> Iterator[tuple[str, Callable[[], object]]]:
-    cases = [("bf16", num_classes, patch) for num_classes in (19, 150, 1000) for patch in (4, 16)]
+def _upsample_softmax(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    cases = [(half, num_classes, patch) for num_classes in (19, 150, 1000) for patch in (4, 16)]
     for name, num_classes, patch in (*cases, ("fp32", 150, 16)):
         label, masks, size = f"K={num_classes} P={patch} {name}", _masks(num_classes, name), (GRID * patch,) * 2
         probabilities = empty(BATCH, num_classes, *size, dtype=DTYPES[name])
@@ -202,10 +213,10 @@ def _upsample_softmax() -> Iterator[tuple[str, Callable[[], object]]]:
         yield label, partial(upsample_softmax_backward, probabilities, probabilities, (GRID, GRID), size, False)
 
 
-def _upsample_cross_entropy() -> Iterator[tuple[str, Callable[[], object]]]:
+def _upsample_cross_entropy(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Letters of a label: g a gradient, w class weights, s smoothing; "pixels" is reduction "none"."""
-    cases = [("bf16", num_classes, patch, "g") for num_classes in (19, 150, 1000) for patch in (4, 8, 16)]
-    cases += [("fp32", 150, 16, "g"), ("fp32", 150, 16, "wsg"), ("bf16", 150, 16, "")]
+    cases = [(half, num_classes, patch, "g") for num_classes in (19, 150, 1000) for patch in (4, 8, 16)]
+    cases += [("fp32", 150, 16, "g"), ("fp32", 150, 16, "wsg"), (half, 150, 16, "")]
     for name, num_classes, patch, present in cases:
         masks, size = _masks(num_classes, name), (GRID * patch, GRID * patch)
         target = empty(BATCH, *size, dtype=torch.int64)

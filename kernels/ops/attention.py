@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -37,6 +39,9 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
         TypeError: a dtype that is not floating point; float64, where Triton runs.
         NotImplementedError: a second derivative, or forward-mode differentiation.
 
+    NVIDIA GPUs before compute capability 8.0 run PyTorch's ``scaled_dot_product_attention``, because the Triton kernels
+    spill thousands of registers there.
+
     ``torch.func.vmap`` folds its dimension into the batch. PyTorch refuses ``torch.func.grad`` for every operator with
     a registered derivative; ``torch.autograd.grad`` computes the same, also around ``vmap``.
     """
@@ -51,9 +56,18 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     device = qkv.device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype(device))
-    with_lse = torch.is_grad_enabled() and qkv.requires_grad
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
+    if device == "cuda" and _before_ampere(qkv.device):
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
+        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
+    with_lse = torch.is_grad_enabled() and qkv.requires_grad
     return torch.ops.segmenter_fast.attention(qkv, scale, with_lse)[0]
+
+
+@cache
+@torch.compiler.assume_constant_result
+def _before_ampere(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def _fake(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:

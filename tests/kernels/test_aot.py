@@ -36,14 +36,26 @@ def largest_tile(launch: Launch) -> int:
     return math.prod(constant(launch, name) for name in launch.kernel.arg_names if name.startswith("BLOCK"))
 
 
-def samples(arch: str) -> list[str]:
+def samples(arch: str) -> dict[str, str]:
     """Of each kernel the build with the largest tiles."""
     largest: dict[str, Launch] = {}
     for launch in aot.shipped(arch):
         kernel = launch.kernel.__name__
         if kernel not in largest or largest_tile(launch) > largest_tile(largest[kernel]):
             largest[kernel] = launch
-    return [launch.name for launch in largest.values()]
+    return {kernel: launch.name for kernel, launch in largest.items()}
+
+
+def rotated() -> list[tuple[str, str]]:
+    """The samples of each kernel for four of the chips, of the next kernel for others: all chips at the cost of four."""
+    chips = list(aot.CHIPS)
+    found = {arch: samples(arch) for arch in chips}
+    turns = [
+        (kernel, chips[(turn + 2 * step) % len(chips)])
+        for turn, kernel in enumerate(found["sm_90"])
+        for step in range(4)
+    ]
+    return [(arch, found[arch][kernel]) for kernel, arch in turns if kernel in found[arch]]
 
 
 def hold(wanted: list[tuple[str, str]]) -> None:
@@ -56,7 +68,9 @@ def hold(wanted: list[tuple[str, str]]) -> None:
 
 
 def test_the_largest_builds_ship_without_spills() -> None:
-    hold([(arch, name) for arch in aot.CHIPS for name in samples(arch)])
+    wanted = rotated()
+    assert {arch for arch, _ in wanted} == set(aot.CHIPS)
+    hold(wanted)
 
 
 @pytest.mark.slow
@@ -72,7 +86,7 @@ def kernels() -> set[str]:
     return {function.__name__ for function in functions if function.__name__.endswith("_kernel")}
 
 
-@pytest.mark.parametrize("arch", aot.CHIPS)
+@pytest.mark.parametrize("arch", ["sm_75", "sm_90", "gfx942"])
 def test_builds_are_what_launches_bind(arch, monkeypatch) -> None:
     """Bind the arguments of each launch by Triton's binder: all kernels, signatures, constants and attributes."""
     target = aot.CHIPS[arch].target
@@ -90,17 +104,19 @@ def test_builds_are_what_launches_bind(arch, monkeypatch) -> None:
 
     monkeypatch.setattr(JITFunction, "run", bind)
     launches = aot.shipped(arch)
-    assert {launch.kernel.__name__ for launch in launches} == set(bound) == kernels()
+    missing = {name for name in kernels() if name.startswith("attention")} if arch == "sm_75" else set()
+    assert {launch.kernel.__name__ for launch in launches} == set(bound) == kernels() - missing
     for launch in launches:
         build = (launch.signature, launch.constants, launch.attributes, *launch.options.values())
         assert build in bound[launch.kernel.__name__]
 
 
 def test_the_tiles_are_those_of_the_architecture() -> None:
-    tiles = {arch: {one.name for one in aot.shipped(arch) if "forward D=64 bf16" in one.name} for arch in aot.CHIPS}
-    assert "attention_forward D=64 bf16 ieee (64, 64, 4, 3)" in tiles["sm_90"]
-    assert "attention_forward D=64 bf16 ieee (64, 128, 4, 2)" in tiles["sm_100"]
-    assert "attention_forward D=64 bf16 ieee (64, 64, 4, 2)" in tiles["gfx942"]
+    names = {arch: {one.name for one in aot.shipped(arch)} for arch in ("sm_75", "sm_90", "sm_100", "gfx942")}
+    assert "attention_forward D=64 bf16 ieee (128, 64, 8, 3)" in names["sm_90"]
+    assert "attention_forward D=64 bf16 ieee (128, 128, 8, 3)" in names["sm_100"]
+    assert "attention_forward D=64 bf16 ieee (64, 64, 4, 2)" in names["gfx942"]
+    assert not any(name.startswith("attention") or "bf16" in name for name in names["sm_75"])
 
 
 def test_unit_strides_are_constants() -> None:
@@ -172,8 +188,20 @@ def test_a_nan_reaches_the_labels(name: str) -> None:
     assert not re.search(r"(min|max)\.f32", exact)
 
 
+def test_a_nan_score_reaches_the_output_of_attention() -> None:
+    """The maximum of a row drops NaN. Each exponent is a score less that maximum, so that the sum of the row is NaN."""
+    name = "attention_forward D=16 bf16 ieee (64, 64, 4, 3)"
+    (launch,) = (launch for launch in aot.shipped("sm_90") if launch.name == name)
+    ptx = aot.compile_launch(launch, "sm_90").asm["ptx"]
+    scores = dict(re.findall(r"^\s+(?:sub|fma\.rn)\.f32\s+(%\w+), (%\w+),", ptx, re.MULTILINE))
+    exponents = [scores[register] for register in re.findall(r"ex2\.approx\S*\s+%\w+, (%\w+);", ptx)]
+    plain = [register for register in exponents if "max.f32" not in operations(ptx, register)]
+    assert "max.NaN" not in ptx
+    assert len(plain) >= 64 * (64 + 16) // 128  # scores of a thread, in the loop and before it; others shrink the sum
+
+
 def test_one_name_is_one_build() -> None:
-    layouts = {label: call for label, call in representative_calls() if label.startswith("1x1 K=150")}
+    layouts = {label: call for label, call in representative_calls("sm_90") if label.startswith("1x1 K=150")}
     narrow, wide = layouts["1x1 K=150 bf16 channels-last"], layouts["1x1 K=150 fp32 channels-last"]
     twice = record(SM_90, iter([("label", narrow), ("other label", narrow)]))
     assert [launch.name for launch in twice] == ["upsample_argmax label (1, 1, 256, 1, 3)"]

@@ -1,0 +1,66 @@
+"""Tiles and backend that attention chooses by chip, without a GPU."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from segmenter_fast.kernels import attention
+from segmenter_fast.kernels.ops.attention import _before_ampere
+from segmenter_fast.kernels.registry import HEAD_SIZES
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx1100"])
+def test_launch_config_of_every_chip(arch: str) -> None:
+    forward = pytest.importorskip("segmenter_fast.kernels.gpu.attention_forward", reason="needs Triton")
+    backward = importlib.import_module("segmenter_fast.kernels.gpu.attention_backward")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for dim in HEAD_SIZES:
+            for n, heads in ((1, 1), (257, 96), (4097, 96), (1025, 12)):
+                case = dim, n, dtype, arch, heads, 132
+                for tiles in (forward.launch_config(*case), *backward.launch_config(*case)):
+                    assert tiles.block_m % forward.TAIL == tiles.block_n % forward.TAIL == 0
+
+
+def test_tiles_of_few_programs() -> None:
+    """12 heads of 1025 tokens are 108 programs of 128 queries: too few for 132 multiprocessors, which hold two each."""
+    forward = pytest.importorskip("segmenter_fast.kernels.gpu.attention_forward", reason="needs Triton")
+    rows = {heads: forward.launch_config(64, 1025, torch.bfloat16, "sm_90", heads, 132).block_m for heads in (12, 96)}
+    assert rows == {12: 64, 96: 128}
+    assert [forward.tail(n, 64) for n in (1, 16, 17, 64, 65, 1080)] == [16, 16, 64, 0, 16, 64]
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
+def test_gpus_before_ampere_take_the_kernel_of_pytorch(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    calls: list[torch.Size] = []
+
+    def pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        calls.append(q.shape)
+        return torch.empty(q.shape)
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", pytorch)
+    _before_ampere.cache_clear()
+    with FakeTensorMode():
+        out = attention(torch.empty(2, 5, 3, 4, 16, device="cuda", dtype=torch.float16))
+    _before_ampere.cache_clear()
+    assert out.shape == (2, 5, 4, 16)
+    assert calls == ([(2, 4, 5, 16)] if capability < (8, 0) else [])
+
+
+def test_the_choice_of_the_kernel_is_a_constant_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    _before_ampere.cache_clear()
+
+    def negate(x: Tensor) -> Tensor:
+        return -x if _before_ampere(torch.device("cuda", 0)) else x
+
+    assert torch.compile(negate, backend="eager", fullgraph=True)(torch.ones(1)) == -1
+    _before_ampere.cache_clear()
