@@ -198,6 +198,8 @@ def launch_config(num_classes: int, dtype: torch.dtype, backward: bool, arch: st
         block_k = min(block_k, 64 if nvidia else 32)
         few_warps = block_k <= 32 and not (nvidia and dtype == torch.float32)  # with four warps float32 spills on sm_90
         return Tiles(32, block_k, 32, 4 if few_warps else 8, 1)
+    if arch == "sm_75" and block_k > 64 and dtype == torch.float16:  # larger tiles spill
+        return Tiles(32, 64, 32, 8, 1)
     if num_classes > 256:
         # float32 with two stages spills on sm_100.
         return Tiles(32, 64, 32, 8, 1) if dtype == torch.float32 else Tiles(64, 128, 32, 8, 2)

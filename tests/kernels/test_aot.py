@@ -47,7 +47,7 @@ def samples(arch: str) -> dict[str, str]:
 
 
 def rotated() -> list[tuple[str, str]]:
-    """The samples of each kernel for four of the chips, of the next kernel for others: all chips at the cost of four."""
+    """Samples of each kernel for four of the chips, of the next kernel for others: all chips at the cost of four."""
     chips = list(aot.CHIPS)
     found = {arch: samples(arch) for arch in chips}
     turns = [
