@@ -24,6 +24,7 @@ from ..bilinear import Axis
 from .common import LOG2_E, launch_arguments, next_power_of_2, programs
 
 SAFE_SPREAD = tl.constexpr(32.0)  # exp(-32) is far from underflow
+MOST_OFFSET = tl.constexpr(1 << 30)  # of offsets within an image and of products, in 32 bits
 DEEP = tl.constexpr(1e30)  # corners below its negative need PyTorch's roundings, and -inf its NaNs
 PADDING = tl.constexpr(-3e38)  # of classes that do not exist; finite, because 0 * inf is NaN
 
@@ -75,16 +76,15 @@ class Plan(NamedTuple):
 
 @lru_cache(maxsize=256)
 def plan(tiles: Tiles, batch: int, num_classes: int, ys: Axis, xs: Axis, reach: int) -> Plan:
-    """Launch on all cells. ``reach`` is the largest offset within one image of any tensor.
-
-    Raises:
-        ValueError: more programs than a grid can have.
-    """
+    """Launch on all cells. ``reach`` is the largest offset within one image of any tensor."""
+    products = [(a.size_in + 1) * a.denominator + (a.kept + 1) * a.step + abs(a.offset) for a in (ys, xs)]
+    wide = max(*products, reach) >= MOST_OFFSET.value
+    if wide:  # 64-bit offsets of 16 rows would not fit the registers
+        tiles = tiles._replace(block_y=min(tiles.block_y, 4))
     splits = splits_of(ys, xs, batch, tiles.block_y, tiles.block_x)
     grid = programs(batch * ys.size_in * xs.size_in * splits, masks=(batch, num_classes, ys.size_in, xs.size_in))
-    products = [(a.size_in + 1) * a.denominator + (a.kept + 1) * a.step + abs(a.offset) for a in (ys, xs)]
-    arguments = geometry(ys, xs) | launch_arguments(tiles) | {"WIDE": max(*products, reach) >= 1 << 31}
-    return Plan(splits, grid, arguments | {"num_classes": num_classes, "splits": splits})
+    sizes = {"num_classes": num_classes, "splits": splits, "WIDE": wide}
+    return Plan(splits, grid, geometry(ys, xs) | launch_arguments(tiles) | sizes)
 
 
 def reach(*tensors: Tensor) -> int:
@@ -103,15 +103,11 @@ def cell_start(cell, axis):
 
 
 @triton.jit
-def upper_weights(outputs, end, cell, axis, dtype: tl.constexpr):
-    """Weight of input ``cell + 1`` at ``outputs`` of ``cell``; past its ``end``, that of its last one."""
-    numerator = tl.minimum(outputs, end - 1) * axis.step + axis.offset - cell * axis.denominator
-    return tl.maximum(numerator, 0).to(dtype) / axis.denominator
-
-
-@triton.jit
 def tile_weights(index, begin, end, cell, axis, dtype: tl.constexpr):
-    """``upper_weights`` of outputs ``begin + index``, without integers for each: exact for numerators below 2^24."""
+    """Weight of input ``cell + 1`` at outputs ``begin + index`` of ``cell``; past its ``end``, that of its last one.
+
+    Outputs before the first centre take theirs from cell 0, as in PyTorch: clamped to 0.
+    """
     origin = axis.offset - cell * axis.denominator
     first = (begin * axis.step + origin).to(dtype)
     last = ((end - 1) * axis.step + origin).to(dtype)

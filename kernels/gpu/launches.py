@@ -211,6 +211,12 @@ def _upsample_softmax(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
         probabilities = empty(BATCH, num_classes, *size, dtype=DTYPES[name])
         yield label, partial(upsample_softmax, masks, size, size, False)
         yield label, partial(upsample_softmax_backward, probabilities, probabilities, (GRID, GRID), size, False)
+    masks, grad = (
+        torch.empty_strided(one.shape, (1 << 40, 1 << 30, 1 << 12, 1), dtype=one.dtype, device="meta")
+        for one in (masks, probabilities)
+    )
+    yield f"{label} wide", partial(upsample_softmax, masks, size, size, False)
+    yield f"{label} wide", partial(upsample_softmax_backward, grad, probabilities, (GRID, GRID), size, False)
 
 
 def _upsample_cross_entropy(half: str) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -22,6 +22,7 @@ from ..bilinear import Axis
 from ..registry import statistics_dtype
 from .cells import (
     GEOMETRY,
+    MOST_OFFSET,
     Tiles,
     exponentials,
     fit_tile,
@@ -106,7 +107,6 @@ def softmax_backward_kernel(
             p = load_classes(probabilities_ptr, probabilities_strides, k, offs_y, offs_x)
             g = load_classes(grad_ptr, grad_strides, k, offs_y, offs_x)
             if start + BLOCK_K > num_classes:
-                p = tl.where((start + offs_k < num_classes)[None, :, None], p, 0.0)
                 g = tl.where((start + offs_k < num_classes)[None, :, None], g, 0.0)
             product += p.to(dtype) * g.to(dtype)
         mean = tl.sum(product, 1)[:, None, :]  # sum_k p g
@@ -133,10 +133,16 @@ def softmax_backward_kernel(
 
 @triton.jit
 def load_classes(ptr, strides, k, offs_y, offs_x):
-    """``(BLOCK_Y, BLOCK_K, BLOCK_X)`` values of an image whose batch stride is not used."""
+    """``(BLOCK_Y, BLOCK_K, BLOCK_X)`` values of an image; the batch stride is not used.
+
+    The compiler keeps 32-bit offsets of the rows in one register each where it knows them to be below 2^30.
+    """
     _, stride_k, stride_y, stride_x = strides
     ptrs = (ptr + k * stride_k)[None, :, None] + (offs_x * stride_x)[None, None, :]
-    return tl.load(ptrs + (offs_y * stride_y)[:, None, None])
+    rows = offs_y * stride_y
+    if rows.dtype == tl.int32:
+        rows = (rows & (MOST_OFFSET - 1)).to(tl.uint32).to(tl.int64)
+    return tl.load(ptrs + rows[:, None, None])
 
 
 def launch_config(num_classes: int, longest_y: int, longest_x: int) -> Tiles:

@@ -99,9 +99,12 @@ def test_autocast_gives_float32(backend: Backend) -> None:
 
 
 def test_offsets_beyond_32_bits(backend: Backend) -> None:
-    """Two images, or the last two classes, are more than 2^31 elements apart."""
-    values = torch.randn(2, 3, 2, 2, device=backend.device).half()
-    memory = backend.sparse_memory((1 << 31) + 512)
+    """Two images, or the last two classes, are more than 2^30 elements apart."""
+    values, memory = torch.randn(2, 3, 2, 2, device=backend.device).half(), backend.sparse_memory((1 << 31) + 512)
+    backward = torch.ops.segmenter_fast.upsample_softmax_backward
     for strides in (((1 << 31) + 64, 1, 12, 3), (16, (1 << 30) + 64, 6, 3)):
-        masks = memory.as_strided((2, 3, 2, 2), strides).copy_(values)
-        assert torch.equal(kernels.upsample_softmax(masks, (4, 4)), kernels.upsample_softmax(values, (4, 4)))
+        far = memory.as_strided((2, 3, 2, 2), strides).copy_(values)
+        p = kernels.upsample_softmax(far, (4, 4))
+        assert torch.equal(p, kernels.upsample_softmax(values, (4, 4)))
+        p = p[..., :2, :2]
+        assert torch.equal(backward(far, p, (1, 1), (2, 2), False), backward(values, p, (1, 1), (2, 2), False))
