@@ -113,6 +113,17 @@ def test_cells_in_which_classes_can_be_pruned(spread: float, mirrored: bool) -> 
         check((scores, rows.contiguous(), weight, cols.contiguous(), weight.flip(1) if mirrored else weight))
 
 
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+def test_tiles_of_few_cells(backend: Backend, spread: float) -> None:
+    """Of 2 x 2 tiles of 16 x 16 pixels, three have cells enough to compare all classes, one prunes them."""
+    cells = torch.tensor([0] * 9 + [1] * 7 + [2, 3, 4, 4])
+    pairs, weight = torch.stack([2 * cells, 2 * cells + 1])[None], torch.rand(1, 20)
+    scores = torch.randn(1, 40) + spread * torch.randn(100, 40)
+    arguments = tuple(tensor.to(backend.device) for tensor in (scores, 10 * pairs, weight, pairs, weight))
+    labels = kernels.lattice_argmax(*arguments)
+    assert largest_shortfall(labels, reference.lattice_logits(*to(arguments, torch.float64))[0], 0) <= 1e-5
+
+
 def test_far_and_extreme_scores(backend: Backend) -> None:
     for spread in (1e-30, 40.0, 1e4):
         check(draw(2, 6, 8, 9, backend.device, spread))
