@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_forward import TAIL, Tiles, check, fills, load_rows, locate, qkv_strides, store_rows, table_arch, tail
-from .common import LOG2_E, cdiv, device_arch, dot_precision, launch_arguments, next_power_of_2, processors
+from .common import LOG2_E, cdiv, device_arch, dot_precision, launch_arguments, next_power_of_2, processors, programs
 
 
 @triton.jit
@@ -225,13 +225,13 @@ def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, 
         PAD_DIM=next_power_of_2(dim),
         PRECISION=dot_precision(qkv.dtype, arch),
     )
-    attention_backward_queries_kernel[(cdiv(n, queries.block_m) * b * heads,)](
+    attention_backward_queries_kernel[programs(cdiv(n, queries.block_m) * b * heads, qkv=qkv.shape)](
         **shared,
         out_ptr=out,
         TAIL_N=tail(n, queries.block_n),
         **launch_arguments(queries),
     )
-    attention_backward_keys_kernel[(cdiv(n, keys.block_n) * b * heads,)](
+    attention_backward_keys_kernel[programs(cdiv(n, keys.block_n) * b * heads, qkv=qkv.shape)](
         **shared,
         TAIL_M=TAIL,
         **launch_arguments(keys),

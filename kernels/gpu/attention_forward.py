@@ -30,6 +30,7 @@ from .common import (
     launch_arguments,
     next_power_of_2,
     processors,
+    programs,
     refuse_float64,
 )
 
@@ -232,7 +233,7 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor
         return out, lse
     arch = device_arch(qkv)
     tiles = launch_config(dim, n, qkv.dtype, arch, b * heads, processors(qkv))
-    attention_forward_kernel[(cdiv(n, tiles.block_m) * b * heads,)](
+    attention_forward_kernel[programs(cdiv(n, tiles.block_m) * b * heads, qkv=qkv.shape)](
         qkv_ptr=qkv,
         out_ptr=out,
         lse_ptr=lse,

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, device_arch, dot_precision, launch_arguments, next_power_of_2, refuse_float64
+from .common import cdiv, device_arch, dot_precision, launch_arguments, next_power_of_2, programs, refuse_float64
 
 
 @triton.jit
@@ -215,7 +215,7 @@ def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, 
         return out
     arch = device_arch(patches)
     tiles = launch_config(k, patches.dtype, False, arch)
-    mask_scores_kernel[(cdiv(n, tiles.block_n) * b,)](
+    mask_scores_kernel[programs(cdiv(n, tiles.block_n) * b, patches=patches.shape)](
         patches_ptr=patches,
         classes_ptr=classes,
         weight_ptr=weight.contiguous(),
@@ -249,7 +249,7 @@ def mask_scores_backward(
     u = patches.new_empty((b, n, k), dtype=torch.float32 if half else patches.dtype)
     patch_factor = patches.new_empty((b, n), dtype=torch.float32)
     sums = patches.new_empty((b, blocks, 3, k), dtype=torch.float32)
-    mask_scores_backward_kernel[(blocks * b,)](
+    mask_scores_backward_kernel[programs(blocks * b, patches=patches.shape)](
         grad_ptr=grad,
         patches_ptr=patches,
         classes_ptr=classes,

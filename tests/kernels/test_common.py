@@ -29,7 +29,16 @@ def lattice(op: Callable[..., object]) -> object:
 
 
 MASKS = empty(MANY, 2, SIDE, SIDE)
+PATCHES = empty(MANY, MANY, 4)
+QKV = empty(MANY, 65, 3, MANY, 16)
+ROWS = empty(MANY, MANY, 65)
 CALLS: dict[str, Callable[[], object]] = {
+    "attention": lambda: launches.attention_forward(QKV, 0.125, False),
+    "attention backward": lambda: launches.attention_backward(QKV[:, :, 0], QKV, QKV[:, :, 0], ROWS, 0.125),
+    "mask_scores": lambda: launches.mask_scores(PATCHES, PATCHES[:, :3], *[empty(3)] * 2, 1e-5),
+    "mask_scores backward": lambda: launches.mask_scores_backward(
+        empty(MANY, MANY, 3), PATCHES, PATCHES[:, :3], *[empty(3)] * 2, 1e-5
+    ),
     "lattice_argmax": lambda: lattice(launches.lattice_argmax),
     "lattice_softmax": lambda: lattice(launches.lattice_softmax),
     "upsample_argmax": lambda: launches.upsample_argmax(MASKS, (SIDE, SIDE), (SIDE, SIDE), False),
