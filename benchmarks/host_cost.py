@@ -10,8 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -59,20 +58,6 @@ def operators() -> dict[str, Callable[[], object]]:
     }
 
 
-@contextmanager
-def fused_on_cpu() -> Iterator[Callable[[], object]]:
-    """Send CPU tensors to the Triton backends; gives a call of a plain custom operator that allocates its result."""
-    with torch.library._scoped_library("segmenter_fast", "IMPL") as backends:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the CPU's own kernels stand back
-            for name, function in FUSED.items():
-                backends.impl(name, function, "CPU")
-        with torch.library._scoped_library("host_cost", "DEF") as plain:
-            plain.define("plain(Tensor tensor) -> Tensor")
-            plain.impl("plain", lambda tensor: tensor.new_empty((16,)), "CPU")
-            yield partial(torch.ops.host_cost.plain, torch.zeros(16))
-
-
 def median_us(*calls: Callable[[], object]) -> list[float]:
     """Median of CALLS calls each, in microseconds; they take turns, and each is timed, so that few are disturbed."""
     samples: list[list[float]] = [[] for _ in calls]
@@ -113,7 +98,14 @@ def measure() -> dict[str, HostCost]:
     active = stand_in(GPUTarget("cuda", 90, 32))
     active.get_current_device = lambda: "host cost"  # a cache of its own
     found = {}
-    with fused_on_cpu() as plain:
+    scoped = torch.library._scoped_library
+    with warnings.catch_warnings(), scoped("segmenter_fast", "IMPL") as backends, scoped("host_cost", "DEF") as other:
+        warnings.simplefilter("ignore")  # that the CPU's own kernels stand back
+        for name, function in FUSED.items():
+            backends.impl(name, function, "CPU")
+        other.define("plain(Tensor tensor) -> Tensor")
+        other.impl("plain", lambda tensor: tensor.new_empty((16,)), "CPU")
+        plain = partial(torch.ops.host_cost.plain, torch.zeros(16))
         driver.set_active(active)
         try:
             for name, call in operators().items():

@@ -113,20 +113,14 @@ def table(found: list[dict[str, Any]]) -> str:
                 f"{label:58} {one['us']['issue']:8.1f} {one['us'][slowest]:8.1f} {slowest:>6} {'':7} "
                 f"{one['registers']:9} {one['shared']:7} {one['programs_sm']:5} {one['warps_sm']:5}"
             )
-    lines += ["", "Innermost loops, static: passes x instructions of a warp, cycles by pipe"]
+    lines += ["", "Innermost loops, static counts of a warp: passes, then those of one pass"]
     for problem in found:
         for one in problem["launches"]:
             lines.append(f"{problem['problem']}: {one['kernel']}")
-            lines += [f"  {_words(loop)}" for loop in one["loops"]]
+            for loop in one["loops"]:
+                words = (
+                    f"{name} {value:.4g}" for name, value in loop.items() if isinstance(value, float | int) and value
+                )
+                kinds = (f"{name} {value}" for name, value in loop.items() if isinstance(value, dict) and value)
+                lines.append(f"  {loop['loop']}: {', '.join((*words, *kinds))}")
     return "\n".join(lines)
-
-
-def _words(loop: dict[str, Any]) -> str:
-    parts = [f"{loop['passes']:g} x {loop['instructions']}"]
-    parts += [f"{loop['per_logit']:.1f} a logit"] if "per_logit" in loop else []
-    parts += [f"{name} {count:g}" for name, count in loop["cycles"].items() if name != "issue"]
-    parts += [f"{loop[name]} {name}" for name in ("barriers", "spills") if loop[name]]
-    parts += [f"{count} {name}" for name, count in loop["mma"].items()]
-    parts += [f"{count} asynchronous loads of {width} bits" for width, count in loop["async_loads"].items()]
-    parts += [f"prefetch distance {loop['prefetch']:g}"] if "prefetch" in loop else []
-    return f"{loop['loop']}: {', '.join(parts)}"
