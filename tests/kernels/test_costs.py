@@ -171,13 +171,15 @@ CLASS_LOOPS = {
     "softmax backward, K=150, patch 16": 19,
     "votes of two lattices, K=150, 512 x 512": 25,
 }
-# By problem and kernel: instruction of the products in the main loop, tiles that are on their way while it waits.
+# By problem and kernel: instruction of the products in the main loop, tiles that are on their way while it waits, and
+# the most registers of a thread. Class scores have 32 patches to a tile and a second program to wait for.
 PRODUCTS = {
-    "attention": {"attention_forward_kernel": ("HGMMA", 1)},
+    "attention": {"attention_forward_kernel": ("HGMMA", 1, 128)},
     "attention backward": {
-        "attention_backward_queries_kernel": ("HGMMA", 0),
-        "attention_backward_keys_kernel": ("HGMMA", 0),
+        "attention_backward_queries_kernel": ("HGMMA", 1, 128),
+        "attention_backward_keys_kernel": ("HGMMA", 1, 128),
     },
+    "mask scores, K=150": {"mask_scores_kernel": ("HMMA", 0, 128)},
 }
 
 
@@ -209,11 +211,18 @@ def test_no_class_loop_waits(measured) -> None:
 def test_matrix_products_use_the_tensor_cores_and_load_ahead(measured) -> None:
     for name, kernels in PRODUCTS.items():
         assert {one["kernel"] for one in measured[name]["launches"]} == kernels.keys()
-        for kernel, (product, prefetch) in kernels.items():
+        for kernel, (product, prefetch, registers) in kernels.items():
             (main,) = (loop for loop in loops(measured[name], kernel) if loop["passes"] > 1)
+            assert max(one["registers"] for one in measured[name]["launches"]) <= registers
             assert main["mma"].get(product, 0) > 0
             assert main["async_loads"][128] > 0
             assert main["prefetch"] >= prefetch
+
+
+def test_tiles_of_64_patches_use_the_tensor_cores_of_four_warps() -> None:
+    (launch,) = (one for one in aot.shipped("sm_90") if one.name.startswith("mask_scores K=19 bf16"))
+    assert launch.arguments["BLOCK_N"] == 64
+    assert any(loop["mma"].get("HGMMA") for loop in costs.cost(launch, {})["loops"])
 
 
 def test_the_table_calls_no_bound_a_time(measured) -> None:
