@@ -1,4 +1,4 @@
-"""Options of ``upsample_cross_entropy`` as its backends take them."""
+"""Options of ``upsample_cross_entropy`` as its backends take them, and the size of what its Triton kernel leaves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
+
+SEGMENT = 4  # cells of one row that a program of the Triton kernel owns, one after the other
 
 
 class LossOptions(NamedTuple):
@@ -17,3 +19,12 @@ class LossOptions(NamedTuple):
     label_smoothing: float
     reduction: str  # "mean", "sum" or "none"
     align_corners: bool
+
+
+def size_of_parts(batch: int, num_classes: int, height: int, width: int) -> int:
+    """Elements of the parts ``(B, h, columns, 2, K)`` of a gradient, and one for the scale behind them.
+
+    Each row of cells has parts for the inputs above and below it. A segment has one column more than cells, except the
+    last one, whose last cell has no inputs to the right.
+    """
+    return batch * height * (width + -(-width // SEGMENT) - 1) * 2 * num_classes + 1

@@ -70,6 +70,11 @@ def define(
         torch.library.register_autograd(f"segmenter_fast::{name}", backward, setup_context=setup_context, lib=library)
 
 
+def runs_triton(tensor: Tensor) -> bool:
+    """Operators on the device of ``tensor`` run their Triton kernels."""
+    return HAS_TRITON and (tensor.is_cuda or (INTERPRET and tensor.is_cpu))
+
+
 def _triton_backend(module: str, function: str) -> Callable[..., Any]:
     """The function, imported at its first call and run with the device of its first argument as the current one."""
 

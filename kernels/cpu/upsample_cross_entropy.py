@@ -28,7 +28,9 @@ def upsample_cross_entropy(
     divisor = total if options.reduction == "mean" else torch.ones_like(total)
     grad_loss = (1 / divisor).to(dtype).expand(target.shape) if with_grad else None
     loss, grad = _by_strips(masks, target, options, grad_loss)
-    return (loss if options.reduction == "none" else (loss / divisor).to(dtype)), grad
+    if options.reduction != "none":
+        loss = (loss / divisor).where(divisor != 0, torch.nan).to(dtype)  # NaN as in PyTorch, also with smoothing
+    return loss, grad
 
 
 def scale_gradient(grad_loss: Tensor, grad_masks: Tensor, masks: Tensor) -> Tensor:

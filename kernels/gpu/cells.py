@@ -185,10 +185,11 @@ def open_corners(masks_ptr, masks_strides, num_classes, b, cell_y, cell_x, ys, x
     bottom_ptr = masks_ptr + b * stride_mb + bottom.to(tl.int64) * stride_mh
     left, right = cell_x.to(tl.int64) * stride_mw, right.to(tl.int64) * stride_mw
     ptrs = top_ptr + left, top_ptr + right, bottom_ptr + left, bottom_ptr + right
-    highest = tl.full(offs_c.shape, -float("inf"), dtype)
-    lowest = tl.full(offs_c.shape, -float("inf"), dtype)
-    depth = tl.full(offs_c.shape, -float("inf"), dtype)
-    for start in range(0, num_classes, offs_c.shape[0]):
+    BLOCK_C: tl.constexpr = offs_c.shape[0]
+    highest = tl.full((BLOCK_C,), -float("inf"), dtype)
+    lowest = tl.full((BLOCK_C,), -float("inf"), dtype)
+    depth = tl.full((BLOCK_C,), -float("inf"), dtype)
+    for start in range(0, num_classes, BLOCK_C):
         c00, c01, c10, c11 = load_corners((ptrs, stride_mk, num_classes, 0.0), start + offs_c, dtype)
         smallest = tl.minimum(tl.minimum(c00, c01), tl.minimum(c10, c11))
         highest = tl.maximum(highest, tl.maximum(tl.maximum(c00, c01), tl.maximum(c10, c11)))

@@ -27,7 +27,7 @@ from .lattice import lattice_softmax
 from .lattice_argmax import lattice_argmax
 from .mask_scores import mask_scores, mask_scores_backward
 from .upsample_argmax import upsample_argmax
-from .upsample_cross_entropy import pixel_backward, upsample_cross_entropy
+from .upsample_cross_entropy import pixel_backward, scale_gradient, upsample_cross_entropy
 from .upsample_softmax import upsample_softmax, upsample_softmax_backward
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -223,13 +223,21 @@ def _upsample_cross_entropy(half: str) -> Iterator[tuple[str, Callable[[], objec
     """Letters of a label: g a gradient, w class weights, s smoothing; "pixels" is reduction "none"."""
     cases = [(half, num_classes, patch, "g") for num_classes in (19, 150, 1000) for patch in (4, 8, 16)]
     cases += [("fp32", 150, 16, "g"), ("fp32", 150, 16, "wsg"), (half, 150, 16, "")]
+
+    def step(masks: Tensor, target: Tensor, options: LossOptions, with_grad: bool) -> None:
+        loss, parts = upsample_cross_entropy(masks, target, options, with_grad)
+        if with_grad:
+            scale_gradient(loss, parts, masks)
+
     for name, num_classes, patch, present in cases:
         masks, size = _masks(num_classes, name), (GRID * patch, GRID * patch)
         target = empty(BATCH, *size, dtype=torch.int64)
         weight, smoothing = empty(num_classes) if "w" in present else None, 0.1 if "s" in present else 0.0
         options = LossOptions(size, 255, weight, smoothing, "mean", align_corners=False)
         label = f"K={num_classes} P={patch} {name} {present}".strip()
-        yield label, partial(upsample_cross_entropy, masks, target, options, "g" in present)
+        yield label, partial(step, masks, target, options, "g" in present)
+    wide = torch.empty_strided(masks.shape, (1 << 33, 1 << 26, 1 << 5, 1), dtype=masks.dtype, device="meta")
+    yield f"{label} g wide", partial(step, wide, target, options, True)
     options = options._replace(reduction="none")
     yield f"{label} pixels", partial(upsample_cross_entropy, masks, target, options, False)
     yield f"{label} g pixels", partial(pixel_backward, empty(target.shape), masks, target, options)

@@ -2,18 +2,22 @@
 
 With logits l (B, K, H', W'), target t, class weights v, smoothing e, V = sum_k v_k and a loss gradient g per pixel:
     loss = (1 - e) v_t (lse - l_t) + e / K (V lse - sum_k v_k l_k)
-    grad_k = g (((1 - e) v_t + e V / K) softmax_k - (1 - e) v_t [k = t] - e v_k / K)      both 0 where ignored
-The mean divides by the sum of v_t over the pixels that count, which a kernel of its own computes. It stays on the
-device, so that a CUDA graph can hold the launches. A target that is no class makes it NaN, and so loss and gradient.
-One program owns the outputs of one cell, which mix the same four corners (cells.py). A first pass over the classes sums
-the exponentials, a second computes the gradient of the corners. The linear terms, sum_k v_k l_k and its gradient, are
-rank one and stay outside the tile.
+    grad_k = g (f softmax_k - (1 - e) v_t [k = t] - e v_k / K),  f = (1 - e) v_t + e V / K      both 0 where ignored
+The mean divides by the sum of v_t over the pixels that count. A target that is no class makes it NaN, and so loss and
+gradient. Nothing waits for the device, so that a CUDA graph can hold the launches.
+One program owns a segment of a row of cells (cells.py). Of each tile, a first pass over the classes sums the
+exponentials, a second computes them again for the gradient of the corners, sum_y u e_k and sum_y w_y u e_k with
+u = g f / sum_k e_k. Linear terms, sum_k v_k l_k and its gradient, are rank one and stay outside the tile.
 
-Saved for the backward: the gradient of the masks, float32 (B, K, h, w), for reductions "mean" and "sum"; it is only
-scaled there. "none" has one gradient per pixel: its backward runs the same kernel again.
+Saved for the backward, "mean" and "sum": parts ``(B, h, columns, 2, K)``, the gradients that each row of cells leaves
+for the inputs above and below it, and after them one scale, 1 / the mean's divisor. The backward adds up to four parts
+for each input, always in the same order. "none" has one gradient per pixel: its backward runs the same kernel again.
 """
 
 from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,255 +25,255 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bilinear import Axis
-from ..loss_options import LossOptions
+from ..loss_options import SEGMENT, LossOptions, size_of_parts
 from ..registry import statistics_dtype
-from .cell_logits import (
-    add_corners,
-    cell_softmax,
-    corner_logits,
-    fit_tile,
-    log_sum_exp,
-    mix,
-    probabilities,
-    to_corners,
+from .cells import (
+    GEOMETRY,
+    Tiles,
+    cell_start,
+    geometry,
+    open_corners,
+    open_tile,
+    reach,
 )
-from .cells import GEOMETRY, Tiles, geometry, open_cell, open_tile, splits_of
-from .common import LOG2_E, launch_arguments
-from .corners import sum_corners
+from .common import cdiv, device_arch, launch_arguments, next_power_of_2, programs
+from .corners import sum_parts
+from .cross_entropy_tile import IGNORED, linear_terms, load_tile, read_target, tile_loss
 
 
-@triton.jit(do_not_specialize=["num_classes", "rows", "columns", "ignore_index"])
-def target_weight_kernel(
-    target_ptr,  # (B, H', W')
-    weight_ptr,  # (K,) or None
-    partial_ptr,  # (B * H',)
-    target_strides,
-    num_classes, rows, columns, ignore_index,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Summed class weights of one row of the target; NaN where a target is no class."""
-    dtype: tl.constexpr = partial_ptr.dtype.element_ty
-    stride_tb, stride_th, stride_tw = target_strides
-    pid = tl.program_id(0).to(tl.int64)
-    target_ptr += pid // rows * stride_tb + pid % rows * stride_th
-    acc = tl.zeros((BLOCK,), dtype)
-    for start in range(0, columns, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        mask = offs < columns
-        target = tl.load(target_ptr + offs.to(tl.int64) * stride_tw, mask=mask, other=0).to(tl.int64)
-        mask &= target != ignore_index
-        is_class = (target >= 0) & (target < num_classes)
-        weight = tl.full((BLOCK,), 1.0, dtype)
-        if weight_ptr is not None:
-            weight = tl.load(weight_ptr + target, mask=mask & is_class, other=0.0)
-        acc += tl.where(mask, tl.where(is_class, weight, float("nan")), 0.0)
-    tl.store(partial_ptr + pid, tl.sum(acc, 0))
-
-
-@triton.jit
-def mix_corners(corners, weights):
-    """``(BLOCK_Y, BLOCK_X)`` exact mixes of corner values."""
-    weight_y, weight_x = weights
-    top = mix(corners[0], corners[1], weight_x[None, :], True)
-    bottom = mix(corners[2], corners[3], weight_x[None, :], True)
-    return mix(top, bottom, weight_y[:, None], True)
-
-
-@triton.jit(do_not_specialize=["num_classes", "ignore_index", "splits", *GEOMETRY])
+@triton.jit(do_not_specialize=["batch", "num_classes", "ignore_index", "splits", *GEOMETRY])
 def cross_entropy_kernel(
     masks_ptr,  # (B, K, h, w)
     target_ptr,  # (B, H', W')
     weight_ptr,  # (K,) or None
-    smoothing_ptr,  # () or None
-    grad_loss_ptr,  # (B, H', W') or None: no gradient
-    loss_ptr,  # (B, H', W') contiguous, or one sum for each program
-    scratch_ptr,  # (splits, B, h, w, 4, K)
+    grad_loss_ptr,  # (B, H', W'), or None: all 1
+    loss_ptr,  # (B, H', W') contiguous; or (3, programs): sums of losses and weights, and pixels that count; or None
+    parts_ptr,  # (splits, B, h, columns, 2, K), or None: no gradient
     masks_strides, target_strides, grad_loss_strides,
-    num_classes, ignore_index, splits,
+    batch, num_classes, ignore_index, splits,
     size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y,
     size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x,
-    PER_PIXEL: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
+    SMOOTHING: tl.constexpr, PER_PIXEL: tl.constexpr, SEGMENT: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    dtype: tl.constexpr = loss_ptr.dtype.element_ty
+    dtype: tl.constexpr = tl.float64 if masks_ptr.dtype.element_ty == tl.float64 else tl.float32
+    integer: tl.constexpr = tl.int64 if WIDE else tl.int32
     ys = Axis(size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y)
     xs = Axis(size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x)
-    index, b, rows, cols, split, tiles = open_cell(ys, xs, splits, BLOCK_Y, BLOCK_X)
-    stride_tb, stride_th, stride_tw = target_strides
-    scratch_ptr += (split * (tl.num_programs(0) // splits) + index) * 4 * num_classes
-    offs_k = tl.arange(0, BLOCK_K)
-    cell, far = cell_softmax(masks_ptr, masks_strides, num_classes, b, rows[0], cols[0], ys, xs, dtype, BLOCK_C)
+    segments = tl.cdiv(size_in_x, SEGMENT)
+    pid = tl.program_id(0).to(integer)
+    segment = pid % segments
+    line = pid // segments  # (splits, B, h)
+    cell_y = line % size_in_y
+    b = (line // size_in_y % batch).to(tl.int64)
+    split = line // size_in_y // batch
+    rows = cell_y, tl.where(cell_y == 0, 0, cell_start(cell_y, ys)), cell_start(cell_y + 1, ys)
+    first_cell = segment * SEGMENT
+    cells = tl.minimum(size_in_x - first_cell, SEGMENT)
+    offs_k, offs_c = tl.arange(0, BLOCK_K).to(integer), tl.arange(0, BLOCK_C).to(integer)
+    apart_y = (cell_y + 1 < size_in_y) & (step_y != denominator_y)  # else both rows of corners are the same inputs
+    if parts_ptr is not None:
+        columns = size_in_x + segments - 1
+        parts_ptr += (line.to(tl.int64) * columns + first_cell + segment) * 2 * num_classes
+        elements = (cells + (first_cell + cells < size_in_x)) * 2 * num_classes
+        for start in range(0, elements, BLOCK_C):
+            tl.store(parts_ptr + start + offs_c, tl.zeros((BLOCK_C,), dtype), mask=start + offs_c < elements)
+        tl.debug_barrier()  # other threads add to them
 
-    hard, soft, total = 1.0, 0.0, 0.0
-    linear = (0.0, 0.0, 0.0, 0.0)  # sum_k v_k l_k at the corners
-    if smoothing_ptr is not None:
-        smoothing = tl.load(smoothing_ptr)
-        hard, soft = 1 - smoothing, smoothing / num_classes
-        total, linear = linear_terms(cell, weight_ptr, dtype, BLOCK_C)
-
-    loss_sum = tl.zeros((BLOCK_Y, BLOCK_X), dtype)
-    for tile in range(split, tiles, splits):
-        offs_y, offs_x, mask, weights = open_tile(tile, rows, cols, ys, xs, dtype, BLOCK_Y, BLOCK_X)
-        target_ptrs = target_ptr + b * stride_tb + offs_y[:, None] * stride_th + offs_x[None, :] * stride_tw
-        target = tl.load(target_ptrs, mask=mask, other=0).to(tl.int64)
-        valid = mask & (target != ignore_index)
-        is_class = (target >= 0) & (target < num_classes)
-        target = tl.where(valid & is_class, target, 0)
-        hard_weight = tl.full((BLOCK_Y, BLOCK_X), 1.0, dtype) * hard
-        if weight_ptr is not None:
-            hard_weight *= tl.load(weight_ptr + target)
-        hard_weight = tl.where(is_class | ~valid, hard_weight, float("nan"))
-
-        shift, log_sum = log_sum_exp(cell, far, weights, dtype, BLOCK_Y, BLOCK_X, BLOCK_K)
-        target_logit = mix_corners(corner_logits(cell, target, valid, 1.0, dtype), weights)
-        log_sum_e = log_sum / LOG2_E
-        loss = hard_weight * (log_sum_e - (target_logit - shift))
-        if smoothing_ptr is not None:
-            loss += soft * (total * (log_sum_e + shift) - mix_corners(linear, weights))
-        loss = tl.where(valid, loss, 0.0)
-        if PER_PIXEL:
-            tl.store(loss_ptr + (b * ys.kept + offs_y[:, None]) * xs.kept + offs_x[None, :], loss, mask=mask)
-        else:
-            loss_sum += loss
-
-        if grad_loss_ptr is not None:
-            stride_gb, stride_gh, stride_gw = grad_loss_strides
-            grad_ptrs = grad_loss_ptr + b * stride_gb + offs_y[:, None] * stride_gh + offs_x[None, :] * stride_gw
-            grad_loss = tl.where(valid, tl.load(grad_ptrs, mask=mask, other=0.0).to(dtype), 0.0)
-            hard_weight = tl.where(valid, hard_weight * grad_loss, 0.0)
-            factor = hard_weight
-            if smoothing_ptr is not None:
-                factor += grad_loss * (soft * total)
-                linear_grad = to_corners(grad_loss[:, :, None], weights)
-            small_target = target.to(tl.int32)
-            for start in range(0, num_classes, BLOCK_K):
-                k = start + offs_k
-                grad = factor[:, :, None] * probabilities(cell, k, far, shift, log_sum, weights, dtype)
-                one_hot = k[None, None, :] == small_target[:, :, None]
-                grad -= tl.where(one_hot, hard_weight[:, :, None], 0.0)
-                corners = to_corners(grad, weights)
-                if smoothing_ptr is not None:
-                    class_weight = tl.full((BLOCK_K,), 1.0, dtype) * soft
+    loss_sum = tl.zeros((BLOCK_X,), dtype)
+    weight_sum = tl.zeros((BLOCK_X,), dtype)
+    count = tl.zeros((BLOCK_X,), dtype)
+    for index in range(0, cells):
+        cell_x = first_cell + index
+        cols = cell_x, tl.where(cell_x == 0, 0, cell_start(cell_x, xs)), cell_start(cell_x + 1, xs)
+        tiles = tl.cdiv(rows[2] - rows[1], BLOCK_Y) * tl.cdiv(cols[2] - cols[1], BLOCK_X)
+        if split < tiles:
+            cell, far = open_corners(masks_ptr, masks_strides, num_classes, b, cell_y, cell_x, ys, xs, offs_c, dtype)
+            apart = apart_y, (cell_x + 1 < size_in_x) & (step_x != denominator_x)
+            linear = 0.0, 0.0, 0.0, 0.0, 0.0
+            if SMOOTHING > 0:
+                linear = linear_terms(cell, weight_ptr, offs_c, dtype)
+            for tile in range(split, tiles, splits):
+                offs_y, offs_x, mask, weights = open_tile(tile, rows, cols, ys, xs, dtype, BLOCK_Y, BLOCK_X)
+                target = load_tile(target_ptr, target_strides, b, offs_y, offs_x, mask).to(tl.int64)
+                target, weight = read_target(target, mask, weight_ptr, num_classes, ignore_index, dtype)
+                counts = target != IGNORED
+                grad_loss = counts.to(dtype)
+                if grad_loss_ptr is not None:
+                    grad_loss *= load_tile(grad_loss_ptr, grad_loss_strides, b, offs_y, offs_x, counts)
+                pixels = target, weight, grad_loss
+                if not PER_PIXEL:
+                    weight_sum += tl.sum(weight, 0)
                     if weight_ptr is not None:
-                        class_weight *= tl.load(weight_ptr + k, mask=k < num_classes, other=0.0)
-                    corners = (
-                        corners[0] - linear_grad[0] * class_weight,
-                        corners[1] - linear_grad[1] * class_weight,
-                        corners[2] - linear_grad[2] * class_weight,
-                        corners[3] - linear_grad[3] * class_weight,
+                        count += tl.sum(counts.to(dtype), 0)
+                if far:
+                    loss = tile_loss(
+                        cell, linear, pixels, weights, apart, offs_k, parts_ptr, weight_ptr, True, SMOOTHING, PER_PIXEL
                     )
-                add_corners(scratch_ptr, corners, k, num_classes, tile > split)
-            tl.debug_barrier()  # the next tile adds to what other threads stored
-
-    if not PER_PIXEL:
-        tl.store(loss_ptr + tl.program_id(0), tl.sum(tl.sum(loss_sum, 1), 0))
-    if grad_loss_ptr is not None and split >= tiles:
-        for start in range(0, num_classes, BLOCK_K):
-            add_corners(scratch_ptr, (0.0, 0.0, 0.0, 0.0), start + offs_k, num_classes, False)
-
-
-@triton.jit
-def linear_terms(cell, weight_ptr, dtype: tl.constexpr, BLOCK_C: tl.constexpr):
-    """sum_k v_k, and sum_k v_k (c_k - base) at the four corners."""
-    num_classes = cell[2]
-    total = tl.zeros((BLOCK_C,), dtype)
-    s00 = tl.zeros((BLOCK_C,), dtype)
-    s01 = tl.zeros((BLOCK_C,), dtype)
-    s10 = tl.zeros((BLOCK_C,), dtype)
-    s11 = tl.zeros((BLOCK_C,), dtype)
-    for start in range(0, num_classes, BLOCK_C):
-        k = start + tl.arange(0, BLOCK_C)
-        mask = k < num_classes
-        weight = tl.where(mask, 1.0, 0.0).to(dtype)
-        if weight_ptr is not None:
-            weight = tl.load(weight_ptr + k, mask=mask, other=0.0)
-        c00, c01, c10, c11 = corner_logits(cell, k, mask, 1.0, dtype)
-        total += weight
-        s00 += weight * c00
-        s01 += weight * c01
-        s10 += weight * c10
-        s11 += weight * c11
-    return tl.sum(total, 0), (tl.sum(s00, 0), tl.sum(s01, 0), tl.sum(s10, 0), tl.sum(s11, 0))
+                else:
+                    loss = tile_loss(
+                        cell, linear, pixels, weights, apart, offs_k, parts_ptr, weight_ptr, False, SMOOTHING, PER_PIXEL
+                    )
+                if PER_PIXEL:
+                    loss_ptrs = loss_ptr + (b * kept_y + offs_y[:, None]) * kept_x + offs_x[None, :]
+                    tl.store(loss_ptrs, loss, mask=(offs_y < rows[2])[:, None] & (offs_x < cols[2])[None, :])
+                else:
+                    loss_sum += loss
+                if parts_ptr is not None:
+                    tl.debug_barrier()  # the next tile adds to what other threads stored
+        if parts_ptr is not None:
+            parts_ptr += 2 * num_classes
+        split = (split + 1) % splits
+    if loss_ptr is not None and not PER_PIXEL:
+        loss_ptr += pid
+        tl.store(loss_ptr, tl.sum(loss_sum, 0))
+        tl.store(loss_ptr + tl.num_programs(0), tl.sum(weight_sum, 0))
+        if weight_ptr is None:
+            count = weight_sum
+        tl.store(loss_ptr + 2 * tl.num_programs(0), tl.sum(count, 0))
 
 
-def launch_config(num_classes: int, longest_y: int, longest_x: int) -> Tiles:
-    """Tiles of at most eight warps: with more, a build with weights and smoothing spills."""
-    return fit_tile(num_classes, longest_y, longest_x, most=2048)
+@triton.jit(do_not_specialize=["programs", "elements"])
+def reduce_loss_kernel(
+    sums_ptr,  # (3, programs): losses, weights, pixels that count
+    loss_ptr,  # ()
+    parts_ptr,  # (elements + 1,), or None: the scale is not wanted
+    programs, elements,
+    MEAN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Loss, and 1 / divisor of the mean behind the parts; 0 where no pixel counts: then the parts are 0, too."""
+    loss = tl.zeros((BLOCK,), tl.float64)
+    weight = tl.zeros((BLOCK,), tl.float64)
+    count = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, programs, BLOCK):
+        offs = start + tl.arange(0, BLOCK).to(tl.int64)
+        mask = offs < programs
+        loss += tl.load(sums_ptr + offs, mask=mask, other=0.0)
+        weight += tl.load(sums_ptr + programs + offs, mask=mask, other=0.0)
+        count += tl.load(sums_ptr + 2 * programs.to(tl.int64) + offs, mask=mask, other=0.0)
+    total, divisor = tl.sum(loss, 0), tl.sum(weight, 0)
+    scale = tl.where(tl.sum(count, 0) == 0, 0.0, float("nan")).to(tl.float64)
+    if MEAN:
+        scale = tl.where(divisor == 0, scale, 1 / divisor)
+        total = tl.where(divisor == 0, float("nan"), total / divisor)
+    else:
+        scale = 1.0
+    tl.store(loss_ptr, total)
+    if parts_ptr is not None:
+        tl.store(parts_ptr + elements, scale)
 
 
-def target_weight(target: Tensor, options: LossOptions, num_classes: int, dtype: torch.dtype) -> Tensor:
-    """Summed class weights of all pixels that count, float64 on the target's device."""
-    batch, rows, columns = target.shape
-    partial = target.new_empty(batch * rows, dtype=dtype)
-    if batch:
-        target_weight_kernel[(batch * rows,)](
-            target_ptr=target,
-            weight_ptr=options.weight,
-            partial_ptr=partial,
-            target_strides=target.stride(),
-            num_classes=num_classes,
-            rows=rows,
-            columns=columns,
-            ignore_index=options.ignore_index,
-            BLOCK=512,
-            num_warps=4,
-        )
-    return partial.sum(dtype=torch.float64)
+class Plan(NamedTuple):
+    """Launch for one problem: programs of a segment, programs of all, and arguments that depend on sizes alone."""
+
+    splits: int
+    programs: int
+    arguments: dict[str, Any]
+
+
+def launch_config(num_classes: int, longest_y: int, longest_x: int, arch: str) -> Tiles:
+    """16 logits to a thread, which holds all rows; lanes hold columns and classes, up to four warps more classes."""
+    block_y, block_x = (min(next_power_of_2(longest), 16) for longest in (longest_y, longest_x))
+    padded, pixels = next_power_of_2(num_classes), block_y * block_x
+    block_k = min(max(512 // pixels, 8), padded, 256)
+    lanes = 32 if arch.startswith("sm_") else 64
+    return Tiles(block_y, block_x, block_k, min(padded, 256), max(pixels * block_k // (16 * lanes), 1), num_stages=1)
+
+
+@lru_cache(maxsize=256)
+def plan(batch: int, num_classes: int, ys: Axis, xs: Axis, longest_offset: int, arch: str, lean: bool) -> Plan:
+    """Tiles, and programs: one for a segment, unless the segments are too few to fill a device.
+
+    ``lean``: the kernel fits the registers of twelve warps a multiprocessor.
+    """
+    tiles = launch_config(num_classes, ys.longest_cell, xs.longest_cell, arch)
+    segments = batch * ys.size_in * cdiv(xs.size_in, SEGMENT)
+    cell_tiles = cdiv(ys.longest_cell, tiles.block_y) * cdiv(xs.longest_cell, tiles.block_x)
+    splits = min(cell_tiles * min(SEGMENT, xs.size_in), cdiv(256, max(segments, 1)))
+    (grid,) = programs(segments * splits, masks=(batch, num_classes, ys.size_in, xs.size_in))
+    products = [axis.size_in * axis.denominator + (axis.kept + 16) * axis.step + abs(axis.offset) for axis in (ys, xs)]
+    arguments: dict[str, Any] = geometry(ys, xs) | launch_arguments(tiles)
+    arguments |= {"batch": batch, "num_classes": num_classes, "splits": splits, "SEGMENT": SEGMENT}
+    arguments["WIDE"] = max(*products, longest_offset, 10 * num_classes) >= 1 << 31
+    if arch.startswith("sm_"):
+        arguments["maxnreg"] = 168 if lean and not arguments["WIDE"] else 255
+    return Plan(splits, grid, arguments)
 
 
 def upsample_cross_entropy(
     masks: Tensor, target: Tensor, options: LossOptions, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss and, where asked for, the gradient of the masks for a loss gradient of 1; else an empty tensor."""
-    dtype = statistics_dtype(masks.dtype)
-    total = torch.ones((), dtype=dtype, device=masks.device)
-    if options.reduction == "mean":
-        total = target_weight(target, options, masks.shape[1], dtype)
-    grad_loss = total.reciprocal().to(dtype).expand(target.shape) if with_grad else None
-    grad = masks.new_empty(masks.shape if with_grad else (0,), dtype=dtype)
-    per_pixel = options.reduction == "none"
-    loss = _launch(masks, target, grad_loss, grad, options, per_pixel)
-    return (loss if per_pixel else (loss.sum(dtype=torch.float64) / total).to(dtype)), grad
+    """Loss and, where asked for, the parts of the gradient of the masks with their scale; else an empty tensor."""
+    dtype, per_pixel = statistics_dtype(masks.dtype), options.reduction == "none"
+    cells = _plan(masks, target, options)
+    parts = masks.new_empty((size_of_parts(*masks.shape) if with_grad else 0,), dtype=dtype)
+    losses = masks.new_empty(target.shape if per_pixel else (3, cells.programs), dtype=dtype)
+    _launch(cells, masks, target, None, losses, parts if with_grad else None, options)
+    if per_pixel:
+        return losses, parts
+    loss = masks.new_empty((), dtype=dtype)
+    reduce_loss_kernel[(1,)](
+        sums_ptr=losses,
+        loss_ptr=loss,
+        parts_ptr=parts if with_grad else None,
+        programs=cells.programs,
+        elements=parts.numel() - 1,
+        MEAN=options.reduction == "mean",
+        BLOCK=1024,
+        num_warps=8,
+    )
+    return loss, parts
+
+
+def scale_gradient(grad_loss: Tensor, parts: Tensor, masks: Tensor) -> Tensor:
+    """Gradient of the masks for a gradient of the loss, from what the forward pass left."""
+    return sum_parts(parts, grad_loss, torch.empty_like(masks))
 
 
 def pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     """Gradient of the masks for a loss gradient per pixel (reduction "none")."""
-    grad = torch.empty_like(masks, memory_format=torch.contiguous_format)
-    _launch(masks, target, grad_loss, grad, options, per_pixel=False)
-    return grad
+    parts = masks.new_empty(size_of_parts(*masks.shape), dtype=statistics_dtype(masks.dtype))
+    _launch(_plan(masks, target, options, grad_loss), masks, target, grad_loss, None, parts, options)
+    return sum_parts(parts, None, torch.empty_like(masks))
+
+
+def _plan(masks: Tensor, target: Tensor, options: LossOptions, *others: Tensor) -> Plan:
+    sizes = zip(masks.shape[2:], options.size, target.shape[1:], strict=True)
+    ys, xs = (Axis.make(*axis, options.align_corners) for axis in sizes)
+    longest_offset = reach(masks, target, *others)
+    lean = masks.dtype != torch.float64 and options.weight is None and not options.label_smoothing
+    return plan(*masks.shape[:2], ys, xs, longest_offset, device_arch(masks), lean)
 
 
 def _launch(
-    masks: Tensor, target: Tensor, grad_loss: Tensor | None, grad: Tensor, options: LossOptions, per_pixel: bool
-) -> Tensor:
-    """Losses, per pixel or in partial sums; ``grad``, where there is a ``grad_loss``, is written."""
-    (batch, num_classes, *grid), dtype = masks.shape, statistics_dtype(masks.dtype)
-    sizes = zip(grid, options.size, target.shape[1:], strict=True)
-    ys, xs = (Axis.make(*axis, options.align_corners) for axis in sizes)
-    tiles = launch_config(num_classes, ys.longest_cell, xs.longest_cell)
-    splits = splits_of(ys, xs, batch, tiles.block_y, tiles.block_x)
-    cells = batch * ys.size_in * xs.size_in
-    loss = masks.new_empty(target.shape if per_pixel else (cells * splits,), dtype=dtype)
-    if cells == 0:
-        return loss
-    scratch = masks.new_empty((0,) if grad_loss is None else (splits, batch, *grid, 4, num_classes), dtype=dtype)
-    cross_entropy_kernel[(cells * splits,)](
+    cells: Plan,
+    masks: Tensor,
+    target: Tensor,
+    grad_loss: Tensor | None,
+    losses: Tensor | None,
+    parts: Tensor | None,
+    options: LossOptions,
+) -> None:
+    """Write the losses, per pixel or as sums of each program, and the parts, where they are given."""
+    if not cells.programs:
+        return
+    scratch = parts
+    if parts is not None and cells.splits > 1:
+        scratch = parts.new_empty((cells.splits, parts.numel() - 1))
+    cross_entropy_kernel[(cells.programs,)](
         masks_ptr=masks,
         target_ptr=target,
         weight_ptr=options.weight,
-        smoothing_ptr=masks.new_full((), options.label_smoothing, dtype=dtype) if options.label_smoothing else None,
         grad_loss_ptr=grad_loss,
-        loss_ptr=loss,
-        scratch_ptr=scratch,
+        loss_ptr=losses,
+        parts_ptr=scratch,
         masks_strides=masks.stride(),
         target_strides=target.stride(),
         grad_loss_strides=None if grad_loss is None else grad_loss.stride(),
-        num_classes=num_classes,
         ignore_index=options.ignore_index,
-        splits=splits,
-        **geometry(ys, xs),
-        PER_PIXEL=per_pixel,
-        **launch_arguments(tiles),
+        SMOOTHING=options.label_smoothing,
+        PER_PIXEL=losses is not None and options.reduction == "none",
+        **cells.arguments,
     )
-    if grad_loss is not None:
-        sum_corners(scratch, grad)
-    return loss
+    if parts is not None and scratch is not None and scratch is not parts:
+        torch.sum(scratch, 0, out=parts[:-1])

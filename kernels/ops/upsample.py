@@ -12,7 +12,7 @@ from torch.autograd import forward_ad
 from ..cpu import upsample_argmax as cpu_argmax
 from ..cpu import upsample_cross_entropy as cpu_cross_entropy
 from ..cpu import upsample_softmax as cpu_softmax
-from ..loss_options import LossOptions
+from ..loss_options import LossOptions, size_of_parts
 from ..registry import (
     FLOATS,
     define,
@@ -20,6 +20,7 @@ from ..registry import (
     dtype_error,
     no_second_derivative,
     require_one_device,
+    runs_triton,
     statistics_dtype,
 )
 
@@ -191,13 +192,21 @@ def _fake_cross_entropy(masks: Tensor, target: Tensor, *options: Any) -> tuple[T
     _, _, loss_options, with_grad = _pack(masks, target, *options)
     dtype = statistics_dtype(masks.dtype)
     loss = masks.new_empty(target.shape if loss_options.reduction == "none" else (), dtype=dtype)
-    return loss, masks.new_empty(masks.shape if with_grad else (0,), dtype=dtype)
+    shape: Sequence[int] = (0,)
+    if with_grad:
+        shape = (size_of_parts(*masks.shape),) if runs_triton(masks) else masks.shape
+    return loss, masks.new_empty(shape, dtype=dtype)
+
+
+def _fake_gradient(masks: Tensor) -> Tensor:
+    return torch.empty_like(masks) if runs_triton(masks) else masks.new_empty(masks.shape)
 
 
 def _setup_cross_entropy(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
     masks, target, options, _ = _pack(*inputs)
     ctx.options = options._replace(weight=None)
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # no zeros for the second output
     ctx.save_for_backward(masks, *((target, options.weight) if options.reduction == "none" else (output[1],)))
 
 
@@ -226,9 +235,9 @@ define(
 )
 define(
     "upsample_cross_entropy_backward(Tensor grad_loss, Tensor grad_masks, Tensor masks) -> Tensor",
-    triton=None,
+    triton=".gpu.upsample_cross_entropy:scale_gradient",
     plain=cpu_cross_entropy.scale_gradient,
-    fake=lambda grad_loss, grad_masks, masks: masks.new_empty(masks.shape),
+    fake=lambda grad_loss, grad_masks, masks: _fake_gradient(masks),
     backward=no_second_derivative("upsample_cross_entropy"),
 )
 define(
@@ -236,7 +245,7 @@ define(
     " int ignore_index, Tensor? weight, float label_smoothing, bool align_corners) -> Tensor",
     triton=".gpu.upsample_cross_entropy:pixel_backward",
     plain=cpu_cross_entropy.pixel_backward,
-    fake=lambda grad_loss, masks, *others: masks.new_empty(masks.shape),
+    fake=lambda grad_loss, masks, *others: _fake_gradient(masks),
     pack=_pack_pixel_backward,
     backward=no_second_derivative("upsample_cross_entropy"),
 )
