@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 from typing import Annotated, Any
@@ -133,7 +134,7 @@ def shipped_config(module: ModuleType, call: Callable[[], Any]) -> Any:
         seen.append(original(*args, **kwargs))
         return seen[-1]
 
-    with patch.object(module, "launch_config", record):
+    with replaced(module, record):
         call()
     if not seen:
         raise RuntimeError(f"{module.__name__} launched nothing by its launch_config")
@@ -149,10 +150,24 @@ def with_config(config: Any, shipped: Any, module: ModuleType, call: Callable[..
         return config if found == shipped else found
 
     def run(*inputs: Any) -> Any:
-        with patch.object(module, "launch_config", choose):
+        with replaced(module, choose):
             return call(*inputs)
 
     return run
+
+
+@contextmanager
+def replaced(module: ModuleType, launch_config: Callable[..., Any]) -> Iterator[None]:
+    """Replace ``module.launch_config``, also where the module keeps what it has computed from it."""
+    kept = [value for value in vars(module).values() if hasattr(value, "cache_clear")]
+    try:
+        with patch.object(module, "launch_config", launch_config):
+            for function in kept:
+                function.cache_clear()
+            yield
+    finally:
+        for function in kept:
+            function.cache_clear()
 
 
 def neighbours(config: Any) -> list[Any]:

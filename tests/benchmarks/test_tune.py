@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -57,6 +58,15 @@ def test_a_configuration_reaches_the_call_and_goes_again() -> None:
         "another launch is left alone"
     )
     assert module.launch_config is original
+
+
+def test_a_configuration_reaches_what_a_module_keeps() -> None:
+    module: Any = SimpleNamespace(launch_config=lambda length: Tiles(length, 64, 4, 3))
+    module.plan = lru_cache(lambda length: module.launch_config(length))
+    shipped, other = module.plan(128), Tiles(32, 32, 2, 1)
+    assert tune.shipped_config(module, lambda: module.plan(128)) == shipped
+    assert tune.with_config(other, shipped, module, lambda: module.plan(128))() == other
+    assert module.plan(128) == shipped
 
 
 def test_a_call_that_asks_for_no_configuration_is_an_error() -> None:
