@@ -89,7 +89,7 @@ def _attend(
     The maximum drops NaN on a GPU: a NaN score still makes p, and with it the sum and the output of its row, NaN.
     """
     k = load_rows(k_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
-    if ROWS <= 16:
+    if ROWS <= 16:  # few enough to load both before the first wait
         v = load_rows(v_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     scores = tl.dot(q, k.T, input_precision=PRECISION)  # (BLOCK_M, ROWS)
     if EDGE:
@@ -160,8 +160,8 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# 16-bit types: tiles of 64 queries and of many, by architecture and by whether a head is wider than 64. On NVIDIA two
-# stages prefetch nothing: the head of the loop waits for the tile that it has just asked for.
+# 16-bit types: tiles for few programs and for many, by architecture and by whether a head is wider than 64. On NVIDIA
+# two stages prefetch nothing: the head of the loop waits for the tile that it has just asked for.
 _HALF = {
     ("sm_80", False): (Tiles(64, 64, 4, 3), Tiles(64, 128, 4, 3)),
     ("sm_80", True): (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 3)),
@@ -203,7 +203,7 @@ def table_arch(arch: str) -> str:
     """Row of the launch tables for any chip; sm_86's serves those with 99 KB of shared memory."""
     if arch.startswith("gfx"):
         return "gfx942"
-    if arch in ("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"):
+    if arch in ("sm_86", "sm_89", "sm_120", "sm_121"):
         return "sm_86"
     return "sm_100" if arch.startswith("sm_10") else arch if arch == "sm_90" else "sm_80"
 
