@@ -176,12 +176,8 @@ _FLOAT = {  # by padded head size
     64: (Tiles(64, 32, 8, 3), Tiles(32, 32, 8, 2)),  # keys: three stages spill
     128: (Tiles(16, 16, 8, 3), Tiles(32, 16, 8, 3)),
 }
-_FLOAT_GFX = {
-    16: (Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
-    32: (Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
-    64: (Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)),
-    128: (Tiles(16, 32, 4, 2), Tiles(32, 16, 4, 2)),
-}
+_FLOAT_GFX = dict.fromkeys((16, 32, 64), (Tiles(32, 32, 4, 2), Tiles(32, 32, 4, 2)))
+_FLOAT_GFX[128] = Tiles(16, 32, 4, 2), Tiles(32, 16, 4, 2)
 
 
 @lru_cache
