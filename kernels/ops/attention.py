@@ -64,10 +64,12 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
     return torch.ops.segmenter_fast.attention(qkv, scale, with_lse)[0]
 
 
-@cache
+_capability = cache(torch.cuda.get_device_capability)
+
+
 @torch.compiler.assume_constant_result
 def _before_ampere(device: torch.device) -> bool:
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+    return torch.version.hip is None and _capability(device) < (8, 0)
 
 
 def _fake(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:

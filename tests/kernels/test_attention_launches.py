@@ -11,8 +11,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from segmenter_fast.kernels import attention
-from segmenter_fast.kernels.ops.attention import _before_ampere
 from segmenter_fast.kernels.registry import HEAD_SIZES
+
+from .conftest import Backend
+from .test_attention import assert_attention, inputs
+
+module = importlib.import_module("segmenter_fast.kernels.ops.attention")
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_86", "sm_90", "sm_100", "sm_103", "sm_120", "gfx942", "gfx1100"])
@@ -45,22 +49,29 @@ def test_gpus_before_ampere_take_the_kernel_of_pytorch(
         calls.append(q.shape)
         return torch.empty(q.shape)
 
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(module, "_capability", lambda device: capability)
     monkeypatch.setattr(F, "scaled_dot_product_attention", pytorch)
-    _before_ampere.cache_clear()
     with FakeTensorMode():
         out = attention(torch.empty(2, 5, 3, 4, 16, device="cuda", dtype=torch.float16))
-    _before_ampere.cache_clear()
     assert out.shape == (2, 5, 4, 16)
     assert calls == ([(2, 4, 5, 16)] if capability < (8, 0) else [])
 
 
 def test_the_choice_of_the_kernel_is_a_constant_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    _before_ampere.cache_clear()
+    monkeypatch.setattr(module, "_capability", lambda device: (7, 5))
 
     def negate(x: Tensor) -> Tensor:
-        return -x if _before_ampere(torch.device("cuda", 0)) else x
+        return -x if module._before_ampere(torch.device("cuda", 0)) else x
 
     assert torch.compile(negate, backend="eager", fullgraph=True)(torch.ones(1)) == -1
-    _before_ampere.cache_clear()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("n", [129, 150])
+def test_tiles_of_many_programs_compute_the_same(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Tiles of sm_90 for long sequences, which are too slow for the interpreter, on a short one."""
+    for name in ("forward", "backward"):
+        kernel = importlib.import_module(f"segmenter_fast.kernels.gpu.attention_{name}")
+        tiles = kernel.launch_config(64, 1025, torch.float16, "sm_90", 96, 132)
+        monkeypatch.setattr(kernel, "launch_config", lambda *args, tiles=tiles: tiles)
+    assert_attention(*inputs(Backend("interpret", "cpu", ()), 1, n, 1, 64, torch.float16))
