@@ -79,8 +79,8 @@ def plan(tiles: Tiles, batch: int, num_classes: int, ys: Axis, xs: Axis, reach: 
     """Launch on all cells. ``reach`` is the largest offset within one image of any tensor."""
     products = [(a.size_in + 1) * a.denominator + (a.kept + 1) * a.step + abs(a.offset) for a in (ys, xs)]
     wide = max(*products, reach) >= MOST_OFFSET.value
-    if wide:  # 64-bit offsets of 16 rows would not fit the registers
-        tiles = tiles._replace(block_y=min(tiles.block_y, 4))
+    if wide:  # 64-bit offsets of many rows would not fit the registers
+        tiles = tiles._replace(block_y=min(tiles.block_y, 2))
     splits = splits_of(ys, xs, batch, tiles.block_y, tiles.block_x)
     grid = programs(batch * ys.size_in * xs.size_in * splits, masks=(batch, num_classes, ys.size_in, xs.size_in))
     sizes = {"num_classes": num_classes, "splits": splits, "WIDE": wide}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -145,9 +146,10 @@ def load_classes(ptr, strides, k, offs_y, offs_x):
     return tl.load(ptrs + rows[:, None, None])
 
 
-def launch_config(num_classes: int, longest_y: int, longest_x: int) -> Tiles:
-    """Tiles of both passes."""
-    return fit_tile(num_classes, longest_y, longest_x)
+def launch_config(num_classes: int, longest_y: int, longest_x: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of both passes. A thread's registers hold fewer rows of float64."""
+    tiles = fit_tile(num_classes, longest_y, longest_x)
+    return tiles._replace(block_y=min(tiles.block_y, 4)) if dtype == torch.float64 else tiles
 
 
 def upsample_softmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool) -> Tensor:
@@ -157,7 +159,7 @@ def upsample_softmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], al
     if not batch:
         return out
     ys, xs = (Axis.make(*axis, align_corners) for axis in zip(grid, size, crop, strict=True))
-    tiles = launch_config(num_classes, ys.longest_cell, xs.longest_cell)
+    tiles = launch_config(num_classes, ys.longest_cell, xs.longest_cell, masks.dtype)
     cells = plan(tiles, batch, num_classes, ys, xs, reach(masks, out))
     softmax_kernel[cells.grid](masks_ptr=masks, out_ptr=out, masks_strides=masks.stride(), **cells.arguments)
     return out
@@ -172,7 +174,7 @@ def upsample_softmax_backward(
     if not batch:
         return grad_masks
     ys, xs = (Axis.make(*axis, align_corners) for axis in zip(grid, size, crop, strict=True))
-    tiles = launch_config(num_classes, ys.longest_cell, xs.longest_cell)
+    tiles = launch_config(num_classes, ys.longest_cell, xs.longest_cell, grad.dtype)
     cells = plan(tiles, batch, num_classes, ys, xs, reach(grad, probabilities))
     scratch = probabilities.new_empty(
         (cells.splits, batch, *grid, 4, num_classes), dtype=statistics_dtype(probabilities.dtype)
