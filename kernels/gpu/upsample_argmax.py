@@ -45,17 +45,6 @@ def load_corners(ptrs, k, mask, stride_mk, dtype: tl.constexpr):
 
 
 @triton.jit
-def corner_range(ptrs, k, num_classes, stride_mk, dtype: tl.constexpr):
-    """Smallest and largest corner of classes ``k``, -inf where they do not exist, and magnitudes."""
-    mask = k < num_classes
-    corners, size = load_corners(ptrs, k, mask, stride_mk, dtype)
-    c00, c01, c10, c11 = corners
-    lower = tl.minimum(tl.minimum(c00, c01), tl.minimum(c10, c11))
-    upper = tl.maximum(tl.maximum(c00, c01), tl.maximum(c10, c11))
-    return tl.where(mask, lower, -float("inf")), tl.where(mask, upper, -float("inf")), tl.where(mask, size, 0.0)
-
-
-@triton.jit
 def part_range(corners, wy, wx):
     """Smallest, largest logits ``(PARTS, BLOCK_K)`` of classes with these corners, by first and last weights."""
     c00, c01, c10, c11 = corners
@@ -95,16 +84,6 @@ def compare(best, label, k, cell, NAN: tl.constexpr):
     top = (1 - wx) * c00 + wx * c01
     bottom = (1 - wx) * c10 + wx * c11
     return take_better(best, label, (1 - wy) * top + wy * bottom, k, NAN)
-
-
-@triton.jit
-def compare_all(best, label, candidates, num_classes, cell):
-    """``compare`` for the classes among ``candidates``; other entries are ``num_classes``."""
-    k = tl.min(candidates, 0)
-    while k < num_classes:
-        best, label = compare(best, label, k, cell, False)
-        k = tl.min(tl.where(candidates > k, candidates, num_classes), 0)
-    return best, label
 
 
 @triton.jit
@@ -198,13 +177,20 @@ def upsample_argmax_kernel(
     few = False
     if ONE_BLOCK:
         offs_k = tl.arange(0, BLOCK_K)
-        tl.assume(num_classes > BLOCK_K // 2)
-        lower, upper, size = corner_range(ptrs, offs_k, num_classes, stride_mk, dtype)
-        candidates = tl.where(upper >= tl.max(lower, 0), offs_k, num_classes)
+        mask = offs_k < num_classes
+        tl.assume(num_classes > BLOCK_K // 2)  # half the mask is true
+        corners, size = load_corners(ptrs, offs_k, mask, stride_mk, dtype)
+        c00, c01, c10, c11 = corners
+        bound = tl.max(tl.where(mask, tl.minimum(tl.minimum(c00, c01), tl.minimum(c10, c11)), -float("inf")), 0)
+        upper = tl.maximum(tl.maximum(c00, c01), tl.maximum(c10, c11))
+        candidates = tl.where(mask & (upper >= bound), offs_k, num_classes)
         count = tl.sum((candidates < num_classes).to(tl.int32), 0)
-        few = (tl.sum(size, 0) < float("inf")) & (count <= FEW)
+        few = (tl.sum(tl.where(mask, size, 0.0), 0) < float("inf")) & (count <= FEW)
         if few:
-            best, label = compare_all(best, label, candidates, num_classes, cell)
+            k = tl.min(candidates, 0)
+            while k < num_classes:
+                best, label = compare(best, label, k, cell, False)
+                k = tl.min(tl.where(candidates > k, candidates, num_classes), 0)
     if not few:
         # Quarters share the weights in the middle, so that the values there are computed once.
         quarters = tl.arange(0, 4)[:, None]
