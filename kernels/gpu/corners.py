@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..loss_options import SEGMENT
-from .common import next_power_of_2
+from .common import cdiv, next_power_of_2, programs
 
 
 @triton.jit
@@ -93,8 +93,8 @@ def sum_corners(scratch: Tensor, grad: Tensor) -> Tensor:
     """``(splits, B, h, w, 4, K)`` -> contiguous ``(B, K, h, w)`` ``grad``, which is written and returned."""
     batch, num_classes, height, width = grad.shape
     block_k, block_x = 32, min(32, next_power_of_2(width))
-    grid = batch * height * -(-width // block_x) * -(-num_classes // block_k)
-    sum_corners_kernel[(grid,)](
+    count = batch * height * cdiv(width, block_x) * cdiv(num_classes, block_k)
+    sum_corners_kernel[programs(count, masks=grad.shape)](
         scratch_ptr=scratch,
         grad_ptr=grad,
         batch=batch,
@@ -159,7 +159,8 @@ def sum_parts(parts: Tensor, grad_loss: Tensor | None, grad: Tensor) -> Tensor:
     batch, num_classes, height, width = grad.shape
     block_k, block_x = 32, min(32, next_power_of_2(width))
     if batch:
-        sum_parts_kernel[(batch * height * -(-width // block_x) * -(-num_classes // block_k),)](
+        count = batch * height * cdiv(width, block_x) * cdiv(num_classes, block_k)
+        sum_parts_kernel[programs(count, masks=grad.shape)](
             parts_ptr=parts,
             grad_loss_ptr=grad_loss,
             grad_ptr=grad,

@@ -17,10 +17,17 @@ if INTERPRET:
 from segmenter_fast.kernels import aot
 from segmenter_fast.kernels.gpu import launches
 from segmenter_fast.kernels.gpu.common import programs
+from segmenter_fast.kernels.gpu.corners import sum_corners, sum_parts
 from segmenter_fast.kernels.gpu.launches import empty
+from segmenter_fast.kernels.loss_options import LossOptions
 
 MANY = 1 << 20
-SIDE = 1 << 6
+SIDE = 1 << 10
+
+
+def cross_entropy(with_grad: bool) -> object:
+    options = LossOptions((SIDE, SIDE), 255, None, 0.0, "sum", align_corners=False)
+    return launches.upsample_cross_entropy(MASKS, empty(MANY, SIDE, SIDE, dtype=torch.uint8), options, with_grad)
 
 
 def lattice(op: Callable[..., object]) -> object:
@@ -42,6 +49,10 @@ CALLS: dict[str, Callable[[], object]] = {
     "lattice_argmax": lambda: lattice(launches.lattice_argmax),
     "lattice_softmax": lambda: lattice(launches.lattice_softmax),
     "upsample_argmax": lambda: launches.upsample_argmax(MASKS, (SIDE, SIDE), (SIDE, SIDE), False),
+    "sum_corners": lambda: sum_corners(empty(1, MANY, SIDE, SIDE, 4, 2), MASKS),
+    "sum_parts": lambda: sum_parts(empty(9), None, MASKS),
+    "upsample_cross_entropy": lambda: cross_entropy(False),
+    "upsample_cross_entropy with gradient": lambda: cross_entropy(True),
     "upsample_softmax": lambda: launches.upsample_softmax(MASKS, (SIDE, SIDE), (SIDE, SIDE), False),
 }
 
