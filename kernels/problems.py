@@ -16,7 +16,7 @@ from .gpu.lattice_argmax import lattice_argmax
 from .gpu.launches import bind, empty
 from .gpu.mask_scores import mask_scores, mask_scores_backward
 from .gpu.upsample_argmax import upsample_argmax
-from .gpu.upsample_cross_entropy import upsample_cross_entropy
+from .gpu.upsample_cross_entropy import scale_gradient, upsample_cross_entropy
 from .gpu.upsample_softmax import upsample_softmax, upsample_softmax_backward
 from .loss_options import LossOptions
 from .sass import PIPES
@@ -42,7 +42,7 @@ def problems() -> Iterator[Problem]:
     for classes, patch in ((150, 16), (150, 8), (19, 16)):
         masks, target = _masks(classes, patch), empty(8, *size, dtype=torch.int64)
         options = LossOptions(size, 255, None, 0.0, "mean", align_corners=False)
-        call: Callable[[], object] = partial(upsample_cross_entropy, masks, target, options, True)
+        call: Callable[[], object] = partial(_loss_and_gradient, masks, target, options)
         # A pass for the sum of the exponentials, a pass for the gradient.
         least = (_bytes(masks, masks, target), 2 * classes * pixels, 0)
         yield Problem(f"cross-entropy and gradient, K={classes}, patch {patch}", call, least, {})
@@ -72,6 +72,11 @@ def problems() -> Iterator[Problem]:
     yield Problem("mask scores, K=150", call, least, {})
     call = partial(mask_scores_backward, grad, *inputs, norm, norm, 1e-5)
     yield Problem("mask scores backward, K=150", call, (2 * least[0], 0, 3 * least[2]), {})
+
+
+def _loss_and_gradient(masks: Tensor, target: Tensor, options: LossOptions) -> None:
+    loss, parts = upsample_cross_entropy(masks, target, options, True)
+    scale_gradient(loss, parts, masks)
 
 
 def _masks(classes: int, patch: int) -> Tensor:
