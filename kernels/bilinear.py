@@ -22,6 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .registry import widest
+
 
 class Axis(NamedTuple):
     """One axis of a resize from ``size_in`` inputs to ``size_out`` outputs, of which the first ``kept`` matter.
@@ -69,14 +71,14 @@ class Axis(NamedTuple):
         return tuple(min(start, self.kept) for start in starts)
 
     def taps(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-        """``(kept,)`` lower index, upper index (int64) and weight of the upper one (float64).
+        """``(kept,)`` lower index, upper index (int64) and weight of the upper one (float64, see ``widest``).
 
         As in PyTorch, outputs before the first centre belong to cell 0 and have weight 0. Where the size does not
         change, the upper input is the lower one, so that an infinity does not reach its neighbour.
         """
-        numerator = (torch.arange(self.kept, device=device) * self.step + self.offset).clamp(min=0)
+        numerator = (torch.arange(self.kept) * self.step + self.offset).clamp(min=0)
         cell = numerator.div(self.denominator, rounding_mode="floor")
-        upper_weight = (numerator - cell * self.denominator).double() / self.denominator
+        weight = (numerator - cell * self.denominator).double() / self.denominator
         last = self.size_in - 1
         upper = cell if self.size_in == self.size_out else cell + 1
-        return cell.clamp(max=last), upper.clamp(max=last), upper_weight
+        return cell.clamp(max=last).to(device), upper.clamp(max=last).to(device), weight.to(device, widest(device))

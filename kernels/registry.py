@@ -34,6 +34,11 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 statistics_dtype = functools.partial(torch.promote_types, torch.float32)
 
 
+def widest(device: torch.device | str) -> torch.dtype:
+    """Dtype of geometry and of sums on a device: float64; float32 on Apple's GPUs (mps), which have no float64."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def define(
     schema: str,
     *,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..registry import widest
 from .upsample_argmax import TILE, Cells, cell_labels, prunable
 
 _TILE = 1 << 20  # logits of a tile: 4 MB of float32, two cores' second-level caches
@@ -101,7 +102,7 @@ class _Runs:
         changes = (pairs[:, 1:] != pairs[:, :-1]).any(0).nonzero()[:, 0] + 1
         first = torch.cat([changes.new_zeros(1), changes])
         length = torch.cat([changes, changes.new_tensor([pairs.shape[1]])]) - first
-        kind = length.double().log2().floor()
+        kind = length.to(widest(length.device)).log2().floor()
         groups = []
         for one in kind.unique():
             begin, longest = first[kind == one], length[kind == one]

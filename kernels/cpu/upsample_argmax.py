@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bilinear import Axis
-from ..registry import statistics_dtype
+from ..registry import statistics_dtype, widest
 
 # Corners, and pixels, of the cells that are treated at once; they fit the caches.
 TILE = 1 << 19
@@ -110,7 +110,7 @@ class _AxisCells:
         begins = torch.cat([starts[1:2] - axis.longest_cell, starts[1:-1]])
         outputs = begins[:, None] + slot  # (cells, longest_cell)
         numerators = outputs * axis.step + axis.offset - cells[:-1, None] * axis.denominator
-        weights = (numerators.double() / axis.denominator).to(like.dtype)
+        weights = (numerators.to(widest(like.device)) / axis.denominator).to(like.dtype)
         filled = (outputs >= starts[:-1, None]) & (outputs < starts[1:, None])
         slots = filled.flatten().nonzero()[:, 0]
         count = len(slots)
