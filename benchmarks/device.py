@@ -10,12 +10,12 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 
 from segmenter_fast.devices import choose_device, usable_cores
 
@@ -170,6 +170,11 @@ def _output(*command: str) -> str | None:
         return None
 
 
-if __name__ == "__main__":
-    for key, value in asdict(describe(choose_device(*sys.argv[1:]))).items():
+def main(device: str = typer.Argument("auto")) -> None:
+    """Describe a device as results do."""
+    for key, value in asdict(describe(choose_device(device))).items():
         print(f"{key:14} {value}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -255,7 +255,12 @@ def _save(figure: Figure, result: Result, path: Path) -> Path:
     return path
 
 
-if __name__ == "__main__":
-    written = draw(Path(sys.argv[1]))
+def main(folder: Annotated[Path, typer.Argument(help="Folder of a device's results.")]) -> None:
+    """Draw the plots of the JSON files of a folder, and print their paths. Exit code 1: there was nothing to draw."""
+    written = draw(folder)
     print(*written, sep="\n")
-    sys.exit(not written)
+    raise typer.Exit(not written)
+
+
+if __name__ == "__main__":
+    typer.run(main)

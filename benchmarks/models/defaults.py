@@ -100,7 +100,7 @@ def run_defaults(
         The number of cases that were refused because our output was wrong.
 
     Raises:
-        ValueError: an unknown variant, or numbers that no model has.
+        ValueError: an unknown variant, numbers that no model has, or a budget in which no case fits.
     """
     dtype = choose_dtype("auto", device)
     case = ModelCase("", dtype, size, compile=choose_compile("auto", device, dtype))
@@ -112,10 +112,14 @@ def run_defaults(
     for form, ratios in ratios_of(found).items():
         worst, where = max(ratios)
         table.add_row(form, f"{min(ratios)[0]:.2f}x", f"{worst:.2f}x", str(len(ratios)), where)
+    every = [ratio for ratios in ratios_of(found).values() for ratio in ratios]
+    if not every:
+        if not refused:
+            raise ValueError("nothing was measured: no case fitted into the memory and the --budget of seconds")
+        return refused
     console.print(table)
-    if every := [ratio for ratios in ratios_of(found).values() for ratio in ratios]:
-        worst, where = max(every)
-        console.print(f"worst ratio: {worst:.2f}x the time of plain PyTorch, {where}")
+    worst, where = max(every)
+    console.print(f"worst ratio: {worst:.2f}x the time of plain PyTorch, {where}")
     return refused
 
 

@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 
 from ..plots import COLOURS, STYLE
 from ..results import RESULTS
+from ..runner import run_command
 from .tables import README, rewritten
 
 FOLDER = RESULTS / "static"
@@ -81,6 +82,7 @@ def draw(before: Costs, after: Costs, path: Path) -> None:
 
 
 def main() -> None:
+    """Count the kernels again, and write the JSON, the plot and the table of the page."""
     from segmenter_fast.kernels.problems import measure  # needs Triton
 
     (FOLDER / "after.json").write_text(json.dumps(measure(), indent=1) + "\n")
@@ -90,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

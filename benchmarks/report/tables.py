@@ -16,6 +16,7 @@ from ..models.peers import in_words
 from ..models.summary import compared, fastest, gain, memory, pair, runtimes_of, speed
 from ..ops import OPS
 from ..results import RESULTS, Result, read
+from ..runner import run_command
 
 README = RESULTS.parent / "README.md"
 FIRST_PAGE = RESULTS.parents[1] / "README.md"
@@ -168,6 +169,11 @@ def _where(result: Result) -> str:
     return device.name if device.type == "cuda" else f"{device.name} with {device.threads} threads"
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Write the tables of the committed results into README.md and benchmarks/README.md."""
     README.write_text(rewritten(README.read_text(), "measured", tables(RESULTS)))
     FIRST_PAGE.write_text(rewritten(FIRST_PAGE.read_text(), "figures", figures(RESULTS)))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -92,7 +92,7 @@ class InferenceOptions:
     window = typer.Option(help="Side of the windows in pixels. Default: the model's.")
     stride = typer.Option(help="Pixels from window to window. Default: the model's.")
     batch_size = typer.Option(help="Windows, or images that one window covers, at once. Default: 2, on a GPU 16.")
-    optimize = typer.Option(help="Use the inference form of the model, or the plain one.")
+    optimize = typer.Option(help="Use the inference form of the model, or the plain one in the same dtype.")
 
 
 def _version(wanted: bool) -> None:

@@ -34,7 +34,7 @@ def check(
 ) -> None:
     """Compare the forms that optimize offers on your own images: speed, memory, and how many labels change.
 
-    The last line makes the fastest form that keeps enough labels, in Python.
+    The last line of the report makes the fastest form that keeps enough labels, in Python.
     """
     from ..io.atomic import write_png
     from ..train.forms import compare_forms, find_photos, python_line
@@ -48,6 +48,8 @@ def check(
         forms = compare_forms(segmenter, found, lambda done: progress.update(task, completed=done))
     place, running = next(segmenter.parameters()).device.type, [form for form in forms if form.runs]
     labelled = bool(forms[0].against_labels.counts.any())
+    if labelled and (count := sum(pair.labels.is_file() for pair in found.pairs)) < len(found):
+        typer.echo(f"{count} of {len(found)} images have labels")
     headings = ["images/s", "MiB of weights", "labels of float32", "mIoU with float32", "mIoU with labels"][
         : 4 + labelled
     ]
@@ -69,10 +71,10 @@ def check(
     if changed:
         agreement, name, picture, other = min(changed, key=lambda worst: worst[0])
         typer.echo(f"most changed: {name} in {other}, which keeps {agreement:.2%} of its labels")
-        if out is not None:
-            write_png(picture, out)
-            typer.echo(f"image, labels of float32, labels of {other}: {out}")
     kept = [form for form in running if form.scores.aacc >= min_agreement]
     choice = max(kept, key=lambda form: form.images_per_second)
     typer.echo(f"the fastest form that keeps {min_agreement:.1%} of the labels is {choice.name}:")
     typer.echo(python_line(model, place, choice.name))
+    if changed and out is not None:
+        write_png(picture, out)
+        typer.echo(f"image, labels of float32, labels of {other}: {out}")

@@ -24,7 +24,11 @@ def atomic_files(folder: Path) -> Iterator[Path]:
         OSError: the folder cannot be made or written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+    try:
+        opened = tempfile.TemporaryDirectory(prefix=".saving-", dir=folder)
+    except OSError as error:  # it names the temporary folder
+        raise type(error)(error.errno, f"{error.strerror}, nothing can be written there", str(folder)) from error
+    with opened as name:
         temporary = Path(name)
         yield temporary
         for path in temporary.rglob("*"):

@@ -99,9 +99,17 @@ def read_torch(path: Path) -> Any:
     except FileNotFoundError:
         raise
     except pickle.UnpicklingError as error:
+        if not _is_pickle(path):
+            raise CheckpointError(f"{path} is damaged, truncated or no PyTorch checkpoint") from error
         raise CheckpointError(f"{path} is refused, and nothing in it was executed: {_reason(error)}") from error
     except Exception as error:  # torch raises almost anything for a damaged file
         raise CheckpointError(f"{path} is damaged, truncated or no PyTorch checkpoint ({_reason(error)})") from error
+
+
+def _is_pickle(path: Path) -> bool:
+    """True for a zip archive and for a pickle, the two forms of PyTorch's checkpoints."""
+    with path.open("rb") as file:
+        return file.read(2) in {b"PK", *(bytes((0x80, version)) for version in range(2, 6))}
 
 
 def _empty_dict(*_: Any) -> dict[Any, Any]:

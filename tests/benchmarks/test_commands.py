@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +74,10 @@ def test_errors_of_users_have_exit_code_2(arguments: str) -> None:
     done = CliRunner().invoke(app, ["bench", *arguments.split()])
     assert done.exit_code == 2
     assert "error: " in done.output
+
+
+@pytest.mark.parametrize("module", ["plots", "report.tables"])
+def test_help_changes_nothing(module: str) -> None:
+    command = [sys.executable, "-m", f"segmenter_fast.benchmarks.{module}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "Usage" in done.stdout

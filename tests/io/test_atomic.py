@@ -91,3 +91,12 @@ def test_json_that_is_refused_leaves_the_file(tmp_path: Path) -> None:
         write_json(path, {"miou": float("nan")}, allow_nan=False)
     assert path.read_text() == '{\n "miou": 0.5\n}\n'
     assert [entry.name for entry in path.parent.iterdir()] == ["scores.json"]
+
+
+def test_a_folder_that_takes_no_files_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: str) -> None:
+        raise PermissionError(13, "Permission denied", f"{options['dir']}/.saving-x")
+
+    monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
+    with pytest.raises(PermissionError, match=rf"Permission denied, nothing can be written there: '{tmp_path}'"):
+        write_json(tmp_path / "new.json", {})

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -232,11 +233,18 @@ def wrong_heads(folder: Path) -> Path:
     return folder / "model.safetensors"
 
 
+def picture(folder: Path) -> Path:
+    path = official_folder(folder) / "checkpoint.pth"
+    Image.new("RGB", (8, 8)).save(path, "JPEG")
+    return path
+
+
 @pytest.mark.parametrize("entry", ["load file", "load folder", "create_model", "convert"])
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
         (truncated, r"checkpoint\.pth is damaged, truncated or no PyTorch checkpoint"),
+        (picture, r"checkpoint\.pth is damaged, truncated or no PyTorch checkpoint$"),
         (other_zip, r"checkpoint\.pth is (refused|damaged)"),
         (executing, r"checkpoint\.pth is refused, and nothing in it was executed: .*system"),
         (one_key_missing, r"checkpoint\.pth does not fit.*\n\tMissing key.*: .encoder\.blocks\.1\.attn\.qkv\.bias.\."),
