@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..loss_options import LossOptions
-from ..registry import statistics_dtype
+from ..registry import statistics_dtype, widest
 from .strips import Resize, Transpose
 
 
@@ -44,9 +44,9 @@ def pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, options: Lo
 
 
 def _by_strips(masks: Tensor, target: Tensor, options: LossOptions, grad_loss: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Loss, per pixel or summed in float64, and the gradient of the masks for ``grad_loss`` ``(B, H', W')``."""
+    """Loss, per pixel or summed in the widest dtype, and the gradient of the masks for ``grad_loss`` ``(B, H', W')``."""
     dtype, per_pixel = statistics_dtype(masks.dtype), options.reduction == "none"
-    loss = masks.new_zeros(target.shape if per_pixel else (), dtype=dtype if per_pixel else torch.float64)
+    loss = masks.new_zeros(target.shape if per_pixel else (), dtype=dtype if per_pixel else widest(masks.device))
     grad = masks.new_zeros((0,) if grad_loss is None else masks.shape, dtype=dtype)
     resize = Resize(masks, options.size, target.shape[1:], options.align_corners, dtype)
     strip_loss = _StripLoss(masks.shape[1], options, dtype)
@@ -106,9 +106,9 @@ class _StripLoss:
 
 
 def _target_weight(target: Tensor, classes: int, options: LossOptions) -> Tensor:
-    """Summed class weights of all pixels that count, float64; raise IndexError for a target that is no class."""
+    """Summed class weights of all pixels that count, in the widest dtype; raise IndexError for a target that is no class."""
     ignore_index, weight = options.ignore_index, options.weight
-    total = torch.zeros((), dtype=torch.float64, device=target.device)
+    total = torch.zeros((), dtype=widest(target.device), device=target.device)
     for image in target:
         image = image.long()  # uint8 would wrap the value that it is compared with
         counts = image != ignore_index
@@ -119,5 +119,5 @@ def _target_weight(target: Tensor, classes: int, options: LossOptions) -> Tensor
                 f"target must be in [0, {classes}) or ignore_index {ignore_index}, got "
                 f"{smallest if smallest < 0 else largest}; set ignore_index to the value of pixels without a class"
             )
-        total += counts.sum() if weight is None else weight[classes_seen].where(counts, 0).sum(dtype=torch.float64)
+        total += counts.sum() if weight is None else weight[classes_seen].where(counts, 0).sum(dtype=total.dtype)
     return total
