@@ -44,7 +44,7 @@ def pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, options: Lo
 
 
 def _by_strips(masks: Tensor, target: Tensor, options: LossOptions, grad_loss: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Loss, per pixel or summed in the widest dtype, and the gradient of the masks for ``grad_loss`` ``(B, H', W')``."""
+    """Loss, per pixel or summed in the widest dtype, and the masks' gradient for ``grad_loss`` ``(B, H', W')``."""
     dtype, per_pixel = statistics_dtype(masks.dtype), options.reduction == "none"
     loss = masks.new_zeros(target.shape if per_pixel else (), dtype=dtype if per_pixel else widest(masks.device))
     grad = masks.new_zeros((0,) if grad_loss is None else masks.shape, dtype=dtype)
@@ -106,7 +106,7 @@ class _StripLoss:
 
 
 def _target_weight(target: Tensor, classes: int, options: LossOptions) -> Tensor:
-    """Summed class weights of all pixels that count, in the widest dtype; raise IndexError for a target that is no class."""
+    """Summed class weights of all pixels that count, in the widest dtype; IndexError for one that is no class."""
     ignore_index, weight = options.ignore_index, options.weight
     total = torch.zeros((), dtype=widest(target.device), device=target.device)
     for image in target:
