@@ -162,6 +162,7 @@ BOUNDS = {
     "softmax backward, K=150, patch 16": 450,
     "argmax, smooth, 2 candidates, K=150, patch 16": 10,
     "argmax, smooth, 2 candidates, K=150, patch 8": 34,
+    "argmax, noise, K=150, patch 16": 40,
 }
 
 
