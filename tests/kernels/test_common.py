@@ -1,4 +1,4 @@
-"""Launchers refuse more programs than a launch takes."""
+"""Launchers refuse more programs than a launch takes, and bound the offsets of their tensors."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if INTERPRET:
 
 from segmenter_fast.kernels import aot
 from segmenter_fast.kernels.gpu import launches
+from segmenter_fast.kernels.gpu.cells import MOST_OFFSET, reach
 from segmenter_fast.kernels.gpu.common import programs
 from segmenter_fast.kernels.gpu.corners import sum_corners, sum_parts
 from segmenter_fast.kernels.gpu.launches import empty
@@ -70,3 +71,11 @@ def test_a_grid_may_be_full() -> None:
     for grid in ((2**31,), (1, 65536)):
         with pytest.raises(ValueError, match=r"masks of shape \(2, 3\) need .* split the batch"):
             programs(*grid, masks=(2, 3))
+
+
+def test_offsets_are_bounded_by_the_memory_or_exact() -> None:
+    small = empty(2, 3, 4, 5)
+    assert 59 <= reach(small[:, :, :2]) < MOST_OFFSET.value
+    # A batch whose memory is large, and of which one image is small.
+    assert reach(empty(MANY, 3, 64, 64), small) == 3 * 64 * 64 - 1
+    assert reach(small, empty(1, 3, SIDE, MANY)) == 3 * SIDE * MANY - 1
