@@ -16,6 +16,7 @@ for each input, always in the same order. "none" has one gradient per pixel: its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -34,7 +35,6 @@ from .cells import (
     geometry,
     open_corners,
     open_tile,
-    reach,
 )
 from .common import cdiv, device_arch, launch_arguments, next_power_of_2, programs
 from .corners import sum_parts
@@ -181,23 +181,32 @@ def launch_config(num_classes: int, longest_y: int, longest_x: int, arch: str) -
 
 
 @lru_cache(maxsize=256)
-def plan(batch: int, num_classes: int, ys: Axis, xs: Axis, longest_offset: int, arch: str, lean: bool) -> Plan:
+def plan(
+    shape: Sequence[int], kept: Sequence[int], strides: Sequence[Sequence[int]], size: Sequence[int],
+    align_corners: bool, arch: str, lean: bool,
+) -> Plan:  # fmt: skip
     """Tiles, and programs: one for a segment, unless the segments are too few to fill a device.
 
-    ``lean``: the kernel fits the registers of twelve warps a multiprocessor.
+    ``strides`` are those of the masks, of the target and of other tensors like it. ``lean``: the kernel fits the
+    registers of twelve warps a multiprocessor.
     """
+    batch, num_classes, *grid = shape
+    ys, xs = (Axis.make(*axis, align_corners) for axis in zip(grid, size, kept, strict=True))
+    shapes = (shape, *[(batch, *kept)] * (len(strides) - 1))
+    pairs = (zip(of[1:], steps[1:], strict=True) for of, steps in zip(shapes, strides, strict=True))
+    offsets = [sum((n - 1) * step for n, step in one) for one in pairs]  # the largest within an image
     tiles = launch_config(num_classes, ys.longest_cell, xs.longest_cell, arch)
     segments = batch * ys.size_in * cdiv(xs.size_in, SEGMENT)
     cell_tiles = cdiv(ys.longest_cell, tiles.block_y) * cdiv(xs.longest_cell, tiles.block_x)
     splits = min(cell_tiles * min(SEGMENT, xs.size_in), cdiv(256, max(segments, 1)))
-    (grid,) = programs(segments * splits, masks=(batch, num_classes, ys.size_in, xs.size_in))
+    (launched,) = programs(segments * splits, masks=shape)
     products = [axis.size_in * axis.denominator + (axis.kept + 16) * axis.step + abs(axis.offset) for axis in (ys, xs)]
     arguments: dict[str, Any] = geometry(ys, xs) | launch_arguments(tiles)
     arguments |= {"batch": batch, "num_classes": num_classes, "splits": splits, "SEGMENT": SEGMENT}
-    arguments["WIDE"] = max(*products, longest_offset, 10 * num_classes) >= 1 << 31
+    arguments["WIDE"] = max(*products, *offsets, 10 * num_classes) >= 1 << 31
     if arch.startswith("sm_"):
         arguments["maxnreg"] = 168 if lean and not arguments["WIDE"] else 255
-    return Plan(splits, grid, arguments)
+    return Plan(splits, launched, arguments)
 
 
 def upsample_cross_entropy(
@@ -238,11 +247,10 @@ def pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, options: Lo
 
 
 def _plan(masks: Tensor, target: Tensor, options: LossOptions, *others: Tensor) -> Plan:
-    sizes = zip(masks.shape[2:], options.size, target.shape[1:], strict=True)
-    ys, xs = (Axis.make(*axis, options.align_corners) for axis in sizes)
-    longest_offset = reach(masks, target, *others)
     lean = masks.dtype != torch.float64 and options.weight is None and not options.label_smoothing
-    return plan(*masks.shape[:2], ys, xs, longest_offset, device_arch(masks), lean)
+    strides = (masks.stride(), target.stride(), *(other.stride() for other in others))
+    size, kept = tuple(options.size), target.shape[1:]
+    return plan(masks.shape, kept, strides, size, options.align_corners, device_arch(masks), lean)
 
 
 def _launch(

@@ -124,11 +124,10 @@ def test_ignore_index_may_be_a_class(backend: Backend) -> None:
 def test_no_pixel_counts(backend: Backend, reduction: str, smoothing: float) -> None:
     masks = backend.masks(3)
     first = torch.zeros(2, *SIZE, dtype=torch.int64, device=backend.device)
-    for target, weight in (
-        (first + 255, None),
-        (targets(masks, SIZE), torch.zeros(3, device=backend.device)),
-        (first, torch.arange(3.0, device=backend.device)),
-    ):
+    cases = [(first + 255, None), (targets(masks, SIZE), torch.zeros(3, device=backend.device))]
+    if reduction == "mean":  # a divisor of 0, and with smoothing a sum that is not
+        cases.append((first, torch.arange(3.0, device=backend.device)))
+    for target, weight in cases:
         options = {"target": target, "reduction": reduction, "label_smoothing": smoothing, "weight": weight}
         grad_loss = torch.ones(target.shape, device=backend.device) if reduction == "none" else None
         assert_op_equals(kernels.upsample_cross_entropy, pytorch, [masks], grad_loss, **options)

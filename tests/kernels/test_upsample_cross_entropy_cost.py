@@ -11,7 +11,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from segmenter_fast import kernels
-from segmenter_fast.kernels.bilinear import Axis
 from segmenter_fast.kernels.loss_options import LossOptions
 from segmenter_fast.kernels.registry import HAS_TRITON, INTERPRET
 
@@ -70,9 +69,9 @@ def test_backward_makes_no_zeros() -> None:
 def test_more_programs_than_a_grid_can_have() -> None:
     from segmenter_fast.kernels.gpu.upsample_cross_entropy import plan
 
-    axis = Axis.make(4096, 4096)
+    size = (4096, 4096)
     with pytest.raises(ValueError, match=r"masks of shape \(1024, 2, 4096, 4096\) need \(4294967296,\) programs"):
-        plan(1024, 2, axis, axis, 0, "sm_90", True)
+        plan((1024, 2, *size), size, ((0,) * 4,), size, False, "sm_90", True)
 
 
 MEASURE = """
