@@ -86,22 +86,21 @@ def lattice_log_sum_kernel(
     s = tl.program_id(1)
     points = tile_points(lattice_ptrs, s, tile, num_classes, size)
     offs_k = step_classes(BLOCK_K)
-    largest = tl.full((BLOCK_Y, BLOCK_K, BLOCK_X), -float("inf"), dtype)
+    shift = tl.full((BLOCK_Y, BLOCK_X), -float("inf"), dtype)
+    exp_sum = tl.zeros((BLOCK_Y, BLOCK_X), dtype)
     for begin in range(0, num_classes, BLOCK_K):
         start = tl.minimum(begin, num_classes - BLOCK_K)
-        largest = tl.maximum(largest, lattice_logits(lattice_ptrs[0] + start, points, offs_k))
-    shift = tl.max(largest, 1)  # without NaNs on a GPU; the sum has them
-    exp_sum = tl.zeros((BLOCK_Y, BLOCK_K, BLOCK_X), dtype)
-    for begin in range(0, num_classes, BLOCK_K):
-        start = tl.minimum(begin, num_classes - BLOCK_K)
-        e = tl.exp2((lattice_logits(lattice_ptrs[0] + start, points, offs_k) - shift[:, None, :]) * LOG2_E)
+        logit = lattice_logits(lattice_ptrs[0] + start, points, offs_k)
         if start < begin:
-            e = tl.where((start + offs_k >= begin)[None, :, None], e, 0.0)
-        exp_sum += e
+            logit = tl.where((start + offs_k >= begin)[None, :, None], logit, -float("inf"))
+        before, shift = shift, tl.maximum(shift, tl.max(logit, 1))  # without NaNs on a GPU; the sum has them
+        base = tl.where(shift == -float("inf"), 0.0, shift)  # where all classes yet are -inf, the sum stays 0
+        exp_sum *= tl.exp2((before - base) * LOG2_E)
+        exp_sum += tl.sum(tl.exp2((logit - base[:, None, :]) * LOG2_E), 1)
     plane = height.to(tl.int64) * width
     ptrs = out_ptr + 2 * plane * s + (tile[0][:, None] * width + tile[1][None, :])
     tl.store(ptrs, shift)
-    tl.store(ptrs + plane, tl.log2(tl.sum(exp_sum, 1)))
+    tl.store(ptrs + plane, tl.log2(exp_sum))
 
 
 @triton.jit
