@@ -119,7 +119,7 @@ def tile_weights(index, begin, end, cell, axis, dtype: tl.constexpr):
 
 
 @triton.jit
-def open_cell(ys, xs, splits, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, WIDE: tl.constexpr = True):
+def open_cell(ys, xs, splits, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, WIDE: tl.constexpr):
     """The program's cell: index among all cells, image, rows, columns; the program's split of the cell's tiles.
 
     Rows and columns are each the cell's index along the axis, its first output and one past its last, in 64 bits where
