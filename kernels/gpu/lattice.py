@@ -133,11 +133,11 @@ def lattice_softmax_kernel(
     offs_k = step_classes(BLOCK_K)
     share = 1.0 / lattices.to(out_ptr.dtype.element_ty)
     plane = height.to(tl.int64) * width
+    out_ptrs = out_ptr + (tile[0] * width)[:, None, None] + tile[1][None, None, :]
     for begin in range(0, num_classes, BLOCK_K):
         start = tl.minimum(begin, num_classes - BLOCK_K)
         votes = lattice_votes(lattice_ptrs, log_sum_ptr, start, offs_k, tile, num_classes, lattices, size) * share
-        ptrs = (out_ptr + (start + offs_k) * plane)[None, :, None] + tile[1][None, None, :]
-        tl.store(ptrs + (tile[0] * width)[:, None, None], votes)
+        tl.store(out_ptrs + start * plane + (offs_k * plane)[None, :, None], votes)
 
 
 class Tiles(NamedTuple):
