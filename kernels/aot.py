@@ -138,6 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled")
+    if options.json and not options.costs:
+        parser.error("--json is the file of --costs; give both")
     if options.costs:
         found = measure(options.only)
         print(table(found))

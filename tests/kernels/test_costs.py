@@ -242,3 +242,9 @@ def test_costs_are_written_as_json(tmp_path, capsys) -> None:
     (problem,) = json.loads(path.read_text())
     assert problem["launches"][0]["us"]["issue"] > 0
     assert problem["problem"] in capsys.readouterr().out
+
+
+def test_a_file_without_costs_is_refused(tmp_path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        aot.main(["--json", str(tmp_path / "costs.json")])
+    assert "--json is the file of --costs" in capsys.readouterr().err
