@@ -15,6 +15,7 @@ if not HAS_TRITON:
 if INTERPRET:
     pytest.skip("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled", allow_module_level=True)
 
+from segmenter_fast.benchmarks import tune
 from segmenter_fast.kernels import aot, costs, problems, sass, source
 
 SOURCE = """
@@ -248,3 +249,15 @@ def test_a_file_without_costs_is_refused(tmp_path, capsys) -> None:
     with pytest.raises(SystemExit):
         aot.main(["--json", str(tmp_path / "costs.json")])
     assert "--json is the file of --costs" in capsys.readouterr().err
+
+
+def test_the_tuner_asks_for_the_same_bound(measured) -> None:
+    name = "argmax, smooth, 2 candidates, K=150, patch 8"
+    (call,) = (problem.call for problem in problems.problems() if problem.name == name)
+    bound = sum(max(one["us"].values()) for one in measured[name]["launches"])
+    assert tune.static_bound(call) == pytest.approx(1e-3 * bound)
+
+    def fails() -> None:
+        raise RuntimeError("out of resources")
+
+    assert tune.static_bound(fails) is None
