@@ -4,11 +4,11 @@
 
 All outputs of a cell are convex combinations of its corners. So lower_k <= logit_k <= upper_k there, with the smallest
 and the largest corner, and a class with upper_k < max_j lower_j cannot win. One program, a warp, owns a tile of a cell.
-Where few classes are left, as on smooth maps, only they are compared, in rising order. Where more are left, each
-quarter of the tile is bounded by the values at its own corners, which leaves less than half of them on noise; the
-columns of a quarter are lanes, and each walks through its own quarter's classes. Where a corner is NaN or infinite,
-nothing is pruned: a NaN wins, as in torch.argmax. Logits are mixed along x first, with the roundings of PyTorch's
-kernel, so that near ties fall as they do there. Only the labels are written. Not differentiable, nothing is saved.
+Where few classes are left, as on smooth maps, only they are compared, in rising order. Where more are left, or there
+are more than one block, each quarter of the tile is bounded by the values at its own corners, which leaves less than
+half of them on noise; the columns of a quarter are lanes, and each walks through its own quarter's classes. Where a
+corner is NaN or infinite, nothing is pruned: a NaN wins, as in torch.argmax. Logits are mixed along x first, with the
+roundings of PyTorch's kernel, so that near ties fall as they do there. Only the labels are written.
 """
 
 from __future__ import annotations
@@ -220,9 +220,9 @@ class Tiles(NamedTuple):
 
 
 def launch_config(rows: int, cols: int, num_classes: int) -> Tiles:
-    """Tiles for cells of at most ``rows x cols`` outputs: one warp, up to 256 outputs, 1024 classes at a time."""
+    """Tiles for cells of at most ``rows x cols`` outputs: one warp, up to 256 outputs, 256 classes at once."""
     block_y, block_x = (min(next_power_of_2(size), 16) for size in (rows, cols))
-    return Tiles(block_y, block_x, min(next_power_of_2(num_classes), 1024), num_warps=1)
+    return Tiles(block_y, block_x, min(next_power_of_2(num_classes), 256), num_warps=1)
 
 
 @lru_cache(maxsize=256)
