@@ -175,7 +175,7 @@ _HALF = {
     ("gfx942", True): (Tiles(64, 64, 4, 2), Tiles(128, 64, 8, 2)),
 }
 # float32, by padded head size: without TF32 the products run on the FMA units, and their operands fill the registers.
-_FLOAT = {16: Tiles(64, 32, 8, 3), 32: Tiles(64, 32, 8, 3), 64: Tiles(32, 32, 4, 3), 128: Tiles(16, 32, 8, 2)}
+_FLOAT = {16: Tiles(64, 32, 8, 3), 32: Tiles(32, 32, 4, 3), 64: Tiles(32, 32, 4, 3), 128: Tiles(16, 16, 8, 3)}
 
 
 @lru_cache
