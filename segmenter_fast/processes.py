@@ -166,8 +166,13 @@ def process_group(device: str = "auto", timeout: float = 600.0) -> Iterator[Worl
         device: "auto", "cpu" or "cuda"; each process on a machine takes a GPU of its own.
         timeout: seconds that a process waits for the others, at the start and in every exchange.
 
+    A process that is lost later ends the others. Between CPUs (gloo) they raise ConnectionError at once. Between GPUs
+    (nccl) they notice after ``timeout``, when PyTorch's watchdog aborts each process (SIGABRT) with a message of its
+    own, because a collective on a GPU cannot be interrupted. Checkpoints stay whole either way.
+
     Raises:
-        ConnectionError: (an OSError) the other processes cannot be reached in time, or were lost.
+        ConnectionError: (an OSError) the other processes cannot be reached in time, or were lost and the backend says
+            so.
         ValueError: no such device, more processes than GPUs, or an environment as in ``World.from_environment``.
     """
     world = World.from_environment()

@@ -76,7 +76,7 @@ def train(
         FileExistsError: ``out`` holds a run, and ``resume`` is "never".
         DivergedError: (a ValueError) the loss stayed not finite.
         SampleError: (an OSError) a sample cannot be read, and the recipe does not skip it.
-        ConnectionError: (an OSError) the other processes cannot be reached or were lost.
+        ConnectionError: (an OSError) the other processes cannot be reached or, with gloo, were lost.
         OSError: the folder cannot be written; earlier checkpoints stay whole.
     """
     for data, name in ((dataset, "the training data"), (val_dataset, "the validation data")):
