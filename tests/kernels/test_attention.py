@@ -119,17 +119,17 @@ def test_infinite_and_missing_scores(
     if backend.name == "interpret":  # as PTX does it: the larger of a number and NaN is the number
         builder = importlib.import_module("triton.runtime.interpreter").InterpreterBuilder
         monkeypatch.setattr(builder, "create_maxnumf", lambda self, a, b: self.binary_op(a, b, np.fmax))
-    for dtype in backend.dtypes[:1] if backend.name == "cpu" else backend.dtypes:
-        qkv, grad_out = inputs(backend, 1, 65, 2, 16, dtype)
-        qkv[:, :, 0, :, 0] = qkv[:, :, 0, :, 0].abs() + 1
-        if value == math.inf:
-            qkv[:, 5, 0, 0, 0] *= -1  # the one query whose scores are -inf
-        qkv[:, keys, 1, 0, 0] = value
-        ours = with_gradients(attention, [qkv], grad_out)
-        with sdpa_kernel(SDPBackend.MATH):
-            peers = with_gradients(sdpa, [qkv.float().cpu()], grad_out.float().cpu())
-        for result, peer in zip(ours[: 1 if backend.name == "cpu" else 2], peers, strict=False):
-            assert_as_accurate(result.cpu(), peer.to(dtype), peer.double(), ulps=16)
+    dtype = backend.dtypes[0 if backend.name == "cpu" else -1]
+    qkv, grad_out = inputs(backend, 1, 65, 1, 16, dtype)
+    qkv[:, :, 0, :, 0] = qkv[:, :, 0, :, 0].abs() + 1
+    if value == math.inf:
+        qkv[:, 5, 0, 0, 0] *= -1  # the one query whose scores are -inf
+    qkv[:, keys, 1, 0, 0] = value
+    ours = with_gradients(attention, [qkv], grad_out)
+    with sdpa_kernel(SDPBackend.MATH):
+        peers = with_gradients(sdpa, [qkv.float().cpu()], grad_out.float().cpu())
+    for result, peer in zip(ours[: 1 if backend.name == "cpu" else 2], peers, strict=False):
+        assert_as_accurate(result.cpu(), peer.to(dtype), peer.double(), ulps=16)
 
 
 def test_equal_keys(backend: Backend) -> None:
