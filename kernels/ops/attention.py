@@ -67,9 +67,12 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
 _capability = cache(torch.cuda.get_device_capability)
 
 
-@torch.compiler.assume_constant_result
 def _before_ampere(device: torch.device) -> bool:
     return torch.version.hip is None and _capability(device) < (8, 0)
+
+
+# What torch.compiler.assume_constant_result sets. That function imports the whole compiler.
+_before_ampere._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _fake(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
