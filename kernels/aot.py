@@ -140,13 +140,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled")
     if options.json and not options.costs:
         parser.error("--json is the file of --costs; give both")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json: there is no folder {options.json.parent}")
+    if options.jobs < 1:
+        parser.error(f"--jobs must be at least 1, got {options.jobs}")
     if options.costs:
         found = measure(options.only)
+        if not found:
+            parser.error(f"--only: no problem's name contains {options.only!r}; --costs alone lists all")
         print(table(found))
         if options.json:
             options.json.write_text(json.dumps(found, indent=1) + "\n")
         return 0
     wanted = [(arch, one.name) for arch in options.arch for one in shipped(arch) if options.only in one.name]
+    if not wanted:
+        parser.error(f"--only: no build for {', '.join(options.arch)} has {options.only!r} in its name")
     builds = build_all(wanted, options.jobs)
     width = max((len(one.name) for one in builds), default=0)
     print(f"{'kernel':{width}}  target  registers  spills  shared / limit   global loads (count x bits)")

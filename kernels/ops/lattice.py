@@ -25,19 +25,22 @@ def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tens
         row_weights, col_weights: ``(S, H)`` and ``(S, W)`` in the dtype of ``scores``, contiguous.
 
     Returns:
-        ``(H, W)``, uint8 where K <= 256 and int32 otherwise. Ties go to the lowest class, a NaN wins.
+        ``(H, W)``, uint8 where K <= 256 and int32 otherwise. Ties go to the lowest class, a NaN wins. Not
+        differentiable.
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is allowed.
     """
     _check(scores, rows, row_weights, cols, col_weights)
-    return torch.ops.segmenter_fast.lattice_argmax(scores.detach(), rows, row_weights, cols, col_weights)
+    tensors = scores, rows, row_weights, cols, col_weights
+    return torch.ops.segmenter_fast.lattice_argmax(*(tensor.detach() for tensor in tensors))
 
 
 def lattice_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
-    """Mean softmax over the lattices, ``(K, H, W)`` in the dtype of ``scores``; arguments as for ``lattice_argmax``."""
+    """Mean softmax over the lattices, ``(K, H, W)`` in the dtype of ``scores``; the rest as for ``lattice_argmax``."""
     _check(scores, rows, row_weights, cols, col_weights)
-    return torch.ops.segmenter_fast.lattice_softmax(scores.detach(), rows, row_weights, cols, col_weights)
+    tensors = scores, rows, row_weights, cols, col_weights
+    return torch.ops.segmenter_fast.lattice_softmax(*(tensor.detach() for tensor in tensors))
 
 
 def _check(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> None:

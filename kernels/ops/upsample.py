@@ -210,7 +210,9 @@ def _setup_cross_entropy(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -
     ctx.save_for_backward(masks, *((target, options.weight) if options.reduction == "none" else (output[1],)))
 
 
-def _cross_entropy_backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _cross_entropy_backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 9
     masks, *saved = ctx.saved_tensors
     if ctx.options.reduction == "none":
         target, weight = saved

@@ -245,10 +245,20 @@ def test_costs_are_written_as_json(tmp_path, capsys) -> None:
     assert problem["problem"] in capsys.readouterr().out
 
 
-def test_a_file_without_costs_is_refused(tmp_path, capsys) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--json costs.json", "--json is the file of --costs"),
+        ("--costs --json nowhere/costs.json", "there is no folder nowhere"),
+        ("--costs --only cross_entropy", "no problem's name contains 'cross_entropy'"),
+        ("--arch sm_75 --only attention", "no build for sm_75 has 'attention' in its name"),
+        ("--jobs 0", "--jobs must be at least 1, got 0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: str, message: str, capsys) -> None:
     with pytest.raises(SystemExit):
-        aot.main(["--json", str(tmp_path / "costs.json")])
-    assert "--json is the file of --costs" in capsys.readouterr().err
+        aot.main(arguments.split())
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 def test_the_tuner_asks_for_the_same_bound(measured) -> None:

@@ -123,3 +123,33 @@ def test_forward_mode_is_refused(backend: Backend, case: str) -> None:
     op, inputs, _ = problem(case, backend)
     with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         torch.func.jvp(op, tuple(inputs), tuple(inputs))
+
+
+class NoGradient(torch.autograd.Function):
+    """A consumer that gives no gradient back."""
+
+    @staticmethod
+    def forward(ctx: object, value: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_consumer_without_a_gradient(backend: Backend, reduction: str) -> None:
+    masks = torch.randn(1, 3, 4, 5, device=backend.device).requires_grad_()
+    NoGradient.apply(cross_entropy(reduction)(masks)).sum().backward()
+    assert masks.grad is None or not masks.grad.any()
+
+
+@pytest.mark.parametrize("op", [kernels.lattice_argmax, kernels.lattice_softmax])
+def test_lattices_have_no_gradient(op: Callable[..., Tensor]) -> None:
+    arguments = lattices()
+    for index in (0, 2, 4):
+        with_grad = [*arguments]
+        with_grad[index] = arguments[index].clone().requires_grad_()
+        found = op(*with_grad)
+        assert not found.requires_grad
+        assert torch.equal(found, op(*arguments))
