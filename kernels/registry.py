@@ -39,6 +39,18 @@ def widest(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
+# Types of devices that autocast knows. Asked once, because PyTorch 2.11 cannot compile the question.
+_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """Dtype of autocast where it is on for the device of ``tensor``; None elsewhere and for float64."""
+    device = tensor.device.type
+    if device in _AUTOCAST and torch.is_autocast_enabled(device) and tensor.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return None
+
+
 def define(
     schema: str,
     *,

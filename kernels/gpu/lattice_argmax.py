@@ -68,7 +68,7 @@ def lattice_argmax_kernel(
     label = tl.zeros((BLOCK_Y, 1, BLOCK_X), tl.int32)
     one = tl.zeros((1,), tl.int32)
     lanes = tl.arange(0, BLOCK_K)
-    bound = -float("inf")
+    bound = tl.cast(-float("inf"), best.dtype)
     prunable = few_y & few_x
     if prunable:
         bounds = tl.full((BLOCK_K,), -float("inf"), best.dtype)

@@ -30,7 +30,7 @@ from .upsample_argmax import upsample_argmax
 from .upsample_cross_entropy import pixel_backward, scale_gradient, upsample_cross_entropy
 from .upsample_softmax import upsample_softmax, upsample_softmax_backward
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 BATCH, HEADS, GRID = 8, 12, 32
 
 empty = partial(torch.empty, device="meta")
@@ -114,7 +114,8 @@ def record(target: GPUTarget, calls: Iterator[tuple[str, Callable[[], object]]])
 def _launch(kernel: Any, bound: dict[str, Any], label: str, grid: Any, arguments: dict[str, Any]) -> Launch:
     """Launch from the arguments of Triton's hook, named by kernel, call and tile (blocks, warps, stages)."""
     options = {"num_warps": bound["num_warps"], "num_stages": bound["num_stages"]}
-    options |= {name: value for name, value in arguments.items() if name == "maxnreg"}  # the hook does not tell it
+    told = {name: arguments[name] for name in ("maxnreg",) if name in arguments}  # the hook does not tell it
+    options |= told | ({} if arguments.get("enable_fp_fusion", True) else {"enable_fp_fusion": False})
     constants = {kernel.arg_names[path[0]]: value for path, value in bound["constants"].items()}
     tile = [value for name, value in constants.items() if name.startswith("BLOCK")]
     name = f"{kernel.__name__.removesuffix('_kernel')} {label} {(*tile, *options.values())}"
@@ -143,7 +144,7 @@ def _attention(all_sizes: bool) -> Iterator[tuple[str, Callable[[], object]]]:
 
     2^k + 1 tokens, few and many; head sizes 64 and 128 also with a rest that takes a whole masked block.
     """
-    for name in DTYPES if all_sizes else ("bf16", "fp32"):
+    for name in ("bf16", "fp16", "fp32") if all_sizes else ("bf16", "fp32"):
         for dim in HEAD_SIZES if all_sizes else (64, 128):
             for seq_len, rest in ((257, ""), (1025, ""), (280, " ragged"), (1080, " ragged")):
                 if rest and (dim not in (64, 128) or name == "fp16"):
@@ -160,14 +161,14 @@ def _attention(all_sizes: bool) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _lattice() -> Iterator[tuple[str, Callable[[], object]]]:
-    for num_classes in (2, 150, 1000):
-        scores = empty(4096, num_classes)
+    for num_classes, name in ((2, "fp32"), (150, "fp32"), (1000, "fp32"), (150, "fp64")):
+        scores = empty(4096, num_classes, dtype=DTYPES[name])
 
         def lattice(count: int, scores: Tensor = scores) -> tuple[Tensor, ...]:
-            index, weights = empty(count, 2, 512, dtype=torch.int64), empty(count, 512)
+            index, weights = empty(count, 2, 512, dtype=torch.int64), empty(count, 512, dtype=scores.dtype)
             return scores, index, weights, index, weights
 
-        label = f"K={num_classes} fp32"
+        label = f"K={num_classes} {name}"
         yield label, partial(lattice_softmax, *lattice(2))
         yield f"of one {label}", partial(lattice_argmax, *lattice(1))
         yield f"of votes {label}", partial(lattice_argmax, *lattice(2))
@@ -200,13 +201,15 @@ def _upsample_argmax(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
                     masks = _masks(num_classes, name, layout == "channels-last")
                     label = f"{patch}x{patch} K={num_classes} {name} {layout}"
                     yield label, partial(upsample_argmax, masks, size, size, False)
+    size = (GRID * 16,) * 2
+    yield "16x16 K=150 fp64", partial(upsample_argmax, _masks(150, "fp64"), size, size, False)
     wide = (1 << 29) + 1  # rows, whose positions pass 32 bits
     yield f"wide K=150 {half}", partial(upsample_argmax, _masks(150, half), (wide, GRID), (16, GRID), False)
 
 
 def _upsample_softmax(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
     cases = [(half, num_classes, patch) for num_classes in (19, 150, 1000) for patch in (4, 16)]
-    for name, num_classes, patch in (*cases, ("fp32", 150, 16)):
+    for name, num_classes, patch in (*cases, ("fp64", 150, 16), ("fp32", 150, 16)):
         label, masks, size = f"K={num_classes} P={patch} {name}", _masks(num_classes, name), (GRID * patch,) * 2
         probabilities = empty(BATCH, num_classes, *size, dtype=DTYPES[name])
         yield label, partial(upsample_softmax, masks, size, size, False)
@@ -222,7 +225,7 @@ def _upsample_softmax(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
 def _upsample_cross_entropy(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Letters of a label: g a gradient, w class weights, s smoothing; "pixels" is reduction "none"."""
     cases = [(half, num_classes, patch, "g") for num_classes in (19, 150, 1000) for patch in (4, 8, 16)]
-    cases += [("fp32", 150, 16, "g"), ("fp32", 150, 16, "wsg"), (half, 150, 16, "")]
+    cases += [("fp64", 150, 16, "g"), ("fp32", 150, 16, "g"), ("fp32", 150, 16, "wsg"), (half, 150, 16, "")]
 
     def step(masks: Tensor, target: Tensor, options: LossOptions, with_grad: bool) -> None:
         loss, parts = upsample_cross_entropy(masks, target, options, with_grad)

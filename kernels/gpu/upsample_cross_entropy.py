@@ -183,12 +183,12 @@ def launch_config(num_classes: int, longest_y: int, longest_x: int, arch: str) -
 @lru_cache(maxsize=256)
 def plan(
     shape: Sequence[int], kept: Sequence[int], strides: Sequence[Sequence[int]], size: Sequence[int],
-    align_corners: bool, arch: str, lean: bool,
+    align_corners: bool, arch: str, lean: bool, double: bool,
 ) -> Plan:  # fmt: skip
     """Tiles, and programs: one for a segment, unless the segments are too few to fill a device.
 
     ``strides`` are those of the masks, of the target and of other tensors like it. ``lean``: the kernel fits the
-    registers of twelve warps a multiprocessor.
+    registers of twelve warps a multiprocessor. ``double``: float64, of which a thread holds fewer rows.
     """
     batch, num_classes, *grid = shape
     ys, xs = (Axis.make(*axis, align_corners) for axis in zip(grid, size, kept, strict=True))
@@ -196,6 +196,8 @@ def plan(
     pairs = (zip(of[1:], steps[1:], strict=True) for of, steps in zip(shapes, strides, strict=True))
     offsets = [sum((n - 1) * step for n, step in one) for one in pairs]  # the largest within an image
     tiles = launch_config(num_classes, ys.longest_cell, xs.longest_cell, arch)
+    if double:
+        tiles = tiles._replace(block_y=min(tiles.block_y, 8))
     segments = batch * ys.size_in * cdiv(xs.size_in, SEGMENT)
     cell_tiles = cdiv(ys.longest_cell, tiles.block_y) * cdiv(xs.longest_cell, tiles.block_x)
     splits = min(cell_tiles * min(SEGMENT, xs.size_in), cdiv(256, max(segments, 1)))
@@ -247,10 +249,11 @@ def pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, options: Lo
 
 
 def _plan(masks: Tensor, target: Tensor, options: LossOptions, *others: Tensor) -> Plan:
-    lean = masks.dtype != torch.float64 and options.weight is None and not options.label_smoothing
+    double = masks.dtype == torch.float64
+    lean = not double and options.weight is None and not options.label_smoothing
     strides = (masks.stride(), target.stride(), *(other.stride() for other in others))
     size, kept = tuple(options.size), target.shape[1:]
-    return plan(masks.shape, kept, strides, size, options.align_corners, device_arch(masks), lean)
+    return plan(masks.shape, kept, strides, size, options.align_corners, device_arch(masks), lean, double)
 
 
 def _launch(

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from ..cpu import attention as cpu
 from ..registry import (
     FLOATS,
+    autocast_dtype,
     define,
     derivative_error,
     dtype_error,
@@ -53,11 +54,9 @@ def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
         raise ValueError(f"qkv must have a last stride of 1, got strides {qkv.stride()}; call .contiguous() on it")
     if forward_ad.unpack_dual(qkv).tangent is not None:
         raise derivative_error("attention", "forward-mode")
-    device = qkv.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and qkv.dtype != torch.float64:
-        qkv = qkv.to(torch.get_autocast_dtype(device))
+    qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    if device == "cuda" and _before_ampere(qkv.device):
+    if qkv.is_cuda and _before_ampere(qkv.device):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).contiguous()
     with_lse = torch.is_grad_enabled() and qkv.requires_grad

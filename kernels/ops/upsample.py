@@ -15,6 +15,7 @@ from ..cpu import upsample_softmax as cpu_softmax
 from ..loss_options import LossOptions, size_of_parts
 from ..registry import (
     FLOATS,
+    autocast_dtype,
     define,
     derivative_error,
     dtype_error,
@@ -85,8 +86,7 @@ def upsample_softmax(masks: Tensor, size: Size, crop: Size | None = None, align_
     size, crop = _checked_sizes(masks, size, crop)
     if forward_ad.unpack_dual(masks).tangent is not None:
         raise derivative_error("upsample_softmax", "forward-mode")
-    device = masks.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and masks.dtype != torch.float64:
+    if autocast_dtype(masks):
         masks = masks.float()
     return torch.ops.segmenter_fast.upsample_softmax(masks, size, crop, align_corners)
 

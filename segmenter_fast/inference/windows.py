@@ -21,6 +21,8 @@ from ..kernels.bilinear import Axis
 
 # Smallest second difference of weights that counts as a bend. Weights are at most 1; rounding leaves 1e-15.
 _BEND = 1e-9
+# Sparse tensors are valid by construction. PyTorch 2.11 warns unless it is told so around all that is done with them.
+_unchecked = torch.sparse.check_sparse_tensor_invariants(False)
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class Lattice:
 
     @classmethod
     @lru_cache(maxsize=64)  # views of one image, and images of one size, share lattices
+    @_unchecked
     def make(cls, windows: Windows, size: int, mirrored: bool = False) -> Lattice:
         """The lattice of ``windows`` resized to ``size`` outputs, in reversed order where ``mirrored``."""
         patches, weights = windows.taps(size)
@@ -104,7 +107,7 @@ class Lattice:
         weight = position.double() / (length - 1).clamp(min=1).repeat_interleave(length)
         weight[single.repeat_interleave(length)] = 0.5
         points = torch.stack([first, last], 1)[torch.stack([torch.ones_like(single), ~single], 1)]
-        rows = torch.sparse_coo_tensor(*table, (size, int(patches.max()) + 1), check_invariants=False).coalesce()
+        rows = torch.sparse_coo_tensor(*table, (size, int(patches.max()) + 1)).coalesce()
         begins = torch.searchsorted(rows.indices()[0].contiguous(), torch.arange(size + 1))
         taken = begins.diff()[points]
         start = F.pad(taken.cumsum(0), (1, 0))
@@ -138,6 +141,7 @@ class Lattice:
         )
 
 
+@_unchecked
 def _runs(places: Tensor, weights: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Return first and last outputs of the linear runs of a table ``(2, n)``, ``(n,)``; no run has two outputs."""
     shifts, factors = torch.tensor([-1, 0, 1]), torch.tensor([1.0, -2.0, 1.0], dtype=torch.float64)
@@ -148,7 +152,6 @@ def _runs(places: Tensor, weights: Tensor, size: int) -> tuple[Tensor, Tensor]:
         torch.stack([outputs[inner], places[1].repeat(3)[inner]]),
         values[inner],
         (size, int(places[1].max()) + 1),
-        check_invariants=False,
     ).coalesce()
     bends = differences.indices()[0, differences.values().abs() > _BEND].unique()
     ends, begin = [], 0

@@ -179,7 +179,12 @@ def test_without_a_change_of_size_nothing_reaches_a_neighbour(backend: Backend, 
     masks = backend.masks(5, 3, 3, 1)
     masks[0, 1, 1, 1] = value
     target = torch.zeros(1, 3, 3, dtype=torch.int64, device=backend.device)
-    assert_op_equals(kernels.upsample_cross_entropy, pytorch, [masks], target=target, reduction="sum")
+
+    def on_a_cpu(masks: Tensor, target: Tensor, reduction: str) -> Tensor:
+        """PyTorch's CUDA kernel copies where the size is the same, and makes no NaN of 0 * inf."""
+        return pytorch(masks.cpu(), target=target.cpu(), reduction=reduction).to(masks.device)
+
+    assert_op_equals(kernels.upsample_cross_entropy, on_a_cpu, [masks], target=target, reduction="sum")
     _, grad = run(masks, target)
     assert grad[0, :, torch.arange(3) != 1].isfinite().all()
 
