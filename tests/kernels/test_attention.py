@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import math
-from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -26,9 +25,9 @@ ops = torch.ops.segmenter_fast
 
 def sdpa(qkv: Tensor, scale: float | None = None) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    exact = sdpa_kernel(SDPBackend.MATH) if scale == 0 else nullcontext()  # others make NaN of scale 0 on CUDA
-    with exact:
-        return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+    if scale == 0:  # PyTorch's CUDA kernels make NaN of it
+        q, scale = q * 0, None
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 def assert_attention(qkv: Tensor, grad_out: Tensor, scale: float | None = None, ulps: float = 4.0) -> None:
