@@ -25,8 +25,7 @@ ops = torch.ops.segmenter_fast
 
 def sdpa(qkv: Tensor, scale: float | None = None) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    if scale == 0:  # PyTorch's CUDA kernels make NaN of it
-        q, scale = q * 0, None
+    q, scale = (q * 0, None) if scale == 0 else (q, scale)  # PyTorch's CUDA kernels make NaN of a scale of 0
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
