@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +16,7 @@ from segmenter_fast.graphs import MOST_GRAPHS, Graphs
 from segmenter_fast.inference_segmenter import InferenceSegmenter
 from support.cuda_graphs import fake_cuda
 from support.models import pair
+from support.threads import in_threads
 
 RESULTS = ["masks", "segment", "probabilities", "forward"]
 
@@ -101,17 +100,6 @@ def test_numeric_settings_have_graphs_of_their_own(cuda: SimpleNamespace) -> Non
         assert torch.equal(low, plain.masks(images))
     assert not torch.equal(low, fast.masks(images))
     assert len(cuda.captures) == 2
-
-
-def in_threads(work: Callable[[int], None]) -> None:
-    """Run ``work(0)`` to ``work(3)`` at once, with many switches between them."""
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        with ThreadPoolExecutor(4) as pool:
-            list(pool.map(work, range(4)))
-    finally:
-        sys.setswitchinterval(interval)
 
 
 def test_threads_share_the_graphs(cuda: SimpleNamespace) -> None:

@@ -45,10 +45,13 @@ OPERATORS = {
 }
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("case", OPERATORS)
-def test_opcheck(case: str) -> None:
-    op, args = OPERATORS[case]()
-    torch.library.opcheck(op.default, args)
+def test_opcheck(case: str, device: str) -> None:
+    with torch.device(device):
+        op, args = OPERATORS[case]()
+    args = [value.to(device) if isinstance(value, Tensor) and value is TARGET else value for value in args]
+    torch.library.opcheck(op.default, tuple(args))
 
 
 def cross_entropy(reduction: str) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 ``torchrun ... training.py ranks OUT FIELDS`` saves gradients of one step by DDP and FSDP2, trains with the recipe's
 fields replaced, as JSON, is stopped by SIGTERM, goes on, and loses rank 1 in the fifth step.
+``torchrun ... training.py gradients OUT FIELDS`` only saves the gradients, of GPUs where there are any.
 ``training.py slow OUT FIELDS`` trains until its second checkpoint is half written, and waits there.
 """
 
@@ -100,9 +101,15 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return run_folder.read_checkpoint(path)["model"]
 
 
+def first_batch(size: int = RECIPE.batch_size) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(size, 3, 32, 32)`` images and ``(size, 32, 32)`` labels of ``Squares``."""
+    images, labels = zip(*(Squares().read(index) for index in range(size)), strict=True)
+    return torch.tensor(np.stack(images)).permute(0, 3, 1, 2).float() / 255, torch.tensor(np.stack(labels)).long()
+
+
 def step_gradients(world: World, recipe: Recipe) -> dict[str, torch.Tensor]:
     """Return the whole gradients of one step on the first batch, by name."""
-    model, data = small_model(recipe), Squares()
+    model = small_model(recipe)
     stepper = Stepper(model, 255, recipe, 10, world)
     found: dict[str, torch.Tensor] = {}
 
@@ -113,9 +120,7 @@ def step_gradients(world: World, recipe: Recipe) -> dict[str, torch.Tensor]:
                 found[name] = (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
 
     stepper.optimizer.register_step_pre_hook(keep)
-    images, labels = zip(*(data.read(index) for index in range(recipe.batch_size)), strict=True)
-    pixels = torch.tensor(np.stack(images)).permute(0, 3, 1, 2).float() / 255
-    target = torch.tensor(np.stack(labels)).long()
+    pixels, target = first_batch(recipe.batch_size)
     mine = slice(world.rank * recipe.batch_size // world.size, (world.rank + 1) * recipe.batch_size // world.size)
     stepper.step(pixels[mine], target[mine], StopRequest())
     return found
@@ -136,13 +141,18 @@ def _save_slowly() -> None:
     torch.save = half
 
 
-def _ranks(world: World, out: Path, fields: dict[str, Any]) -> None:
-    """Run all tasks for two processes at once, because starting them takes long."""
+def _gradients(world: World, out: Path) -> None:
+    """Save the gradients of one step by DDP and FSDP2, in one part and in two."""
     for kind in ("ddp", "fsdp"):
         for accumulate in (1, 2):
             found = step_gradients(world, RECIPE.replace(parallel=kind, accumulate=accumulate, drop_path=0.0))
             if world.rank == 0:
                 torch.save(found, out / f"{kind}-{accumulate}.pt")
+
+
+def _ranks(world: World, out: Path, fields: dict[str, Any]) -> None:
+    """Run all tasks for two processes at once, because starting them takes long."""
+    _gradients(world, out)
     recipe = RECIPE.replace(**fields)
     for reads, number in ((6, signal.SIGTERM), (4, signal.SIGKILL)):  # two reads a step
         data = Squares() if world.rank == 0 else Signalled(reads, number)
@@ -158,6 +168,9 @@ def _main() -> None:
     if task == "ranks":
         with process_group("cpu", 60) as world:
             _ranks(world, out, fields)
+    elif task == "gradients":
+        with process_group("auto", 60) as world:
+            _gradients(world, out)
     else:
         _save_slowly()
         recipe = RECIPE.replace(**fields)
