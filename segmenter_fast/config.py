@@ -17,7 +17,7 @@ LARGEST_SCALE = 16
 _CHOICES = {
     "decoder": ("mask", "linear"),
     "pos_embed_kind": ("learned", "rotary"),
-    "pos_embed_mode": ("bilinear", "bicubic", "bicubic_antialias"),
+    "pos_embed_mode": ("bilinear", "bicubic", "bicubic_grid", "bicubic_offset", "bicubic_antialias"),
     "mlp": ("gelu", "swiglu"),
     "upsample_to": ("padded", "image"),
 }
@@ -58,8 +58,9 @@ class SegmenterConfig:
     pos_embed_prefix: bool = True
     """The position embedding has entries for the prefix tokens (DINOv2 with registers: no)."""
     pos_embed_mode: str = "bilinear"
-    """Resizing of a learned position embedding: "bilinear" (official), "bicubic" (mmsegmentation) or
-    "bicubic_antialias" (timm)."""
+    """Resizing of a learned position embedding: "bilinear" (official) or "bicubic" (mmsegmentation) for another number
+    of patches; for another grid "bicubic_grid" (Hugging Face), "bicubic_offset" (Meta's DINOv2: scale factors for 0.1
+    patches more) or "bicubic_antialias" (timm, and all DINOv2 with registers)."""
     layer_scale: bool = False
     encoder_norm_eps: float = 1e-5
     dropout: float = 0.0

@@ -13,6 +13,9 @@ _PROGRAMS = {
     (1e-5, 1e-5, "bilinear", "padded"): "the official program",
     (1e-6, 1e-5, "bicubic", "image"): "mmsegmentation",
     (1e-6, 1e-5, "bicubic_antialias", "padded"): "timm in the encoder, the official program in the decoder",
+    (1e-6, 1e-5, "bicubic_grid", "padded"): "Hugging Face in the encoder, the official program in the decoder",
+    (1e-12, 1e-5, "bicubic_grid", "padded"): "Hugging Face in the encoder, the official program in the decoder",
+    (1e-6, 1e-5, "bicubic_offset", "padded"): "Meta's DINOv2 in the encoder, the official program in the decoder",
     (1e-5, 1e-5, "rotary", "padded"): "timm in the encoder, the official program in the decoder",
 }
 

@@ -142,12 +142,15 @@ class VisionTransformer(nn.Module):
         grid, mode = self.config.grid, self.config.pos_embed_mode
         if (rows, columns) == grid:
             return self.pos_embed
-        if rows * columns == grid[0] * grid[1] and mode != "bicubic_antialias":
+        if rows * columns == grid[0] * grid[1] and mode in ("bilinear", "bicubic"):
             return self.pos_embed  # only the aspect ratio differs: unchanged, as in the official program
         prefix = self.pos_embed.shape[1] - grid[0] * grid[1]
         patches = self.pos_embed[:, prefix:].transpose(1, 2).unflatten(2, grid)
-        options = {"mode": "bicubic", "antialias": True} if mode == "bicubic_antialias" else {"mode": mode}
-        resized = F.interpolate(patches, size=(rows, columns), align_corners=False, **options)
+        extent: dict[str, Any] = {"size": (rows, columns)}
+        if mode == "bicubic_offset":  # of Meta's DINOv2
+            extent = {"scale_factor": ((rows + 0.1) / grid[0], (columns + 0.1) / grid[1])}
+        options = {"mode": mode.split("_")[0], "antialias": mode == "bicubic_antialias", **extent}
+        resized = F.interpolate(patches, align_corners=False, **options)
         return torch.cat([self.pos_embed[:, :prefix], resized.flatten(2).transpose(1, 2)], 1)
 
     def forward(self, images: Tensor) -> Tensor:

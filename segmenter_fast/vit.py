@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -200,8 +201,10 @@ def resize_positions(positions: Tensor, grid: Pair, size: Pair, mode: str) -> Te
     patches = channels_last_maps(positions[:, prefix:], grid)
     if patches.dtype != torch.float64:
         patches = patches.float()
-    kind, _, antialias = mode.partition("_")
-    resized = F.interpolate(patches, size=size, mode=kind, align_corners=False, antialias=bool(antialias))
+    kind, _, option = mode.partition("_")
+    scales = [(n + 0.1) / m for n, m in zip(size, grid, strict=True)]
+    extent: dict[str, Any] = {"scale_factor": scales} if option == "offset" else {"size": size}
+    resized = F.interpolate(patches, mode=kind, align_corners=False, antialias=option == "antialias", **extent)
     return torch.cat([positions[:, :prefix], resized.flatten(2).mT.to(positions.dtype)], 1)
 
 
@@ -245,7 +248,7 @@ class VisionTransformer(nn.Module):
     def grid_embeddings(self, rows: int, columns: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Prefix tokens and positions for a grid of patches.
 
-        A learned position embedding is resized if the number of patches changes; in timm's mode also if only the
+        A learned position embedding is resized if the number of patches changes; in some modes also if only the
         aspect ratio does.
 
         Returns:
@@ -259,7 +262,7 @@ class VisionTransformer(nn.Module):
         if positions is None:
             head_dim = config.embed_dim // config.num_heads
             return prefix, None, rotation_table(grid, count, head_dim, config.rope_temperature, like)
-        same_count = rows * columns == self.grid[0] * self.grid[1] and config.pos_embed_mode != "bicubic_antialias"
+        same_count = rows * columns == self.grid[0] * self.grid[1] and "_" not in config.pos_embed_mode
         if grid != self.grid and not same_count:
             positions = resize_positions(positions, self.grid, grid, config.pos_embed_mode)
         if config.pos_embed_prefix:

@@ -38,14 +38,16 @@ class SavedModel:
     """Its source, for messages."""
     config: SegmenterConfig
     state: Mapping[str, Tensor]
+    has_decoder: bool = True
+    """False for a backbone: its configuration's decoder is the default one."""
 
 
 def build(model_class: type[ModelT], saved: SavedModel, fields: Mapping[str, Any]) -> ModelT:
     """Return a saved model, float32, in evaluation mode, with ``fields`` of its configuration overridden.
 
     Another ``image_size`` resizes the position embedding in the mode that the configuration names. Another
-    ``num_classes`` re-initialises the tensors of the classes, with a warning that names them. The model shares no
-    memory with ``saved``.
+    ``num_classes`` re-initialises the tensors of the classes, with a warning that names them; a backbone gets a random
+    decoder, also with a warning. The model shares no memory with ``saved``.
 
     Args:
         model_class: ``Segmenter``, or a subclass; called with the configuration.
@@ -70,16 +72,17 @@ def build(model_class: type[ModelT], saved: SavedModel, fields: Mapping[str, Any
     fits = _POSITIONS in state and state[_POSITIONS].shape == (1, entries, before.embed_dim)
     if fits and config.grid != before.grid:
         state[_POSITIONS] = resize_positions(state[_POSITIONS], before.grid, config.grid, config.pos_embed_mode)
-    if config.num_classes != before.num_classes:
+    if config.num_classes != before.num_classes or not saved.has_decoder:
         with torch.device("cpu"):
             random = model_class(config.replace(depth=1)).state_dict()
-        renewed = [key for key in _CLASS_TENSORS if key in state and key in random]
+        if saved.has_decoder:
+            renewed = [key for key in _CLASS_TENSORS if key in state and key in random]
+            reason = f"has {before.num_classes} classes, not {config.num_classes}: {', '.join(renewed)} are"
+        else:
+            renewed = [key for key in random if key.startswith("decoder.")]
+            reason = f"is a backbone: the tensors of a {config.decoder} decoder for {config.num_classes} classes are"
         state |= {key: random[key] for key in renewed}
-        warnings.warn(
-            f"{saved.name} has {before.num_classes} classes, not {config.num_classes}: {', '.join(renewed)} are "
-            "random now and need training",
-            stacklevel=3,
-        )
+        warnings.warn(f"{saved.name} {reason} random now and need training", stacklevel=3)
     with torch.device("meta"):  # shapes are compared before any memory is taken
         model = model_class(config)
     load_strictly(model, state, saved.name, assign=True)

@@ -6,6 +6,7 @@ format and of the package that wrote it. Local folders need no network.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -21,18 +23,20 @@ from ..config import SegmenterConfig
 from ..describe import describe_config
 from ..io.atomic import atomic_files
 from ..version import __version__
+from . import huggingface
 from .build import SavedModel, build
-from .reading import CheckpointError, read_mapping, read_safetensors
+from .reading import CheckpointError, read_mapping, read_safetensors, read_torch
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
+PICKLED = "pytorch_model.bin"  # of older models of Hugging Face's
 _DOWNLOAD_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 # Licences that timm states for backbones, by a part of their names; the first that fits.
 _LICENCES = (("dinov3", "the DINOv3 License"), ("", "Apache 2.0"))
 
 
 def read_folder(folder: Path) -> SavedModel:
-    """Return the model that ``write_folder`` wrote.
+    """Return the model that ``write_folder`` wrote, or a backbone that transformers' ``save_pretrained`` wrote.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -40,6 +44,10 @@ def read_folder(folder: Path) -> SavedModel:
     """
     path = folder / CONFIG
     fields = read_mapping(path)
+    if "model_type" in fields:
+        pickled = not (folder / WEIGHTS).exists() and (folder / PICKLED).exists()
+        state = read_torch(folder / PICKLED) if pickled else read_safetensors(folder / WEIGHTS)
+        return huggingface.read_backbone(str(folder), state, fields, folder)
     version, writer = fields.pop("format_version", None), fields.pop("package_version", "unknown")
     if not isinstance(version, int):
         raise CheckpointError(f"{path}: no configuration of segmenter-fast: it has no format_version")
@@ -52,6 +60,29 @@ def read_folder(folder: Path) -> SavedModel:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error} (written by segmenter-fast {writer})") from error
     return SavedModel(str(folder), config, read_safetensors(folder / WEIGHTS))
+
+
+def read_hub(model_id: str, **options: Any) -> SavedModel:
+    """Return the model of an id on the Hugging Face Hub, from the local cache or the network, see ``read_folder``.
+
+    Args:
+        options: of ``hf_hub_download``.
+
+    Raises:
+        OSError, HfHubHTTPError: it cannot be fetched.
+    """
+    folder = Path(hf_hub_download(model_id, CONFIG, **options)).parent
+    optional = [huggingface.PIXELS] if "model_type" in read_mapping(folder / CONFIG) else []
+    try:
+        hf_hub_download(model_id, WEIGHTS, **options)
+    except EntryNotFoundError:
+        if not optional:
+            raise
+        hf_hub_download(model_id, PICKLED, **options)
+    for name in optional:
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(model_id, name, **options)
+    return dataclasses.replace(read_folder(folder), name=model_id)
 
 
 def write_folder(folder: Path, config: SegmenterConfig, state: Mapping[str, Tensor]) -> None:
@@ -145,7 +176,5 @@ class HubMixin(
         """Load for ``from_pretrained``, whose unchecked ``config`` is ignored."""
         download = {name: options.pop(name) for name in _DOWNLOAD_OPTIONS if name in options}
         folder = Path(model_id)
-        if not folder.is_dir():
-            for name in (CONFIG, WEIGHTS):
-                folder = Path(hf_hub_download(model_id, name, **download)).parent
-        return build(cls, dataclasses.replace(read_folder(folder), name=model_id), options)  # type: ignore[type-var]
+        saved = read_folder(folder) if folder.is_dir() else read_hub(model_id, **download)
+        return build(cls, saved, options)  # type: ignore[type-var]

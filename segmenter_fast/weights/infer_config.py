@@ -41,30 +41,10 @@ def fields_from_shapes(state: Mapping[str, Tensor], overrides: Mapping[str, Any]
     Raises:
         CheckpointError: a tensor that every Segmenter has is missing or misshapen, or the grid of patches is ambiguous.
     """
-    embed_dim, _, patch_size, _ = _shape(state, "encoder.patch_embed.proj.weight", 4)
-    swiglu = "encoder.blocks.0.mlp.fc1_g.weight" in state
-    hidden, _ = _shape(state, f"encoder.blocks.0.mlp.fc1{'_g' * swiglu}.weight", 2)
     qkv_bias = "encoder.blocks.0.attn.qkv.bias" in state
     rotary = "encoder.pos_embed" not in state and not qkv_bias  # only one of them missing: a damaged checkpoint
-    if embed_dim % HEAD_DIM and not overrides.get("num_heads"):
-        raise CheckpointError(f"embed_dim {embed_dim} is no multiple of {HEAD_DIM}; pass num_heads=")
-    num_heads = overrides.get("num_heads") or embed_dim // HEAD_DIM
-    fields: dict[str, Any] = {
-        "patch_size": patch_size,
-        "embed_dim": embed_dim,
-        "depth": _layers(state, "encoder.blocks."),
-        "num_heads": num_heads,
-        "mlp_ratio": hidden / embed_dim,
-        "mlp": "swiglu" if swiglu else "gelu",
-        "qkv_bias": qkv_bias,
-        "pos_embed_kind": "rotary" if rotary else "learned",
-        "class_token": "encoder.cls_token" in state,
-        "distillation_token": "encoder.dist_token" in state,
-        "num_register_tokens": _shape(state, "encoder.reg_token", 3)[1] if "encoder.reg_token" in state else 0,
-        "layer_scale": "encoder.blocks.0.ls1.gamma" in state,
-        "head_classes": head_classes(state),
-        "decoder_num_heads": overrides.get("decoder_num_heads") or num_heads,
-    }
+    fields = encoder_fields(state, overrides, rotary)
+    fields["decoder_num_heads"] = overrides.get("decoder_num_heads") or fields["num_heads"]
     if "decoder.cls_emb" in state:
         fields |= {"decoder": "mask", "num_classes": _shape(state, "decoder.cls_emb", 3)[1]}
         fields["decoder_depth"] = _layers(state, "decoder.blocks.")
@@ -77,6 +57,30 @@ def fields_from_shapes(state: Mapping[str, Tensor], overrides: Mapping[str, Any]
     else:
         fields |= _grid(_shape(state, "encoder.pos_embed", 3)[1], fields, image_size or (0, 0))
     return fields | named_variant(fields)
+
+
+def encoder_fields(state: Mapping[str, Tensor], overrides: Mapping[str, Any], rotary: bool) -> dict[str, Any]:
+    """Return the fields of the encoder, see ``fields_from_shapes``, without image size and ``pos_embed_prefix``."""
+    embed_dim, _, patch_size, _ = _shape(state, "encoder.patch_embed.proj.weight", 4)
+    swiglu = "encoder.blocks.0.mlp.fc1_g.weight" in state
+    hidden, _ = _shape(state, f"encoder.blocks.0.mlp.fc1{'_g' * swiglu}.weight", 2)
+    if embed_dim % HEAD_DIM and not overrides.get("num_heads"):
+        raise CheckpointError(f"embed_dim {embed_dim} is no multiple of {HEAD_DIM}; pass num_heads=")
+    return {
+        "patch_size": patch_size,
+        "embed_dim": embed_dim,
+        "depth": _layers(state, "encoder.blocks."),
+        "num_heads": overrides.get("num_heads") or embed_dim // HEAD_DIM,
+        "mlp_ratio": hidden / embed_dim,
+        "mlp": "swiglu" if swiglu else "gelu",
+        "qkv_bias": "encoder.blocks.0.attn.qkv.bias" in state,
+        "pos_embed_kind": "rotary" if rotary else "learned",
+        "class_token": "encoder.cls_token" in state,
+        "distillation_token": "encoder.dist_token" in state,
+        "num_register_tokens": _shape(state, "encoder.reg_token", 3)[1] if "encoder.reg_token" in state else 0,
+        "layer_scale": "encoder.blocks.0.ls1.gamma" in state,
+        "head_classes": head_classes(state),
+    }
 
 
 def head_classes(state: Mapping[str, Tensor]) -> int:

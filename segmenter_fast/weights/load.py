@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -17,13 +17,16 @@ from torch import Tensor
 
 from ..config import VARIANTS, SegmenterConfig, did_you_mean, variant_config
 from ..segmenter import Segmenter
-from . import hub, mmseg, official, timm
+from . import hub, huggingface, mmseg, official, timm
 from .build import SavedModel, build, load_strictly
 from .infer_config import ARCHITECTURE
 from .reading import CheckpointError, read_mapping, read_safetensors, read_torch
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"(?!.*\.(pth|pt|bin|ckpt|safetensors)$)[\w.-]+/[\w.-]+")
+# Fields that a backbone of Hugging Face's brings, and those that may differ from the variant's.
+_NUMERICS = ("encoder_norm_eps", "pos_embed_mode", "rope_temperature", "mean", "std")
+_DETAILS = ("num_register_tokens", "pos_embed_prefix", "qkv_bias")
 
 
 def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segmenter:
@@ -32,7 +35,8 @@ def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segme
     Args:
         source: a folder with ``config.json`` and ``model.safetensors``; an official folder with ``checkpoint.pth`` and
             ``variant.yml``; one of these files; a ``.pth`` of mmsegmentation 0.x or 1.x; a state dict of any of these;
-            or the id ``org/name`` of a model on the Hugging Face Hub. The content tells which of them it is.
+            or the id ``org/name`` of a model on the Hugging Face Hub. The content tells which of them it is. A ViT,
+            DeiT, DINOv2 or DINOv3 of Hugging Face's, in any of these forms, gets a random decoder, with a warning.
         num_classes: where it differs from the checkpoint's, the tensors of the classes are re-initialised, and a
             warning names them.
         fields: fields of ``SegmenterConfig`` to override; another ``image_size`` resizes the position embedding.
@@ -46,20 +50,12 @@ def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segme
         raise TypeError(f"source must be a path, a hub id or a state dict, got {type(source).__name__}")
     if num_classes is not None:
         fields["num_classes"] = num_classes
-    if not isinstance(source, Mapping) and not Path(source).exists() and _HUB_ID.fullmatch(os.fspath(source)):
-        try:
-            return Segmenter.from_pretrained(os.fspath(source), **fields)
-        except (OSError, HfHubHTTPError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(
-                f"{source} is no file or folder here, and the Hugging Face Hub does not give it either: {reason}"
-            ) from error
     return build(Segmenter, read_checkpoint(source, fields), fields)
 
 
 def create_model(
     variant: str | SegmenterConfig = "seg_b_mask_16",
-    pretrained: str | os.PathLike[str] | bool | None = None,
+    pretrained: Source | bool | None = None,
     freeze_encoder: bool = False,
     **fields: Any,
 ) -> Segmenter:
@@ -69,9 +65,12 @@ def create_model(
         variant: a name from ``segmenter_fast.VARIANTS``, or a configuration.
         pretrained: None or False for random weights; ``"timm"`` or True for an encoder with the weights of
             ``config.timm_backbone``; another name of timm's, such as ``"vit_small_patch16_224.augreg_in21k"``; a file
-            of encoder weights in timm's names; or a file or folder with a Segmenter checkpoint, as ``load`` takes, of
-            the same architecture. A checkpoint keeps its own numerics and classes, weights of timm their mean and std,
-            where ``fields`` name no others. The position embedding is resized to ``image_size``.
+            or state dict of encoder weights in timm's or Meta's names; a ViT, DeiT, DINOv2 or DINOv3 of Hugging
+            Face's, as ``load`` takes, such as ``"facebook/dinov2-small"``; or a Segmenter checkpoint, as ``load``
+            takes, of the same architecture. A checkpoint keeps its own numerics and classes, weights of timm their
+            mean and std, a model of Hugging Face's its numerics, mean, std, registers and biases, and Meta's DINOv2
+            its ``pos_embed_mode``, where ``fields`` name no others. The position embedding is resized to
+            ``image_size``.
         freeze_encoder: whether to train the decoder only, see ``Segmenter.freeze_encoder``.
         fields: any field of ``SegmenterConfig`` to override, such as ``num_classes`` or ``image_size``. timm's own
             features need ``encoder_norm_eps=1e-6`` and ``pos_embed_mode="bicubic_antialias"``, which are the default
@@ -87,35 +86,55 @@ def create_model(
         raise TypeError(f"variant must be a name or a SegmenterConfig, got {type(variant).__name__}")
     if isinstance(pretrained, bool):
         pretrained = "timm" if pretrained else None
-    if not isinstance(pretrained, (str, os.PathLike, type(None))):
+    if not isinstance(pretrained, (str, os.PathLike, Mapping, type(None))):
         kind = type(pretrained).__name__
-        raise TypeError(f"pretrained must be True, False, None, 'timm', a name of timm's or a path, got {kind}")
+        raise TypeError(f"pretrained must be True, False, None, 'timm', a name, a state dict or a path, got {kind}")
     config = (variant_config(variant) if isinstance(variant, str) else variant).replace(**fields)
-    model = Segmenter(config) if pretrained is None else _pretrained(config, os.fspath(pretrained), fields)
+    model = Segmenter(config) if pretrained is None else _pretrained(config, pretrained, fields)
     return model.freeze_encoder() if freeze_encoder else model
 
 
-def _pretrained(config: SegmenterConfig, source: str, fields: Mapping[str, Any]) -> Segmenter:
+def _pretrained(config: SegmenterConfig, source: Source, fields: Mapping[str, Any]) -> Segmenter:
     """Return a model with the weights of ``source``, see ``create_model``."""
-    name, path = config.timm_backbone if source == "timm" else source, Path(source)
-    if name is None:
-        raise CheckpointError(f"there are no timm weights for {config.variant}; give a timm model's name or a file")
-    if source == "timm" or (not path.exists() and timm.names_a_model(name)):
-        encoder, pixels = timm.download(name, config)
-        return _with_encoder(config.replace(**{**pixels, "timm_backbone": name, **fields}), encoder, f"timm's {name}")
-    if path.is_file():
-        state, _ = _read_file(path)
-        if timm.recognises(state):
-            return _with_encoder(config, state, source)
-    model = build(Segmenter, read_checkpoint(path, fields), fields)
-    different = [
-        f"{name} is {getattr(model.config, name)}, not {getattr(config, name)}"
-        for name in ARCHITECTURE
-        if getattr(model.config, name) != getattr(config, name)
-    ]
+    state, title = source if isinstance(source, Mapping) else None, "the state dict"
+    if not isinstance(source, Mapping):
+        title, path = os.fspath(source), Path(source)
+        name = config.timm_backbone if title == "timm" else title
+        if name is None:
+            raise CheckpointError(f"there are no timm weights for {config.variant}; give a timm model's name or a file")
+        if title == "timm" or (not path.exists() and timm.names_a_model(name)):
+            encoder, pixels = timm.download(name, config)
+            config = config.replace(**{**pixels, "timm_backbone": name, **fields})
+            return _with_encoder(config, encoder, f"timm's {name}")
+        state = _read_file(path)[0] if path.is_file() else None
+    if state is not None and timm.recognises(state):
+        return _with_encoder(config.replace(**{**timm.numerics(state), **fields}), state, title)
+    # A bare state dict does not tell the number of heads.
+    heads = {"num_heads": config.num_heads} if state is not None and huggingface.recognises(state) else {}
+    saved = read_checkpoint(source, {**heads, **fields})
+    if saved.has_decoder:
+        model = build(Segmenter, saved, fields)
+        _require_same(ARCHITECTURE, model.config, config, title)
+        return model
+    brought = {name: getattr(saved.config, name) for name in _NUMERICS + _DETAILS}
+    config = config.replace(**{**brought, **fields})
+    _require_same([name for name in ARCHITECTURE if name != "decoder"], saved.config, config, title)
+    return _with_encoder(config, {key.removeprefix("encoder."): saved.state[key] for key in saved.state}, title)
+
+
+def _require_same(names: Iterable[str], found: SegmenterConfig, wanted: SegmenterConfig, title: str) -> None:
+    """Refuse a model with other fields than the wanted one; the message names the variants that have them.
+
+    Raises:
+        CheckpointError: the configurations differ.
+    """
+    different = [name for name in names if getattr(found, name) != getattr(wanted, name)]
     if different:
-        raise CheckpointError(f"{path} holds another model than {config.variant}: {', '.join(different)}")
-    return model
+        what = ", ".join(f"{name} is {getattr(found, name)}, not {getattr(wanted, name)}" for name in different)
+        needed = [name for name in names if name not in _DETAILS]
+        fit = [key for key, other in VARIANTS.items() if all(getattr(other, n) == getattr(found, n) for n in needed)]
+        hint = f"; it fits {', '.join(fit)}" if fit else ""
+        raise CheckpointError(f"{title} holds another model than {wanted.variant}: {what}{hint}")
 
 
 def _with_encoder(config: SegmenterConfig, state: Mapping[str, Tensor], name: str) -> Segmenter:
@@ -138,6 +157,14 @@ def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
     if isinstance(source, Mapping):
         return _from_state(*_unwrapped(source, "the state dict"), "the state dict", overrides)
     path = Path(source)
+    if not path.exists() and _HUB_ID.fullmatch(os.fspath(source)):
+        try:
+            return hub.read_hub(os.fspath(source))
+        except (OSError, HfHubHTTPError) as error:
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(
+                f"{source} is no file or folder here, and the Hugging Face Hub does not give it either: {reason}"
+            ) from error
     if not path.exists():
         hint = did_you_mean(str(path), VARIANTS)
         if str(path) in VARIANTS:
@@ -151,7 +178,7 @@ def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
             expected = ", or ".join(" and ".join(names) for names in (ours, theirs))
             raise CheckpointError(f"{path} holds no checkpoint: expected {expected}; name a file to load another one")
         for name in parts:
-            if not (path / name).exists():
+            if not (path / name).exists() and not (name == hub.WEIGHTS and (path / hub.PICKLED).exists()):
                 raise FileNotFoundError(f"{path / name}: no such file")
         if parts == ours:
             return hub.read_folder(path)
@@ -198,6 +225,8 @@ def _from_state(state: Mapping[str, Tensor], meta: Any, name: str, overrides: Ma
     Raises:
         CheckpointError: keys of no known origin, or a tensor that every Segmenter has is missing or misshapen.
     """
+    if huggingface.recognises(state):
+        return huggingface.read_backbone(name, state, {"num_attention_heads": overrides.get("num_heads")})
     try:
         if mmseg.recognises(state):
             renamed = mmseg.to_ours(state)

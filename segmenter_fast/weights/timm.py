@@ -41,6 +41,13 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
     return "patch_embed.proj.weight" in state
 
 
+def numerics(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the resizing of positions in Meta's DINOv2, whose files have a mask token; nothing for other states."""
+    if not {"mask_token", "pos_embed", "blocks.0.ls1.gamma"} <= state.keys():
+        return {}
+    return {"pos_embed_mode": "bicubic_antialias" if "register_tokens" in state else "bicubic_offset"}
+
+
 def names_a_model(name: str) -> bool:
     """Return whether timm has an architecture of this name, which may end in a tag of weights.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 
 import segmenter_fast as sf
@@ -20,15 +18,6 @@ FOLDER = Path(__file__).parents[3] / "shared" / "real"
 WEIGHTS = FOLDER / "dinov2_small_hf_names.safetensors"
 PHOTOGRAPHS = [FOLDER / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
 CLASSES, SIDE = 21, 518
-_NAMES = {
-    r"^embeddings\.position_embeddings": "pos_embed",
-    r"^embeddings\.": "",
-    r"^patch_embeddings\.projection": "patch_embed.proj",
-    r"^encoder\.layer\.": "blocks.",
-    r"attention\.output\.dense": "attn.proj",
-    r"layer_scale(\d)\.lambda1": r"ls\1.gamma",
-    r"^layernorm\.": "norm.",
-}
 
 needs_real_weights = pytest.mark.skipif(
     not WEIGHTS.exists(), reason=f"needs real weights and photographs: {WEIGHTS.name} in ../shared/real"
@@ -37,21 +26,7 @@ needs_real_weights = pytest.mark.skipif(
 
 def real_model() -> sf.Segmenter:
     """A model whose classes are 21 k-means centres of the photographs' patch features, by cosine."""
-    variant = {"image_size": SIDE, "window_size": SIDE, "window_stride": SIDE, "num_register_tokens": 0}
-    model = sf.create_model("seg_s_dinov2_linear_14", num_classes=CLASSES, pos_embed_prefix=True, **variant).eval()
-    state = {}
-    for key, tensor in load_file(WEIGHTS).items():
-        for pattern, replacement in _NAMES.items():
-            key = re.sub(pattern, replacement, key)
-        state[key] = tensor.float()
-    for block in range(model.config.depth):
-        for part in ("weight", "bias"):
-            parts = [
-                state.pop(f"blocks.{block}.attention.attention.{name}.{part}") for name in ("query", "key", "value")
-            ]
-            state[f"blocks.{block}.attn.qkv.{part}"] = torch.cat(parts)
-    state.pop("mask_token", None)
-    model.encoder.load_state_dict(state)
+    model = sf.create_model("seg_s_dinov2_linear_14", pretrained=WEIGHTS, num_classes=CLASSES).eval()
     with torch.no_grad():
         features = torch.cat([model.encoder(crop(model, path))[0] for path in PHOTOGRAPHS])
         centres = _centres(F.normalize(features, dim=1))
