@@ -18,7 +18,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_forward import TAIL, Tiles, check, fills, load_rows, locate, qkv_strides, store_rows, table_arch, tail
+from .attention_forward import (
+    TAIL,
+    Tiles,
+    add_product,
+    check,
+    fills,
+    load_rows,
+    locate,
+    qkv_strides,
+    store_rows,
+    table_arch,
+    tail,
+)
 from .common import LOG2_E, cdiv, device_arch, dot_precision, launch_arguments, next_power_of_2, processors, programs
 
 
@@ -34,7 +46,7 @@ def _add_keys(
     ds = p * (tl.dot(grad_out, v.T, input_precision=PRECISION) - delta[:, None])
     if EDGE:
         ds = tl.where(start + tl.arange(0, ROWS)[None, :] < seq_len, ds, 0.0)
-    return tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return add_product(dq, ds.to(k.dtype), k, PRECISION)
 
 
 @triton.jit
@@ -55,12 +67,11 @@ def _add_queries(
     p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - lse[None, :])  # (BLOCK_N, ROWS)
     if EDGE:
         p = tl.where((offs_m < seq_len)[None, :], p, 0.0)
-    dv = tl.dot(p.to(grad_out.dtype), grad_out, dv, input_precision=PRECISION)
+    dv = add_product(dv, p.to(grad_out.dtype), grad_out, PRECISION)
     ds = p * (tl.dot(v, grad_out.T, input_precision=PRECISION) - delta[None, :])
     if EDGE:  # an infinite value times the zeros of a missing row would be NaN
         ds = tl.where((offs_m < seq_len)[None, :], ds, 0.0)
-    dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
-    return dk, dv
+    return add_product(dk, ds.to(q.dtype), q, PRECISION), dv
 
 
 @triton.jit(do_not_specialize=["seq_len", "heads"])

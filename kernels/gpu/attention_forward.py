@@ -80,6 +80,14 @@ def store_rows(ptr, tile, start, stride_n, seq_len, ROWS: tl.constexpr, DIM: tl.
 
 
 @triton.jit
+def add_product(acc, a, b, PRECISION: tl.constexpr):
+    """``acc + a b``; in float32 ``a b`` is summed by itself, because one long chain of additions rounds too often."""
+    if a.dtype == tl.float32:  # as an fma, which Triton does not turn into a product that starts from acc
+        return tl.fma(tl.dot(a, b, input_precision=PRECISION), 1.0, acc)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def _attend(
     q, acc, row_max, row_sum, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
     ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
@@ -102,7 +110,7 @@ def _attend(
     shrink = tl.exp2(row_max - new_max)
     if ROWS > 16:
         v = load_rows(v_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    acc = add_product(acc * shrink[:, None], p.to(v.dtype), v, PRECISION)
     return acc, new_max, row_sum * shrink + tl.sum(p, 1)
 
 
