@@ -98,11 +98,13 @@ def find_photos(inputs: Sequence[Path], labels: Path | None, num_classes: int) -
         inputs, labels = [inputs[0] / "images"], inputs[0] / LABELS
     if labels is not None and not labels.is_dir():
         raise FileNotFoundError(f"folder of labels {labels} does not exist")
-    out = labels or inputs[0]  # nothing is written there
-    tree, pairs = Path(os.path.abspath(out)) / LABELS, []
-    for job in plan(inputs, out, overlay=False):
-        name = job.labels.relative_to(tree)
-        pairs.append(Pair(str(name.with_suffix("")), job.source, labels / name if labels else Path()))
+    absolute = [Path(os.path.abspath(path)) for path in inputs]
+    root = Path(os.path.commonpath([path if path.is_dir() else path.parent for path in absolute]))
+    pairs = []
+    for job in plan(inputs, labels or root, overlay=False, root=root, keep_suffix=True):  # nothing is written there
+        name = job.source.relative_to(root)
+        files = [labels / name.with_suffix(".png"), labels / f"{name}.png"] if labels else [Path()]
+        pairs.append(Pair(str(name), job.source, next(filter(Path.is_file, files), files[0])))
     if labels is not None and not any(pair.labels.is_file() for pair in pairs):
         raise ValueError(f"no image has labels: expected files such as {pairs[0].labels}")
     table = np.full(256, INVALID, np.int16)

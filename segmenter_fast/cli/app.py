@@ -82,6 +82,7 @@ CheckpointArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint
 ModelArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or a variant's name.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU where there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware is fast in it.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there, whoever wrote them.")]
 
 
 class InferenceOptions:
@@ -144,12 +145,12 @@ def default_batch_size(model: Model) -> int:
 
 
 @contextmanager
-def short_warnings() -> Iterator[None]:
-    """Print the warnings of a block in one line each."""
+def short_warnings(show: bool = True) -> Iterator[None]:
+    """Print the warnings of a block in one line each, or drop them."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    for warning in caught:
+    for warning in caught if show else []:
         say(f"warning: {warning.message}", "yellow")
 
 

@@ -23,12 +23,14 @@ from .app import (
     Dtype,
     DtypeOption,
     InferenceOptions,
+    OverwriteOption,
     app,
     check_windows,
     default_batch_size,
     load_for_inference,
     parse_scales,
     say,
+    short_warnings,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +69,11 @@ def predict(
     batch_size: Annotated[int | None, InferenceOptions.batch_size] = None,
     optimize: Annotated[bool, InferenceOptions.optimize] = True,
     overlay: Annotated[bool, typer.Option(help="Write overlays.")] = True,
+    overwrite: OverwriteOption = False,
+    root: Annotated[
+        Path | None, typer.Option(help="Folder that holds all inputs; outputs keep the path below it.")
+    ] = None,
+    keep_suffix: Annotated[bool, typer.Option("--keep-suffix", help="Name outputs x.jpg.png, not x.png.")] = False,
     format: Annotated[
         Format, typer.Option(help="Format of the labels. auto: PNG up to 8192 x 8192 pixels, tiled TIFF above.")
     ] = Format.auto,
@@ -85,26 +92,32 @@ def predict(
     with _sigterm_as_interrupt():
         from ..inference.folders import make_writable, plan
         from ..inference.pipeline import run_all
+        from ..inference.records import unfinished
+        from ..inference.resume import describe_run
         from ..inference.settings import Settings
         from ..processes import PredictionReport, World
 
-        jobs = plan(inputs, out, overlay, format.value)
-        make_writable(out, overlay)
-        world = World.from_environment().for_prediction()
+        world = World.from_environment()
+        with short_warnings(show=world.rank == 0):
+            jobs = plan(inputs, out, overlay, format.value, root=root, keep_suffix=keep_suffix)
+        world = world.for_prediction()
         leads = world.rank == 0 or world.store is None  # a rank that no store connects to others reports on its own
         jobs = jobs[world.rank :: world.size]
-        remaining = [job for job in jobs if not (resume and job.finished)]
-        report = PredictionReport(skipped=len(jobs) - len(remaining))
-        done, total = world.count(total=len(remaining)) or (0, len(remaining))
+        done, total = 0, len(jobs)
+        report = PredictionReport()
         try:
-            segment_all: Callable[..., None] | None = None
-            if remaining:
-                segmenter = load_for_inference(model, device, dtype, optimize, len(remaining))
-                if window is None:
-                    stride = _stride(stride, overlap, segmenter.config.window_size)
-                batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
-                settings = Settings.of(segmenter.config, window, stride, factors, flip, batch_size)
-                segment_all = functools.partial(run_all, segmenter, remaining, settings, name=model, resume=resume)
+            missing = sum(not (resume and (job.labels.exists() or job.tiled.exists())) for job in jobs)
+            segmenter = load_for_inference(model, device, dtype, optimize, missing)
+            if window is None:
+                stride = _stride(stride, overlap, segmenter.config.window_size)
+            batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
+            settings = Settings.of(segmenter.config, window, stride, factors, flip, batch_size)
+            run = describe_run(segmenter, settings)
+            remaining, report.restarts = unfinished(jobs, run, resume, overwrite)
+            report.skipped = len(jobs) - len(remaining)
+            make_writable(out, overlay)
+            done, total = world.count(total=len(remaining)) or (0, len(remaining))
+            segment_all = functools.partial(run_all, segmenter, remaining, settings, run=run, resume=resume)
             start = time.perf_counter()
             bars = Progress(
                 *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()),
@@ -117,7 +130,10 @@ def predict(
         except KeyboardInterrupt as interrupt:
             if leads:
                 done = report.written + len(report.failures)
-                say(f"interrupted: {done} of {len(remaining)} images done; --resume goes on from here", "yellow")
+                say(
+                    f"interrupted: {done} of {len(jobs) - report.skipped} images done; --resume goes on from here",
+                    "yellow",
+                )
             raise typer.Exit(143 if isinstance(interrupt, _SigTerm) else 130) from None
     if leads:
         _summarise(report, time.perf_counter() - start, out)
@@ -134,12 +150,12 @@ def _stride(stride: int | None, overlap: int | None, window: int) -> int | None:
 
 
 def _segment_all(
-    jobs: Sequence[Job], segment_all: Callable[..., None] | None, report: PredictionReport, world: World, bars: Progress
+    jobs: Sequence[Job], segment_all: Callable[..., None], report: PredictionReport, world: World, bars: Progress
 ) -> None:
     """Segment the images of this rank, and complete the report: on rank 0 by those of all ranks.
 
     Args:
-        segment_all: ``run_all`` for ``begin`` and ``end``; None where nothing is left to do.
+        segment_all: ``run_all`` for ``begin`` and ``end``.
         bars: the display, with a bar of the images and one of an image's windows.
     """
     images, windows = bars.task_ids
@@ -161,8 +177,7 @@ def _segment_all(
         bars.update(images, completed=done, total=total)
 
     with bars:
-        if segment_all is not None:
-            segment_all(begin, end)
+        segment_all(begin, end)
         report.failures.sort(key=lambda failure: places[failure[0]])
         world.collect(report, functools.partial(bars.update, images))
 
@@ -176,8 +191,10 @@ def _summarise(report: PredictionReport, seconds: float, out: Path) -> None:
     written = report.written
     rate = f" in {seconds:.1f} s ({written / seconds:.2f} images/s)" if written else ""
     typer.echo(f"{written} written{rate}, {report.skipped} skipped, {len(report.failures)} failed; see {out}")
-    for source, reason in report.restarts:
-        say(f"restarted: {source}: {reason}", "yellow")
+    for reason in dict.fromkeys(reason for _, reason in report.restarts):
+        sources = [source for source, why in report.restarts if why == reason]
+        more = f" and {len(sources) - 1} more" if len(sources) > 1 else ""
+        say(f"restarted: {sources[0]}{more}: {reason}", "yellow")
     for source, reason in report.failures:
         say(f"failed: {source}: {reason}", "red")
     if report.failures:

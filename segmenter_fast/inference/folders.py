@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,13 +17,13 @@ from ..io import images
 from ..io.atomic import write_png
 from ..io.images import Raster
 from ..io.label_tiff import check_label_tiff, write_label_tiff
+from ..io.walk import IMAGE_SUFFIXES, Ignored, describe_ignored, files_below, sort_out
 from .batches import Model
 from .predict import Prediction, class_table, label_bands
-from .resume import FinishedRows, describe_run
+from .resume import FinishedRows, record_of
 from .settings import Settings
 from .sliding import Progress
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jp2", ".avif")
 LABELS, OVERLAYS = "labels", "overlays"
 OVERLAY_SIDE = 2048
 """Longest side in pixels of the overlay of a large image."""
@@ -45,48 +45,65 @@ class Job:
         """Path of the labels as TIFF."""
         return self.labels.with_suffix(".tif")
 
-    @property
-    def finished(self) -> bool:
-        """True if every output exists; outputs appear under their names only when complete."""
-        labels = self.labels.exists() or (self.format == "auto" and self.tiled.exists())
-        return labels and (self.overlay is None or self.overlay.exists())
 
-
-def plan(inputs: Sequence[Path], out: Path, overlay: bool = True, format: LabelFormat = "auto") -> list[Job]:
+def plan(
+    inputs: Sequence[Path],
+    out: Path,
+    overlay: bool = True,
+    format: LabelFormat = "auto",
+    *,
+    root: Path | None = None,
+    keep_suffix: bool = False,
+) -> list[Job]:
     """List the images in files and folders, and their outputs ``out/labels/*.png`` or ``*.tif`` and ``out/overlays``.
 
-    Folders are walked for files of ``IMAGE_SUFFIXES``, except hidden ones and those in the two output folders. Outputs
-    keep the tree below the deepest folder that all inputs share, so that inputs of one name from several folders do
-    not collide. In a folder where two names differ only in their suffix, outputs keep the suffix: ``x.jpg.png`` and
-    ``x.tif.png``.
+    Folders are walked for files of ``IMAGE_SUFFIXES``, see ``files_below``; those in the two output folders are left
+    out, and a warning counts all others. The name of an output depends on its own input alone: the path below the
+    outermost folder that was given and holds it, or the name of a file that was given itself, without the suffix.
+
+    Args:
+        root: folder that inputs lie in; outputs keep the path below it.
+        keep_suffix: keep the input's suffix, too: ``x.jpg.png``.
 
     Raises:
         FileNotFoundError: an input that does not exist.
-        ValueError: no image in the inputs, inputs without a common folder, an output that is itself an input, or TIFF
-            without tifffile.
+        ValueError: no image in the inputs, two with one output, one outside of ``root``, an output that is itself an
+            input, or TIFF without tifffile.
     """
     if format == "tiff":
         check_label_tiff()
-    absolute = [Path(os.path.abspath(path)) for path in inputs]
-    out = Path(os.path.abspath(out))
-    sources = list(dict.fromkeys(source for path in absolute for source in _images(path, out)))
-    if not sources:
+    out = _absolute(out)
+    found: dict[Path, Path] = {}  # image -> the folder below which outputs keep its path
+    ignored: Ignored = {}
+    for path in map(_absolute, inputs):
+        for source in _images(path, out, ignored):
+            base = path if path.is_dir() else path.parent
+            found[source] = min(found.get(source, base), base, key=lambda folder: len(folder.parts))
+    if not found:
         given = ", ".join(map(str, inputs)) or "no input"
-        raise ValueError(f"no images in {given}; known suffixes are {' '.join(IMAGE_SUFFIXES)}")
-    root = os.path.commonpath([path if path.is_dir() else path.parent for path in absolute])
-
-    stems = Counter(source.with_suffix("") for source in sources)
-    ambiguous = {stem.parent for stem, count in stems.items() if count > 1}
-    jobs = []
-    for source in sources:
-        name = (source.name if source.parent in ambiguous else source.stem) + ".png"
-        place = source.parent.relative_to(root) / name
-        labels = place.with_suffix(".tif") if format == "tiff" else place
-        jobs.append(Job(source, out / LABELS / labels, out / OVERLAYS / place if overlay else None, format))
-    taken = set(sources)
-    if overwritten := [str(path) for job in jobs for path in (job.labels, job.tiled, job.overlay) if path in taken]:
+        rest = f"; {describe_ignored(ignored)}" if ignored else ""
+        raise ValueError(f"no images in {given}; known suffixes are {' '.join(IMAGE_SUFFIXES)}{rest}")
+    if ignored:
+        warnings.warn(describe_ignored(ignored), stacklevel=2)
+    jobs: dict[Path, Job] = {}
+    for source, base in found.items():
+        base = base if root is None else _absolute(root)
+        if not source.is_relative_to(base):
+            raise ValueError(f"the root must hold all inputs, but {source} is not below {base}")
+        place = source.relative_to(base)
+        place = place.with_name(f"{source.name if keep_suffix else source.stem}.png")
+        if other := jobs.get(place):
+            remedy = "give a folder that holds both as --root" if other.source.name == source.name else "--keep-suffix"
+            raise ValueError(
+                f"{other.source} and {source} would have one output, {out / LABELS / place}: {remedy} gives them names "
+                "of their own"
+            )
+        labels = out / LABELS / (place.with_suffix(".tif") if format == "tiff" else place)
+        jobs[place] = Job(source, labels, out / OVERLAYS / place if overlay else None, format)
+    outputs = (path for job in jobs.values() for path in (job.labels, job.tiled, job.overlay))
+    if overwritten := [str(path) for path in outputs if path in found]:
         raise ValueError(f"the output {min(overwritten)} is itself an input; choose another output folder")
-    return jobs
+    return list(jobs.values())
 
 
 def make_writable(out: Path, overlay: bool = True) -> None:
@@ -110,15 +127,16 @@ def in_memory(job: Job, raster: Raster) -> bool:
     return job.format != "tiff" and raster.height * raster.width <= images.LARGE_PIXELS
 
 
-def write_outputs(job: Job, prediction: Prediction) -> None:
-    """Write the overlay, if it is wanted, and then the labels.
+def write_outputs(job: Job, prediction: Prediction, run: dict[str, Any]) -> None:
+    """Write the overlay, if it is wanted, and then the labels, with records of the run, which ``describe_run`` gives.
 
     Raises:
         OSError, ValueError: an output cannot be written; nothing half-written stays.
     """
+    record = record_of(run, job.source)
     if job.overlay is not None:
-        write_png(prediction.overlay(), job.overlay)
-    write_png(prediction.label_image(), job.labels)
+        write_png(prediction.overlay(), job.overlay, record)
+    write_png(prediction.label_image(), job.labels, record)
 
 
 def run_by_rows(
@@ -126,7 +144,7 @@ def run_by_rows(
     job: Job,
     raster: Raster,
     settings: Settings,
-    name: str,
+    run: dict[str, Any],
     resume: bool,
     progress: Progress | None,
 ) -> str | None:
@@ -138,7 +156,7 @@ def run_by_rows(
     are reduced to ``OVERLAY_SIDE``.
 
     Args:
-        name: of the model, for the description of an interrupted run.
+        run: of ``describe_run``.
         progress: as in ``slide_rows``; not called where a single window covers the image.
 
     Returns:
@@ -154,34 +172,33 @@ def run_by_rows(
         check_label_tiff(num_classes)
     names, palette = class_table(model.config)
     dtype = np.dtype(np.uint8 if num_classes <= 256 else np.uint16 if num_classes <= 65536 else np.int32)
-    rows = FinishedRows(labels, describe_run(model, name, settings, job.source, size), size, dtype, resume)
+    record = record_of(run, job.source)
+    image = {**record["image"], "size": list(size)}
+    rows = FinishedRows(labels, {**run, "image": image}, size, dtype, resume)
     if rows.count < size[0]:
         for _, band in label_bands(model, raster, settings, rows.count, progress):
             rows.append(band)
     if job.overlay is not None:
-        write_png(visualize.reduced_overlay(raster, rows.read, palette, OVERLAY_SIDE), job.overlay)
+        write_png(visualize.reduced_overlay(raster, rows.read, palette, OVERLAY_SIDE), job.overlay, record)
     if labels.suffix == ".tif":
-        write_label_tiff(labels, rows.bands(), size, palette, names)
+        write_label_tiff(labels, rows.bands(), size, palette, names, record)
     else:
-        write_png(visualize.label_image(rows.read(0, size[0]), palette), labels)
+        write_png(visualize.label_image(rows.read(0, size[0]), palette), labels, record)
     rows.remove()
     return rows.restarted
 
 
-def _images(path: Path, out: Path) -> Iterator[Path]:
+def _images(path: Path, out: Path, ignored: Ignored) -> list[Path]:
+    """Return the images that an input names; adds files that are none to ``ignored``."""
+    if not path.exists():
+        raise FileNotFoundError(f"input {path} does not exist")
     if not path.is_dir():
-        if not path.exists():
-            raise FileNotFoundError(f"input {path} does not exist")
-        yield path
-        return
-    for folder, subfolders, names in os.walk(path, onerror=_reraise):
-        here = Path(folder)
-        skipped = {LABELS, OVERLAYS} if here == out else set()
-        subfolders[:] = sorted(name for name in subfolders if name not in skipped)
-        yield from (
-            here / name for name in sorted(names) if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        )
+        return [path]
+    taken, others = sort_out(files_below(path, (out / LABELS, out / OVERLAYS)))
+    for reason, paths in others.items():
+        ignored[reason] = [*ignored.get(reason, []), *paths]
+    return taken
 
 
-def _reraise(error: OSError) -> None:
-    raise error
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path))

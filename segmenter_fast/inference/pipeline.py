@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from typing import Any
 
 from ..config import Pair
 from ..io import images
@@ -13,6 +14,7 @@ from ..io.images import Raster
 from .batches import Model, in_batches, read_ahead, side_threads
 from .folders import Job, in_memory, run_by_rows, write_outputs
 from .predict import Prediction, one_window_size, predict_batch, predict_raster
+from .resume import describe_run
 from .settings import Settings
 from .sliding import Progress
 
@@ -29,7 +31,7 @@ def run_all(
     begin: Callable[[Job], Progress | None],
     end: Callable[[Job, str | None, Exception | None], object],
     *,
-    name: str = "",
+    run: dict[str, Any] | None = None,
     resume: bool = False,
 ) -> None:
     """Segment images and write the outputs of each, the labels last; an error in one does not stop the others.
@@ -41,8 +43,10 @@ def run_all(
         begin: called with an image that may take several windows; returns its ``progress``, as in ``slide_rows``.
         end: called once for each image, in the order in which they end, with what ``run_by_rows`` returned, and with
             the error that the image had.
-        name: of the model, for the description of an interrupted run; see ``run_by_rows``, ``resume``, too.
+        run: for the records in the outputs; ``describe_run`` by default.
+        resume: as in ``run_by_rows``.
     """
+    described = describe_run(model, settings) if run is None else run
     threads = side_threads()
     ahead = threads + settings.batch_size
     writing = deque[tuple[Job, Raster, Future[None]]]()
@@ -68,7 +72,7 @@ def run_all(
         end(job, restarted, error)
 
     def write(job: Job, raster: Raster, prediction: Prediction) -> None:
-        writing.append((job, raster, pool.submit(write_outputs, job, prediction)))
+        writing.append((job, raster, pool.submit(write_outputs, job, prediction, described)))
 
     def segment(batch: Sequence[tuple[Job, Raster]]) -> None:
         if len(batch) > 1:
@@ -82,7 +86,7 @@ def run_all(
                 if in_memory(job, raster):
                     write(job, raster, predict_raster(model, raster, settings, begin(job)))
                 else:
-                    close(job, raster, run_by_rows(model, job, raster, settings, name, resume, begin(job)))
+                    close(job, raster, run_by_rows(model, job, raster, settings, described, resume, begin(job)))
             except FAILURES as error:
                 close(job, raster, error=error)
 

@@ -18,27 +18,49 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..config import Pair
+from ..config import Pair, SegmenterConfig
 from ..io.atomic import write_json
 from .settings import Settings
 
 
-def describe_run(model: nn.Module, name: str, settings: Settings, source: Path, size: Pair) -> dict[str, Any]:
-    """Return all that labels depend on: weights, options and the image file, in values that JSON holds.
+def describe_run(model: nn.Module, settings: Settings) -> dict[str, Any]:
+    """Return all that labels depend on beside the image: weights, configuration, options; in values that JSON holds.
 
-    Raises:
-        OSError: the image file does not exist.
+    Fields of the configuration that have their default are left out, so that later versions may add some.
     """
     digest = hashlib.sha256()  # over names, dtypes, shapes and bytes of all tensors
     for key, tensor in model.state_dict().items():
         digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    status = os.stat(source)
+    config = getattr(model, "config", SegmenterConfig()).to_dict()
+    default = SegmenterConfig().to_dict()
+    set_fields = {name: value for name, value in config.items() if value != default.get(name)}
+    fields = hashlib.sha256(json.dumps(set_fields, sort_keys=True).encode())
     return {
-        "model": {"name": name, "weights": digest.hexdigest()},
+        "model": {"weights": digest.hexdigest(), "configuration": fields.hexdigest()},
         "options": asdict(settings) | {"scales": list(settings.scales)},
-        "image": {"name": source.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "size": list(size)},
     }
+
+
+def describe_image(source: Path) -> dict[str, Any]:
+    """Return name, bytes and time of an image file.
+
+    Raises:
+        OSError: it does not exist.
+    """
+    status = os.stat(source)
+    return {"name": source.name, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def record_of(run: dict[str, Any], source: Path) -> dict[str, Any]:
+    """Return the record of the outputs of an image.
+
+    Raises:
+        OSError: the image file does not exist.
+    """
+    options = {name: value for name, value in run["options"].items() if name != "batch_size"}
+    digest = hashlib.sha256(os.fsencode(os.path.abspath(source))).hexdigest()
+    return {"input": digest, "image": describe_image(source), **run, "options": options}
 
 
 class FinishedRows:
@@ -94,12 +116,17 @@ def resume_files(output: Path) -> tuple[Path, Path]:
     return output.with_name(f".{output.name}.rows"), output.with_name(f".{output.name}.json")
 
 
+def differing(found: dict[str, Any], run: dict[str, Any]) -> str:
+    """Name the parts of a run that a description has otherwise; empty for none."""
+    other = [part for part, value in run.items() if found.get(part) != value]
+    return f"another {', '.join(other)}" if other else ""
+
+
 def _difference(description: Path, run: dict[str, Any]) -> str | None:
     """Return what differs between the run of the rows on disk and this one, None for nothing."""
     try:
         found = json.loads(description.read_text())
     except ValueError:
         return "the description of the interrupted run cannot be read"
-    known = found if isinstance(found, dict) else {}
-    other = [part for part, value in run.items() if known.get(part) != value]
-    return f"the interrupted run had another {', '.join(other)}" if other else None
+    other = differing(found if isinstance(found, dict) else {}, run)
+    return f"the interrupted run had {other}" if other else None

@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+RECORD = "segmenter-fast"
+"""Name of the text in an output file that says what it was made of; see ``inference.records``."""
 
 
 @contextmanager
@@ -59,7 +63,10 @@ def write_json(path: Path, content: dict[str, Any], **options: Any) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_png(image: Image.Image, path: Path) -> None:
-    """Write an image as PNG; see ``atomic_files``."""
+def write_png(image: Image.Image, path: Path, record: dict[str, Any] | None = None) -> None:
+    """Write an image as PNG, with a record in a text chunk; see ``atomic_files``."""
+    text = PngInfo()
+    if record is not None:
+        text.add_text(RECORD, json.dumps(record))
     with atomic_path(path) as temporary:
-        image.save(temporary, format="PNG")
+        image.save(temporary, format="PNG", pnginfo=text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 
 from ..classes import Color
 from ..config import Pair
-from .atomic import atomic_path
+from .atomic import RECORD, atomic_path
 
 TILE = 512
 _PLAIN_TIFF_BYTES = (1 << 32) - (1 << 25)
@@ -31,13 +32,18 @@ def check_label_tiff(num_classes: int = 1) -> None:
 
 
 def write_label_tiff(
-    path: Path, bands: Iterable[np.ndarray], size: Pair, palette: Sequence[Color], class_names: Sequence[str]
+    path: Path,
+    bands: Iterable[np.ndarray],
+    size: Pair,
+    palette: Sequence[Color],
+    class_names: Sequence[str],
+    record: dict[str, Any] | None = None,
 ) -> None:
     """Write ``(h, W)`` bands, top to bottom, as one TIFF of class indices.
 
     Tiles are at most 512 x 512, compressed by Deflate. Pixels are uint8 with the palette as colour map up to 256
-    classes, 16-bit grey above. The description lists the class names, one a line. BigTIFF only where pixels could pass
-    4 GB.
+    classes, 16-bit grey above. The description lists the class names, one a line; the tag Software holds the record.
+    BigTIFF only where pixels could pass 4 GB.
 
     Raises:
         ValueError: as ``check_label_tiff``, or bands that do not add up to ``size``.
@@ -65,7 +71,7 @@ def write_label_tiff(
             compression="zlib",
             metadata=None,
             description="\n".join(class_names).encode(),
-            software="segmenter-fast",
+            software=RECORD if record is None else f"{RECORD} {json.dumps(record)}",
             maxworkers=1,
             **colours,
         )

@@ -53,10 +53,10 @@ def test_failures_are_listed_in_the_order_of_the_images(tmp_path: Path, monkeypa
     (tmp_path / "in/b.png").write_bytes(b"broken")
     real = folders.write_png
 
-    def full(image: Image.Image, path: Path) -> None:
+    def full(image: Image.Image, path: Path, record: object) -> None:
         if path.name in ("a.png", "c.png"):
             raise OSError("No space left on device")
-        real(image, path)
+        real(image, path, record)
 
     monkeypatch.setattr(folders, "write_png", full)
     result = predict(tmp_path / "in", "--out", tmp_path / "out")
@@ -116,29 +116,6 @@ def test_a_folder_with_broken_files_goes_on_and_ends_with_exit_code_1(tmp_path: 
         assert reason in lines[0]
     assert "Traceback" not in result.output
     assert tree(out) == ["labels/a.png", "labels/sub/a.png"]
-
-
-def test_resume_does_what_is_missing_only(tmp_path: Path) -> None:
-    folder, out = tmp_path / "in", tmp_path / "out"
-    for name in ("a.png", "b.png", "c.png"):
-        photo(folder / name)
-    assert predict(folder / "a.png", "--out", out).exit_code == 0
-    (out / "labels/b.png").write_bytes((out / "labels/a.png").read_bytes())  # b has no overlay yet
-    before = (out / "labels/a.png").stat().st_mtime_ns
-    result = predict(folder, "--out", out, "--resume")
-    assert result.exit_code == 0
-    assert "2 written" in result.output
-    assert "1 skipped" in result.output
-    assert (out / "labels/a.png").stat().st_mtime_ns == before
-    assert "0 written, 3 skipped, 0 failed" in predict(folder, "--out", out, "--resume").output
-    assert "3 written" in predict(folder, "--out", out).output
-
-
-def test_inputs_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
-    first, second = photo(tmp_path / "x/a.png", 64, 64), photo(tmp_path / "y/a.png", 70, 65)
-    assert predict(first, second, "--out", tmp_path / "out").exit_code == 0
-    assert labels(tmp_path / "out")["x/a.png"].shape == (64, 64)
-    assert labels(tmp_path / "out")["y/a.png"].shape == (70, 65)
 
 
 def test_bad_usage_is_one_line_and_exit_code_2(tmp_path: Path) -> None:

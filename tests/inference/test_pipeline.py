@@ -96,10 +96,10 @@ def test_a_write_that_fails_is_that_image_s_alone(
 ) -> None:
     real = folders.write_png
 
-    def full(image: Image.Image, path: Path) -> None:
+    def full(image: Image.Image, path: Path, record: object) -> None:
         if path.stem == "c" and "labels" in path.parts:
             raise OSError("No space left on device")
-        real(image, path)
+        real(image, path, record)
 
     monkeypatch.setattr(folders, "write_png", full)
     ended = all_of(windowed(), plan([source], tmp_path / "out"))
@@ -112,7 +112,7 @@ def test_an_error_of_the_program_is_not_taken_for_one_of_an_image(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads = threading.active_count()
-    monkeypatch.setattr(folders, "write_png", lambda image, path: {}["absent"])
+    monkeypatch.setattr(folders, "write_png", lambda *_: {}["absent"])
     with pytest.raises(KeyError):
         all_of(windowed(), plan([source], tmp_path / "out"))
     assert threading.active_count() == threads
@@ -121,9 +121,9 @@ def test_an_error_of_the_program_is_not_taken_for_one_of_an_image(
 def test_an_interrupt_finishes_what_is_segmented(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ended, real = windowed(), [], folders.write_png
 
-    def slowly(image: Image.Image, path: Path) -> None:
+    def slowly(image: Image.Image, path: Path, record: object) -> None:
         time.sleep(0.1)
-        real(image, path)
+        real(image, path, record)
 
     monkeypatch.setattr(folders, "write_png", slowly)
 
@@ -152,9 +152,9 @@ def test_memory_in_flight_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
             most = max(most, opened - ended)
         return real_open(path)
 
-    def slowly(image: Image.Image, path: Path) -> None:
+    def slowly(image: Image.Image, path: Path, record: object) -> None:
         time.sleep(0.02)
-        real_write(image, path)
+        real_write(image, path, record)
 
     def end(*_: object) -> None:
         nonlocal ended

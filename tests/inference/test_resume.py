@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from segmenter_fast.inference.resume import FinishedRows, describe_run, resume_files
+from segmenter_fast.inference.resume import FinishedRows, describe_image, describe_run, resume_files
 from segmenter_fast.inference.settings import Settings
 
 ROWS = np.arange(60, dtype=np.uint8).reshape(10, 6)
@@ -86,14 +86,13 @@ def test_a_description_changes_with_all_that_labels_depend_on(tmp_path: Path) ->
     image.write_bytes(b"image")
     model, settings = nn.Linear(3, 2), Settings(512, 480)
 
-    def of(model: nn.Module = model, settings: Settings = settings, name: str = "m") -> dict[str, object]:
-        return describe_run(model, name, settings, image, (10, 6))
+    def of(model: nn.Module = model, settings: Settings = settings) -> dict[str, object]:
+        return describe_run(model, settings) | describe_image(image)
 
     first = of()
     assert of() == first
     assert of(settings=Settings(512, 480, flip=True)) != first
     assert of(settings=Settings(512, 480, (1.0, 2.0))) != first
-    assert of(name="n") != first
     assert of(nn.Linear(3, 2)) != first
     with torch.no_grad():
         model.bias += 1

@@ -60,7 +60,6 @@ def run(
     job: Job,
     settings: Settings,
     *,
-    name: str = "",
     resume: bool = False,
     progress: Progress | None = None,
 ) -> str | None:
@@ -72,7 +71,7 @@ def run(
             raise error
         reasons.append(restarted)
 
-    run_all(model, [job], settings, lambda job: progress, end, name=name, resume=resume)
+    run_all(model, [job], settings, lambda job: progress, end, resume=resume)
     return reasons[0]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import pickle
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -224,3 +226,14 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         sf.load(tmp_path)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_files_have_the_permissions_that_the_umask_leaves(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        small_model().save_pretrained(tmp_path / "m")
+    finally:
+        os.umask(before)
+    for name in ("config.json", "model.safetensors", "README.md"):
+        assert stat.S_IMODE((tmp_path / "m" / name).stat().st_mode) == 0o666 & ~umask, name

@@ -1,0 +1,128 @@
+"""Records in output files: the input, the model and the options that they were made of.
+
+A PNG has a text chunk ``segmenter-fast``, a TIFF the tag Software, with a JSON object: ``input``, a digest of the
+path of the image; ``image``, its file; ``model`` and ``options`` of ``describe_run``. So a file of somebody else, or
+one for another input, is never replaced, and one of another model is never taken for finished.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from ..io.atomic import RECORD
+from .batches import side_threads
+from .folders import Job
+from .resume import differing, record_of
+
+_PNG = b"\x89PNG\r\n\x1a\n"
+Reasons = list[tuple[str, str]]
+"""Inputs, and why their outputs are made again."""
+
+
+def read_record(path: Path) -> tuple[dict[str, Any] | None, bool]:
+    """Return the record of an output, None without one, and whether the file is complete.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        start = file.read(len(_PNG))
+        text, complete = _read_png(file) if start == _PNG else ("", False)
+    if start[:2] in (b"II", b"MM"):
+        text, complete = _read_tiff(path)
+    try:
+        record = json.loads(text)
+    except ValueError:
+        record = None
+    return record if isinstance(record, dict) else None, complete
+
+
+def unfinished(jobs: Sequence[Job], run: dict[str, Any], resume: bool, overwrite: bool) -> tuple[list[Job], Reasons]:
+    """Return the jobs to do: all, or with ``resume`` those without complete outputs of this run and of these images.
+
+    Args:
+        run: as ``describe_run``.
+        overwrite: allow that files are replaced which were not written for the same input.
+
+    Returns:
+        The jobs; the inputs whose outputs are there, but of another model, with other options, or damaged, and why.
+
+    Raises:
+        FileExistsError: such a file is in the place of an output, and ``overwrite`` is False.
+    """
+    with ThreadPoolExecutor(side_threads()) as pool:
+        found = list(pool.map(lambda job: _examine(job, run), jobs))
+    foreign = [path for paths, _ in found for path in paths]
+    if foreign and not overwrite:
+        more = f" and {len(foreign) - 1} more files are" if len(foreign) > 1 else " is"
+        raise FileExistsError(
+            f"{foreign[0]}{more} in the place of outputs, but no record in them says that segmenter-fast wrote them "
+            "for these inputs (earlier versions wrote none); choose another --out, or replace them by --overwrite"
+        )
+    if not resume:
+        return list(jobs), []
+    left = [(job, reason) for job, (_, reason) in zip(jobs, found, strict=True) if reason is not None]
+    return [job for job, _ in left], [(str(job.source), reason) for job, reason in left if reason]
+
+
+def _examine(job: Job, run: dict[str, Any]) -> tuple[list[Path], str | None]:
+    """Return the files in the way, and why the job is to be done: None if it is finished, "" without outputs."""
+    paths = [path for path in (job.labels, job.tiled if job.format == "auto" else None, job.overlay) if path]
+    paths = [path for path in dict.fromkeys(paths) if path.is_symlink() or (path.exists() and path.stat().st_size)]
+    if not paths:
+        return [], ""
+    try:
+        wanted = record_of(run, job.source)
+    except OSError:  # a broken link, which fails in its turn
+        return paths, ""
+    foreign, reasons = list[Path](), dict[Path, str | None]()
+    for path in paths:
+        record, complete = read_record(path) if path.is_file() else (None, False)
+        same = record is not None and (record.get("input") == wanted["input"] or record.get("image") == wanted["image"])
+        if not same:
+            foreign.append(path)
+        other = differing(record or {}, {name: wanted[name] for name in ("model", "options", "image")})
+        reasons[path] = (
+            "its output is damaged" if same and not complete else f"its output had {other}" if other else None
+        )
+    labels = [reasons[path] for path in paths if path != job.overlay]
+    reason = (None if None in labels else labels[0]) if labels else ""
+    if reason is None and job.overlay is not None:
+        reason = reasons.get(job.overlay, "")
+    return foreign, reason
+
+
+def _read_png(file: Any) -> tuple[str, bool]:
+    """Return the text of the record, and whether all chunks are whole; ``file`` stands behind the signature."""
+    text = ""
+    while len(head := file.read(8)) == 8:
+        length, kind = struct.unpack(">I4s", head)
+        body, check = file.read(length), file.read(4)
+        if len(body) < length or check != struct.pack(">I", zlib.crc32(body, zlib.crc32(kind))):
+            return text, False
+        if kind == b"tEXt" and body.startswith(RECORD.encode() + b"\0"):
+            text = body.split(b"\0", 1)[1].decode("latin-1")
+        if kind == b"IEND":
+            return text, True
+    return text, False
+
+
+def _read_tiff(path: Path) -> tuple[str, bool]:
+    """Return the text of the record, and whether the file reaches to the end of the last tile."""
+    try:
+        import tifffile
+    except ImportError:  # no TIFF was written here
+        return "", False
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            page: Any = tiff.pages[0]
+            ends = [at + count for at, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
+            return str(page.software).removeprefix(f"{RECORD} "), max(ends, default=0) <= path.stat().st_size
+    except (tifffile.TiffFileError, ValueError, IndexError, struct.error):
+        return "", False
