@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+from .field_types import require_types
+
 Pair = tuple[int, int]
 Triple = tuple[float, float, float]
 
@@ -94,6 +96,7 @@ class SegmenterConfig:
     """RGB per class, 0 to 255; empty where unknown."""
 
     def __post_init__(self) -> None:
+        require_types(self)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
@@ -158,7 +161,9 @@ class SegmenterConfig:
         """
         known = cls.__dataclass_fields__.keys()
         if unknown := sorted(fields.keys() - known):
-            raise TypeError(f"unknown configuration field {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+            raise TypeError(
+                f"unknown configuration field {', '.join(unknown)[:200]}; known are {', '.join(sorted(known))}"
+            )
         if isinstance(fields.get("image_size"), int):
             fields = {**fields, "image_size": (fields["image_size"],) * 2}
         return cls(**{name: _frozen(value) for name, value in fields.items()})

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ..config import SegmenterConfig
 from ..vit import resize_positions
-from .reading import CheckpointError
+from .infer_config import count_layers
+from .reading import CheckpointError, shown
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 _POSITIONS = "encoder.pos_embed"
@@ -62,15 +63,22 @@ def build(model_class: type[ModelT], saved: SavedModel, fields: Mapping[str, Any
         config = before.replace(**fields)
     except ValueError as error:
         raise CheckpointError(f"{saved.name}: {error}") from error
-    state = {}
     for key, value in saved.state.items():
-        if not value.is_floating_point() or value.layout != torch.strided:
-            found = f"{value.dtype} ({value.layout})"
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+            found = f"{value.dtype} ({'without values' if value.is_meta else value.layout})"
             raise CheckpointError(f"{saved.name}: {key} must be a dense floating point tensor, got {found}")
-        state[key] = value.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    entries = before.grid[0] * before.grid[1] + before.num_prefix_tokens * before.pos_embed_prefix
-    fits = _POSITIONS in state and state[_POSITIONS].shape == (1, entries, before.embed_dim)
-    if fits and config.grid != before.grid:
+    # Names and shapes are compared before any memory is taken.
+    same = {name: getattr(before, name) for name in ("image_size", "num_classes", "class_names", "palette")}
+    model = _empty(model_class, stored := config.replace(**same), saved)
+    shapes = {key: value.to("meta") for key, value in saved.state.items()}
+    if not saved.has_decoder:
+        shapes |= {key: value for key, value in model.state_dict().items() if key.startswith("decoder.")}
+    load_strictly(model, shapes, saved.name, assign=True)
+    state = {
+        key: value.detach().to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        for key, value in saved.state.items()
+    }
+    if config.grid != before.grid and _POSITIONS in state:
         state[_POSITIONS] = resize_positions(state[_POSITIONS], before.grid, config.grid, config.pos_embed_mode)
     if config.num_classes != before.num_classes or not saved.has_decoder:
         with torch.device("cpu"):
@@ -83,10 +91,29 @@ def build(model_class: type[ModelT], saved: SavedModel, fields: Mapping[str, Any
             reason = f"is a backbone: the tensors of a {config.decoder} decoder for {config.num_classes} classes are"
         state |= {key: random[key] for key in renewed}
         warnings.warn(f"{saved.name} {reason} random now and need training", stacklevel=3)
-    with torch.device("meta"):  # shapes are compared before any memory is taken
-        model = model_class(config)
+    if config != stored:
+        model = _empty(model_class, config, saved)
     load_strictly(model, state, saved.name, assign=True)
     return model.eval()
+
+
+def _empty(model_class: type[ModelT], config: SegmenterConfig, saved: SavedModel) -> ModelT:
+    """Return a model without memory for its tensors, made only where the state dict has as many layers.
+
+    Raises:
+        CheckpointError: another number of layers, or sizes that no tensor can have.
+    """
+    for field, prefix in (("depth", "encoder.blocks."), ("decoder_depth", "decoder.blocks.")):
+        wanted, found = getattr(config, field), count_layers(saved.state, prefix)
+        if wanted != found and (field == "depth" or (saved.has_decoder and config.decoder == "mask")):
+            reason = f"{field} is {shown(wanted)}, the weights have {found} layers"
+            raise CheckpointError(f"{saved.name} does not fit its configuration: {reason}")
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except (OverflowError, RuntimeError, TypeError) as error:  # of PyTorch
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"{saved.name}: its configuration has sizes that no tensor can have: {reason}") from error
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], name: str, assign: bool = False) -> None:

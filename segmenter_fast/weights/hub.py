@@ -25,10 +25,12 @@ from ..io.atomic import atomic_files
 from ..version import __version__
 from . import huggingface
 from .build import SavedModel, build
-from .reading import CheckpointError, read_mapping, read_safetensors, read_torch
+from .reading import CheckpointError, read_mapping, read_safetensors
+from .unwrap import read_state
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, _CARD = "model.safetensors", "config.json", "README.md"
+INDEX = "model.safetensors.index.json"  # names the files of weights that are sharded
 PICKLED = "pytorch_model.bin"  # of older models of Hugging Face's
 _DOWNLOAD_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
 # Licences that timm states for backbones, by a part of their names; the first that fits.
@@ -45,9 +47,7 @@ def read_folder(folder: Path) -> SavedModel:
     path = folder / CONFIG
     fields = read_mapping(path)
     if "model_type" in fields:
-        pickled = not (folder / WEIGHTS).exists() and (folder / PICKLED).exists()
-        state = read_torch(folder / PICKLED) if pickled else read_safetensors(folder / WEIGHTS)
-        return huggingface.read_backbone(str(folder), state, fields, folder)
+        return huggingface.read_backbone(str(folder), _read_weights(folder), fields, folder)
     version, writer = fields.pop("format_version", None), fields.pop("package_version", "unknown")
     if not isinstance(version, int):
         raise CheckpointError(f"{path}: no configuration of segmenter-fast: it has no format_version")
@@ -55,11 +55,30 @@ def read_folder(folder: Path) -> SavedModel:
         raise CheckpointError(
             f"{path}: format {version}, written by segmenter-fast {writer}; this one reads {FORMAT_VERSION}"
         )
+    config = config_of(path, fields, f" (written by segmenter-fast {str(writer)[:40]})")
+    return SavedModel(str(folder), config, _read_weights(folder))
+
+
+def weights_path(folder: Path) -> Path:
+    """Return the file of a folder with the weights, or with the names of their files."""
+    return next((folder / name for name in (WEIGHTS, INDEX, PICKLED) if (folder / name).exists()), folder / WEIGHTS)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = weights_path(folder)
+    return read_state(path)[0] if path.name == PICKLED else read_safetensors(path)
+
+
+def config_of(path: Path, fields: Any, origin: str = "") -> SegmenterConfig:
+    """Return the configuration that a file holds.
+
+    Raises:
+        CheckpointError: a field that is unknown, of another type or out of range.
+    """
     try:
-        config = SegmenterConfig.from_dict(fields)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: {error} (written by segmenter-fast {writer})") from error
-    return SavedModel(str(folder), config, read_safetensors(folder / WEIGHTS))
+        return SegmenterConfig.from_dict(fields)
+    except (AttributeError, RecursionError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {str(error)[:1000]}{origin}") from error
 
 
 def read_hub(model_id: str, **options: Any) -> SavedModel:

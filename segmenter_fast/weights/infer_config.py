@@ -47,7 +47,7 @@ def fields_from_shapes(state: Mapping[str, Tensor], overrides: Mapping[str, Any]
     fields["decoder_num_heads"] = overrides.get("decoder_num_heads") or fields["num_heads"]
     if "decoder.cls_emb" in state:
         fields |= {"decoder": "mask", "num_classes": _shape(state, "decoder.cls_emb", 3)[1]}
-        fields["decoder_depth"] = _layers(state, "decoder.blocks.")
+        fields["decoder_depth"] = count_layers(state, "decoder.blocks.")
     else:
         fields |= {"decoder": "linear", "num_classes": _shape(state, "decoder.head.weight", 2)[0]}
     image_size = overrides.get("image_size")
@@ -69,7 +69,7 @@ def encoder_fields(state: Mapping[str, Tensor], overrides: Mapping[str, Any], ro
     return {
         "patch_size": patch_size,
         "embed_dim": embed_dim,
-        "depth": _layers(state, "encoder.blocks."),
+        "depth": count_layers(state, "encoder.blocks."),
         "num_heads": overrides.get("num_heads") or embed_dim // HEAD_DIM,
         "mlp_ratio": hidden / embed_dim,
         "mlp": "swiglu" if swiglu else "gelu",
@@ -104,7 +104,8 @@ def _shape(state: Mapping[str, Tensor], key: str, ndim: int) -> tuple[int, ...]:
     return tuple(state[key].shape)
 
 
-def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
+def count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Return how many layers a part has, such as ``encoder.blocks.``."""
     return len({key.removeprefix(prefix).split(".")[0] for key in state if key.startswith(prefix)})
 
 

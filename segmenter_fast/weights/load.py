@@ -17,13 +17,15 @@ from torch import Tensor
 
 from ..config import VARIANTS, SegmenterConfig, did_you_mean, variant_config
 from ..segmenter import Segmenter
-from . import hub, huggingface, mmseg, official, timm
+from . import distributed, hub, huggingface, mmseg, mmseg_config, official, timm
 from .build import SavedModel, build, load_strictly
 from .infer_config import ARCHITECTURE
-from .reading import CheckpointError, read_mapping, read_safetensors, read_torch
+from .reading import CheckpointError, read_mapping, shown
+from .unwrap import find_state, read_state
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
 _HUB_ID = re.compile(r"(?!.*\.(pth|pt|bin|ckpt|safetensors)$)[\w.-]+/[\w.-]+")
+_RUN = "run.json"  # with the model's configuration, beside the folder of a run's checkpoints
 # Fields that a backbone of Hugging Face's brings, and those that may differ from the variant's.
 _NUMERICS = ("encoder_norm_eps", "pos_embed_mode", "rope_temperature", "mean", "std")
 _DETAILS = ("num_register_tokens", "pos_embed_prefix", "qkv_bias")
@@ -33,10 +35,13 @@ def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segme
     """Return a trained model, float32, in evaluation mode, with the numerics of the program that trained it.
 
     Args:
-        source: a folder with ``config.json`` and ``model.safetensors``; an official folder with ``checkpoint.pth`` and
-            ``variant.yml``; one of these files; a ``.pth`` of mmsegmentation 0.x or 1.x; a state dict of any of these;
-            or the id ``org/name`` of a model on the Hugging Face Hub. The content tells which of them it is. A ViT,
-            DeiT, DINOv2 or DINOv3 of Hugging Face's, in any of these forms, gets a random decoder, with a warning.
+        source: a folder with ``config.json`` and ``model.safetensors``, in one file or sharded with an index; an
+            official folder with ``checkpoint.pth`` and ``variant.yml``; one of these files; a ``.pth`` of
+            mmsegmentation 0.x or 1.x; a state dict of any of these, also inside of a trainer's checkpoint, see
+            ``unwrap.find_state``, or in a folder of ``torch.distributed.checkpoint``; a checkpoint of a run of
+            ``segmenter-fast train``; or the id ``org/name`` of a model on the Hugging Face Hub. The content tells
+            which of them it is. A ViT, DeiT, DINOv2 or DINOv3 of Hugging Face's, in any of these forms, gets a random
+            decoder, with a warning.
         num_classes: where it differs from the checkpoint's, the tensors of the classes are re-initialised, and a
             warning names them.
         fields: fields of ``SegmenterConfig`` to override; another ``image_size`` resizes the position embedding.
@@ -96,7 +101,7 @@ def create_model(
 
 def _pretrained(config: SegmenterConfig, source: Source, fields: Mapping[str, Any]) -> Segmenter:
     """Return a model with the weights of ``source``, see ``create_model``."""
-    state, title = source if isinstance(source, Mapping) else None, "the state dict"
+    state, title = find_state(source, "the state dict")[0] if isinstance(source, Mapping) else None, "the state dict"
     if not isinstance(source, Mapping):
         title, path = os.fspath(source), Path(source)
         name = config.timm_backbone if title == "timm" else title
@@ -106,7 +111,7 @@ def _pretrained(config: SegmenterConfig, source: Source, fields: Mapping[str, An
             encoder, pixels = timm.download(name, config)
             config = config.replace(**{**pixels, "timm_backbone": name, **fields})
             return _with_encoder(config, encoder, f"timm's {name}")
-        state = _read_file(path)[0] if path.is_file() else None
+        state = read_state(path)[0] if path.is_file() else None
     if state is not None and timm.recognises(state):
         return _with_encoder(config.replace(**{**timm.numerics(state), **fields}), state, title)
     # A bare state dict does not tell the number of heads.
@@ -155,7 +160,7 @@ def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
         FileNotFoundError, CheckpointError: as ``load``.
     """
     if isinstance(source, Mapping):
-        return _from_state(*_unwrapped(source, "the state dict"), "the state dict", overrides)
+        return _from_state(*find_state(source, "the state dict"), source.get("meta"), "the state dict", overrides)
     path = Path(source)
     if not path.exists() and _HUB_ID.fullmatch(os.fspath(source)):
         try:
@@ -170,6 +175,8 @@ def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
         if str(path) in VARIANTS:
             hint = "; create_model makes a variant, without trained weights"
         raise FileNotFoundError(f"{path}: no such file or folder, and no hub id such as org/name{hint}")
+    if (path / distributed.METADATA).exists():
+        return _from_state(distributed.read_folder(path), [], None, str(path), overrides)
     is_folder = path.is_dir()
     if is_folder:
         ours, theirs = (hub.CONFIG, hub.WEIGHTS), (official.WEIGHTS, official.VARIANT)
@@ -178,17 +185,19 @@ def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
             expected = ", or ".join(" and ".join(names) for names in (ours, theirs))
             raise CheckpointError(f"{path} holds no checkpoint: expected {expected}; name a file to load another one")
         for name in parts:
-            if not (path / name).exists() and not (name == hub.WEIGHTS and (path / hub.PICKLED).exists()):
+            if not (path / name).exists() and not (name == hub.WEIGHTS and hub.weights_path(path).exists()):
                 raise FileNotFoundError(f"{path / name}: no such file")
         if parts == ours:
             return hub.read_folder(path)
         path /= official.WEIGHTS
-    elif path.name == hub.WEIGHTS and (path.parent / hub.CONFIG).exists():
+    elif path.name in (hub.WEIGHTS, hub.INDEX) and (path.parent / hub.CONFIG).exists():
         return hub.read_folder(path.parent)
-    state, meta = _read_file(path)
-    variant = path.parent / official.VARIANT
+    state, left_out, content = read_state(path)
+    variant, run = path.parent / official.VARIANT, path.parent.parent / _RUN
+    if {"format_version", "schedule", "step"} <= content.keys() and run.exists():
+        return SavedModel(str(path), hub.config_of(run, read_mapping(run).get("model")), state)
     if not is_folder and not (official.recognises(state) and variant.exists()):
-        return _from_state(state, meta, str(path), overrides)
+        return _from_state(state, left_out, content.get("meta"), str(path), overrides)
     described = read_mapping(variant)
     try:
         return SavedModel(str(path), official.config_from_variant(described, state), state)
@@ -196,41 +205,31 @@ def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
         raise CheckpointError(f"{variant}: {error}") from error
 
 
-def _read_file(path: Path) -> tuple[Mapping[str, Tensor], Any]:
-    """Return the state dict and ``meta`` of a file."""
-    if path.suffix == ".safetensors":
-        return read_safetensors(path), None
-    return _unwrapped(read_torch(path), str(path))
-
-
-def _unwrapped(content: Any, name: str) -> tuple[Mapping[str, Tensor], Any]:
-    """Return state dict and ``meta`` of a loaded checkpoint, which may be the state dict itself.
-
-    Raises:
-        CheckpointError: no state dict in it.
-    """
-    if isinstance(content, Mapping):
-        for state in (content.get("model"), content.get("state_dict"), content):
-            if isinstance(state, Mapping) and any(isinstance(value, Tensor) for value in state.values()):
-                for key, value in state.items():
-                    if not isinstance(key, str) or not isinstance(value, Tensor):
-                        raise CheckpointError(f"{name} holds no state dict: its {key!r} is {type(value).__name__}")
-                return state, content.get("meta")
-    raise CheckpointError(f"{name} holds no state dict: neither is it one, nor has it 'model' or 'state_dict'")
-
-
-def _from_state(state: Mapping[str, Tensor], meta: Any, name: str, overrides: Mapping[str, Any]) -> SavedModel:
-    """Configure a state dict by its shapes.
+def _from_state(
+    state: Mapping[str, Tensor], left_out: list[str], meta: Any, name: str, overrides: Mapping[str, Any]
+) -> SavedModel:
+    """Configure a state dict by its shapes; warn about keys beside it.
 
     Raises:
         CheckpointError: keys of no known origin, or a tensor that every Segmenter has is missing or misshapen.
     """
     if huggingface.recognises(state):
         return huggingface.read_backbone(name, state, {"num_attention_heads": overrides.get("num_heads")})
+    if left_out:
+        warnings.warn(f"{name}: {len(left_out)} tensors beside the model's: {shown(left_out)}", stacklevel=4)
     try:
         if mmseg.recognises(state):
-            renamed = mmseg.to_ours(state)
-            return SavedModel(name, mmseg.config_from_shapes(renamed, overrides, meta), renamed)
+            stated = mmseg_config.read_stated(meta, mask=mmseg.has_mask_head(state))
+            renamed = mmseg.to_ours(state, bgr=stated is not None and stated.bgr)
+            config = mmseg.config_from_shapes(renamed, overrides, meta, stated)
+            if stated is None:
+                told = f"{name} comes without a configuration that can be read: mean {config.mean}, windows of "
+                told += f"{config.window_size} at a stride of {config.window_stride} and the numerics of "
+                warnings.warn(told + "mmsegmentation's models are assumed; override what differs", stacklevel=4)
+            elif stated.notes:
+                told = f"{name}: labels will differ from mmsegmentation's, because its configuration has "
+                warnings.warn(told + "; ".join(stated.notes), stacklevel=4)
+            return SavedModel(name, config, renamed)
         if official.recognises(state):
             config = official.config_from_shapes(state, overrides)
             warnings.warn(
@@ -241,4 +240,6 @@ def _from_state(state: Mapping[str, Tensor], meta: Any, name: str, overrides: Ma
             return SavedModel(name, config, state)
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
-    raise CheckpointError(f"{name} holds no Segmenter: its keys are {', '.join(list(state)[:5])}, ...")
+    raise CheckpointError(
+        f"{name} holds no Segmenter: its keys are {', '.join(key[:80] for key in list(state)[:5])}, ..."
+    )

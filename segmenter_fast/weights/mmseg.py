@@ -11,8 +11,9 @@ from torch import Tensor
 from ..config import SegmenterConfig
 from .build import rename
 from .infer_config import fields_from_shapes
+from .mmseg_config import Stated
 
-# Values of mmsegmentation's Segmenter configurations.
+# Values of mmsegmentation's Segmenter configurations, for checkpoints without a configuration.
 _NUMERICS: dict[str, Any] = {
     "encoder_norm_eps": 1e-6,
     "decoder_norm_eps": 1e-5,
@@ -51,9 +52,17 @@ def recognises(state: Mapping[str, Tensor]) -> bool:
     return all(any(key.startswith(prefix) for key in state) for prefix in ("backbone.", "decode_head."))
 
 
-def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return mmsegmentation's state dict in our names; unknown keys keep theirs."""
-    is_mask = "decode_head.cls_emb" in state
+def has_mask_head(state: Mapping[str, Tensor]) -> bool:
+    """Return whether the decoder is a mask transformer."""
+    return "decode_head.cls_emb" in state
+
+
+def to_ours(state: Mapping[str, Tensor], bgr: bool = False) -> dict[str, Tensor]:
+    """Return mmsegmentation's state dict in our names; unknown keys keep theirs.
+
+    ``bgr``: its images are blue, green, red, ours the other way round.
+    """
+    is_mask = has_mask_head(state)
     ours = {
         rename(key, _NAMES): tensor
         for key, tensor in state.items()
@@ -68,24 +77,31 @@ def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     projection = ours.get("encoder.patch_embed.proj.weight")
     if projection is not None:
         ours.setdefault("encoder.patch_embed.proj.bias", torch.zeros(projection.shape[:1]))
+        if bgr and projection.ndim == 4:
+            ours["encoder.patch_embed.proj.weight"] = projection.flip(1)
     return ours
 
 
-def config_from_shapes(state: Mapping[str, Tensor], overrides: Mapping[str, Any], meta: Any) -> SegmenterConfig:
+def config_from_shapes(
+    state: Mapping[str, Tensor], overrides: Mapping[str, Any], meta: Any, stated: Stated | None = None
+) -> SegmenterConfig:
     """Return the configuration of a state dict in our names.
 
-    Attention heads of 64 and a square image are assumed unless ``overrides`` has others. Windows are as large as the
-    image and overlap by 32 pixels, as in mmsegmentation's configurations.
+    Without a configuration in the checkpoint, attention heads of 64 and a square image are assumed unless ``overrides``
+    has others, and the numerics of mmsegmentation's configurations: windows overlap by 32 pixels, for example.
 
     Args:
         meta: the checkpoint's, whose class names and palette are taken where their form and number are right.
+        stated: what the checkpoint's configuration says.
 
     Raises:
         CheckpointError: a tensor that every Segmenter has is missing or misshapen.
     """
-    fields = _NUMERICS | fields_from_shapes(state, overrides)
+    told = stated.fields if stated else {}
+    fields = _NUMERICS | fields_from_shapes(state, {**told, **overrides})
     fields["window_size"] = side = min(fields["image_size"])
     fields["window_stride"] = max(side - _OVERLAP, fields["patch_size"])
+    fields |= {name: value for name, value in told.items() if name != "image_size"}  # the grid's, where it fits
     meta = meta if isinstance(meta, Mapping) else {}
     dataset = meta.get("dataset_meta") if isinstance(meta.get("dataset_meta"), Mapping) else {}
     names = dataset.get("classes", meta.get("CLASSES"))

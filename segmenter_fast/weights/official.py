@@ -18,7 +18,7 @@ from ..classes import DATASET_CLASSES
 from ..config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, SegmenterConfig
 from ..io.atomic import atomic_files
 from .infer_config import HEAD_DIM, fields_from_shapes, head_classes, named_variant
-from .reading import CheckpointError
+from .reading import CheckpointError, shown
 
 WEIGHTS, VARIANT = "checkpoint.pth", "variant.yml"
 
@@ -81,7 +81,7 @@ def config_from_variant(variant: Mapping[str, Any], state: Mapping[str, Tensor])
     side = net.get("image_size")
     image_size = (side, side) if isinstance(side, int) else side
     if not isinstance(image_size, (tuple, list)) or [type(side) for side in image_size] != [int, int]:
-        raise CheckpointError(f"image_size must be (height, width), got {image_size!r}")
+        raise CheckpointError(f"image_size must be (height, width), got {shown(image_size)}")
     windows = dict.fromkeys(_INFERENCE, image_size[0])
     if "inference_kwargs" in variant:
         windows |= _section(variant, "inference_kwargs")
@@ -209,7 +209,7 @@ def _numbers(section: Mapping[str, Any], table: Mapping[str, tuple[str, type]]) 
     for entry, (field, kind) in table.items():
         value = section.get(entry, 0.0 if kind is float else None)
         if not isinstance(value, (int, kind)) or isinstance(value, bool):
-            raise CheckpointError(f"{entry} must be {'an integer' if kind is int else 'a number'}, got {value!r}")
+            raise CheckpointError(f"{entry} must be {'an integer' if kind is int else 'a number'}, got {shown(value)}")
         fields[field] = kind(value)
     return fields
 
@@ -217,12 +217,12 @@ def _numbers(section: Mapping[str, Any], table: Mapping[str, tuple[str, type]]) 
 def _section(mapping: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     section = mapping.get(name)
     if not isinstance(section, Mapping):
-        raise CheckpointError(f"{name} must be a mapping, got {section!r}")
+        raise CheckpointError(f"{name} must be a mapping, got {shown(section)}")
     return section
 
 
 def _one_of(section: Mapping[str, Any], name: str, known: Mapping[str, Any]) -> Any:
     value = section.get(name)
     if not isinstance(value, str) or value not in known:
-        raise CheckpointError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        raise CheckpointError(f"{name} must be one of {', '.join(known)}, got {shown(value)}")
     return known[value]

@@ -16,13 +16,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from segmenter_fast.weights.reading import (
-    CheckpointError,
-    _Placeholder,
-    read_mapping,
-    read_safetensors,
-    read_torch,
-)
+from segmenter_fast.weights.pickles import Placeholder
+from segmenter_fast.weights.reading import CheckpointError, read_mapping, read_safetensors, read_torch
 from support.checkpoints import GOLDEN, Touches, save_pickle, save_with_history
 
 READERS = (read_mapping, read_safetensors, read_torch)
@@ -143,7 +138,7 @@ def test_tensors_beside_objects_of_mmengine_are_read(tmp_path: Path) -> None:
         assert torch.equal(content["state_dict"][key], tensor), key
     assert torch.equal(content["top"], base)
     assert content["meta"] == {"classes": ("a", "b")}
-    assert type(content["message_hub"]["log_scalars"]["loss"]) is _Placeholder
+    assert isinstance(content["message_hub"]["log_scalars"]["loss"], Placeholder)
 
 
 def test_a_defaultdict_is_read_as_a_dict(tmp_path: Path) -> None:
@@ -211,7 +206,7 @@ def test_names_are_allowed_for_one_reading_only(tmp_path: Path) -> None:
 def test_hostile_pickles(pickled: bytes, reason: str | None, tmp_path: Path) -> None:
     """Each is refused, or read without an effect on the program."""
     marker, path = tmp_path / "marker", tmp_path / "evil.pth"
-    exposed = (_Placeholder, OrderedDict, torch._utils._rebuild_tensor_v2, torch.FloatStorage)
+    exposed = (Placeholder, OrderedDict, torch._utils._rebuild_tensor_v2, torch.FloatStorage)
     before = [dict(vars(each)) for each in exposed]
     pickled = pickled.replace(b"MARKER", str(marker).encode())
     # texts as torch.save writes them, so that none is refused for its opcode
