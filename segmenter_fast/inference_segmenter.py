@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
@@ -19,8 +18,9 @@ from .decoders import LinearDecoder, MaskTransformer, upsampled_size
 from .devices import choose_compile, choose_dtype, computes_slowly, numeric_state, warn_of_slow_dtype
 from .graphs import Graphs
 from .linears import pack_linears, store_linears, unpack
+from .patches import channels_last_maps, check_images, pad_to_patches, project_patches
 from .quantize import check_quantization, quantize_linears, warn_of_slow_quantization
-from .vit import VisionTransformer, channels_last_maps, check_images, pad_to_patches
+from .vit import VisionTransformer
 
 # Grids that keep their position embedding: a few hundred kilobytes each.
 _MAX_STEMS = 64
@@ -257,7 +257,7 @@ class InferenceSegmenter(nn.Module):
         images = images.to(weight.dtype)
         if shift is not None:
             images = images - shift
-        patches = F.conv2d(pad_to_patches(images, self.config.patch_size), weight, bias, stride=self.config.patch_size)
+        patches = project_patches(pad_to_patches(images, self.config.patch_size), weight, bias)
         grid = patches.shape[2:]
         patches = patches.flatten(2).mT  # (B, h w, D)
         if positions is not None:

@@ -9,7 +9,8 @@ from . import kernels
 from .config import SegmenterConfig
 from .decoders import LinearDecoder, MaskTransformer, upsampled_size
 from .inference_segmenter import InferenceSegmenter
-from .vit import Block, VisionTransformer, channels_last_maps
+from .patches import channels_last_maps
+from .vit import Block, VisionTransformer
 from .weights.hub import HubMixin
 
 # Largest number of attention scores of one chunk of queries, beside the result of ``attention_maps``.

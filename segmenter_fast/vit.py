@@ -6,7 +6,6 @@ Parameter names are those of timm and of the official Segmenter program.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,31 +14,7 @@ from torch import Tensor, nn
 
 from . import kernels
 from .config import Pair, SegmenterConfig
-
-
-def check_images(images: Tensor, uint8: bool = False) -> None:
-    """Refuse anything but ``(B, 3, H, W)`` floating point images, or uint8 ones where ``uint8`` allows them."""
-    if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 1:
-        raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
-    if not images.is_floating_point() and not (uint8 and images.dtype == torch.uint8):
-        allowed = "uint8, or floating point and normalised" if uint8 else "floating point and normalised"
-        raise TypeError(f"images must be {allowed}, got {images.dtype}; segmenter_fast.predict takes uint8 images")
-
-
-def pad_to_patches(images: Tensor, patch_size: int) -> Tensor:
-    """``(B, 3, H, W)`` zero-padded at the bottom and right to whole patches."""
-    # Not -side % patch_size: the compiler's symbolic sizes have no modulus of a negative number.
-    below, right = ((patch_size - side % patch_size) % patch_size for side in images.shape[2:])
-    return F.pad(images, (0, right, 0, below)) if below or right else images
-
-
-def channels_last_maps(tokens: Tensor, grid: Sequence[int]) -> Tensor:
-    """``(B, h w, D)`` values of a grid of patches -> ``(B, D, h, w)`` maps, a view.
-
-    It has the official program's strides: PyTorch sees channels-last maps, at batch 1, too. A transposed view has a
-    batch stride of D there, and ``interpolate`` then copies its full-size result twice.
-    """
-    return tokens.unflatten(1, tuple(grid)).permute(0, 3, 1, 2)
+from .patches import channels_last_maps, check_images, pad_to_patches, project_patches
 
 
 def rotation_table(grid: Pair, num_prefix_tokens: int, head_dim: int, temperature: float, like: Tensor) -> Tensor:
@@ -218,7 +193,8 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         check_images(images)
-        return self.proj(pad_to_patches(images.to(self.proj.weight.dtype), self.patch_size))
+        images = pad_to_patches(images.to(self.proj.weight.dtype), self.patch_size)
+        return project_patches(images, self.proj.weight, self.proj.bias)
 
 
 class VisionTransformer(nn.Module):

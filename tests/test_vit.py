@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import segmenter_fast as sf
-from segmenter_fast import reference, vit
+from segmenter_fast import patches, reference, vit
 from support.models import FAMILIES, SMALL, pair
 
 
@@ -30,26 +30,26 @@ def test_features_are_those_of_the_oracle(family: str, size: tuple[int, int]) ->
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 4, 32, 32), (1, 3, 0, 32)])
 def test_images_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got"):
-        vit.check_images(torch.zeros(shape))
+        patches.check_images(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("uint8", [False, True])
 def test_images_of_another_dtype_are_refused(uint8: bool) -> None:
-    vit.check_images(torch.zeros(1, 3, 2, 2, dtype=torch.float16), uint8)
+    patches.check_images(torch.zeros(1, 3, 2, 2, dtype=torch.float16), uint8)
     with pytest.raises(TypeError, match=r"images must be .*floating point and normalised, got torch.int32"):
-        vit.check_images(torch.zeros(1, 3, 2, 2, dtype=torch.int32), uint8)
+        patches.check_images(torch.zeros(1, 3, 2, 2, dtype=torch.int32), uint8)
     images = torch.zeros(1, 3, 2, 2, dtype=torch.uint8)
     if uint8:
-        vit.check_images(images, uint8)
+        patches.check_images(images, uint8)
     else:
         with pytest.raises(TypeError, match=r"got torch.uint8; segmenter_fast.predict takes uint8 images"):
-            vit.check_images(images, uint8)
+            patches.check_images(images, uint8)
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (33, 16), (1, 31)])
 def test_padding_adds_zeros_at_the_bottom_and_right(height: int, width: int) -> None:
     images = torch.randn(1, 3, height, width)
-    padded = vit.pad_to_patches(images, 16)
+    padded = patches.pad_to_patches(images, 16)
     assert [side % 16 for side in padded.shape[2:]] == [0, 0]
     assert max(padded.shape[2] - height, padded.shape[3] - width) < 16
     assert torch.equal(padded[..., :height, :width], images)
@@ -182,3 +182,9 @@ def test_classification_heads_load_and_are_not_trained() -> None:
     assert not model.encoder.head.weight.requires_grad
     without = sf.create_model(model.config, head_classes=0)
     assert set(model.state_dict()) - set(without.state_dict()) == heads
+
+
+def test_patches_by_a_matrix_product() -> None:
+    images, weight, bias = torch.randn(2, 3, 8, 12), torch.randn(5, 3, 4, 4), torch.randn(5)
+    ours, expected = (f(images, weight, bias) for f in (patches.multiply_patches, patches.project_patches))
+    torch.testing.assert_close(ours, expected)

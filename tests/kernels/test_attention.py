@@ -25,7 +25,7 @@ ops = torch.ops.segmenter_fast
 
 def sdpa(qkv: Tensor, scale: float | None = None) -> Tensor:
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
-    q, scale = (q * 0, None) if scale == 0 else (q, scale)  # PyTorch's CUDA kernels make NaN of a scale of 0
+    q, scale = (q * scale, 1.0) if scale is not None and scale <= 0 else (q, scale)  # cuDNN makes NaN of it
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
