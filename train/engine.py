@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -24,6 +24,7 @@ from .logs import RunLog
 from .optimization import recomputed
 from .presets import Recipe
 from .run_folder import EvaluationSummary
+from .same_run import fingerprint
 from .samples import Batches
 from .stepping import Stepper, StepResult
 
@@ -55,6 +56,7 @@ def train(
     out: str | Path,
     *,
     resume: Literal["never", "auto"] = "never",
+    overwrite: bool = False,
     device: str = "auto",
     timeout: float = 600.0,
 ) -> TrainResult:
@@ -67,18 +69,22 @@ def train(
         val_dataset: to evaluate on; without one nothing is evaluated.
         recipe: how to train.
         out: the run's folder, see ``run_folder``.
-        resume: "auto" goes on from the last checkpoint in ``out``, or starts where there is none.
+        resume: "auto" goes on from the last checkpoint in ``out``, or starts where there is none. A finished run may
+            be lengthened.
+        overwrite: delete the run that ``out`` holds.
         device: "auto", "cpu" or "cuda".
         timeout: seconds that a process waits for the others, see ``processes.process_group``.
 
     Raises:
         ValueError: model, data and recipe do not fit each other, or ``out`` holds another run.
-        FileExistsError: ``out`` holds a run, and ``resume`` is "never".
+        FileExistsError: ``out`` holds a run, ``resume`` is "never" and ``overwrite`` is False.
         DivergedError: (a ValueError) the loss stayed not finite.
         SampleError: (an OSError) a sample cannot be read, and the recipe does not skip it.
         ConnectionError: (an OSError) the other processes cannot be reached or, with gloo, were lost.
         OSError: the folder cannot be written; earlier checkpoints stay whole.
     """
+    if resume == "auto" and overwrite:
+        raise ValueError("either resume a run or overwrite it, not both")
     for data, name in ((dataset, "the training data"), (val_dataset, "the validation data")):
         if data is None:
             continue
@@ -88,7 +94,7 @@ def train(
         if have != wanted:
             raise ValueError(f"the model has {have} classes, {name} {wanted}: make the model with num_classes={wanted}")
     with process_group(device, timeout) as world, StopRequest() as request:
-        return _Run(model, dataset, val_dataset, recipe, Path(out), world, request).go(resume == "auto")
+        return _Run(model, dataset, val_dataset, recipe, Path(out), world, request).go(resume == "auto", overwrite)
 
 
 class _InterruptedError(Exception):
@@ -123,21 +129,35 @@ class _Run:
         self.scores: Scores | None = None
         self.skipped = self.bad_in_a_row = 0
 
-    def go(self, resume: bool) -> TrainResult:
+    def go(self, resume: bool, overwrite: bool) -> TrainResult:
         """Train from the start, or from the last checkpoint, to the end or until a signal."""
+        lock = self.world.in_first(run_folder.lock, self.out)
+        try:
+            return self._locked(resume, overwrite)
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def _open(self, resume: bool, overwrite: bool) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:
+        data = fingerprint(self.dataset)
+        model = self.stepper.model
+        return run_folder.open_run(self.out, self.recipe, model, self.length, resume, data, overwrite)
+
+    def _locked(self, resume: bool, overwrite: bool) -> TrainResult:
         stepper, recipe = self.stepper, self.recipe
-        opened = self.world.in_first(run_folder.open_run, self.out, recipe, stepper.model, self.length, resume)
-        content, problems = opened or (None, [])
+        content, events = self.world.in_first(self._open, resume, overwrite) or (None, [])
         if self.world.broadcast(content is not None):
             stepper.load_state_dict(content)
-            self.summary = self.world.broadcast(run_folder.read_scores(self.out, stepper.steps))
+            read = self.world.in_first(run_folder.read_scores, self.out, stepper.steps)
+            self.summary = self.world.broadcast(read) or self.summary
         folder = self.out if self.world.rank == 0 else None
-        log = RunLog(folder, self.total_steps, recipe.batch_size, stepper.steps, self.world.device)
+        evaluated = self.summary.last_step == stepper.steps
+        log = RunLog(folder, self.total_steps, recipe.batch_size, stepper.steps, evaluated, self.world.device)
         with log as self.log, recomputed(stepper.model) if recipe.activation_checkpointing else nullcontext():
             if stepper.steps:
                 log.event("resumed", f"from the checkpoint of step {stepper.steps}")
-            for problem in problems:
-                log.event("warning", f"an earlier checkpoint is used, as {problem}")
+            for kind, message in events:
+                log.event(kind, message)
             try:
                 finished = self._loop()
             except _InterruptedError:

@@ -44,6 +44,7 @@ class RunLog:
         batch_size: images of a step, in all processes.
         resumed_step: the step that a resumed run goes on from. Records up to it stay; later ones, and the half line
             that a killed process leaves, are dropped. 0: a new log.
+        evaluated: the evaluation of that step is complete; else its record is dropped, too.
         device: its peak memory is logged if it is a GPU.
         console: where the display goes, by default standard error.
         plain_seconds: least time between two plain lines of steps; 0 shows all.
@@ -58,6 +59,7 @@ class RunLog:
         total_steps: int,
         batch_size: int,
         resumed_step: int = 0,
+        evaluated: bool = True,
         device: torch.device | None = None,
         console: Console | None = None,
         plain_seconds: float = 5.0,
@@ -71,6 +73,8 @@ class RunLog:
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / LOG).exists():
             kept = [record for record in read_log(folder) if record["step"] <= resumed_step] if resumed_step else []
+            if not evaluated:
+                kept = [each for each in kept if (each["kind"], each["step"]) != ("evaluation", resumed_step)]
             with atomic_path(folder / LOG) as temporary:
                 temporary.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         self._file = (folder / LOG).open("a", encoding="utf-8")

@@ -21,14 +21,15 @@ rank, see ``stepping``. The position in the data is the step. So a run may go on
 
 from __future__ import annotations
 
-import json
+import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from ..config import SegmenterConfig
 from ..io.atomic import atomic_files, atomic_path, write_json
@@ -36,12 +37,19 @@ from ..segmenter import Segmenter
 from ..version import __version__
 from ..weights.hub import write_folder
 from ..weights.reading import CheckpointError, read_mapping, read_torch
+from .logs import LOG, SAMPLES, TENSORBOARD
 from .presets import Recipe
+from .same_run import check_fits, check_same
 from .stepping import FORMAT_VERSION
 
 RUN, SCORES, LAST, BEST, CHECKPOINTS = "run.json", "scores.json", "last", "best", "checkpoints"
+LOCK = ".lock"
+_OWN = (RUN, SCORES, LAST, BEST, CHECKPOINTS, LOG, TENSORBOARD, SAMPLES)
 _NAME = re.compile(r"step-(\d{7,})\.pt")
-_KEYS = {"format_version", "step", "model", "optimizer", "schedule", "scaler", "ema"}
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **{"format_version": int, "step": int, "model": dict, "optimizer": dict, "schedule": dict, "scaler": dict},
+    "ema": (dict, type(None)),
+}
 
 
 @dataclass(frozen=True)
@@ -59,61 +67,91 @@ class EvaluationSummary:
         return EvaluationSummary(step, miou, *best)
 
 
-def open_run(
-    run: Path, recipe: Recipe, model: Segmenter, samples: int, resume: bool
-) -> tuple[dict[str, Any] | None, list[str]]:
-    """Make the folder of a new run, or open that of one to go on with.
-
-    Returns:
-        The last readable checkpoint, None for a new run; why later ones cannot be read.
+def lock(run: Path) -> FileLock:
+    """Make the run's folder and lock it for this process; the lock goes with the process, however it ends.
 
     Raises:
-        FileExistsError: the folder holds a run and ``resume`` is False.
+        OSError: another training writes there, or the folder cannot be made.
+    """
+    held = FileLock(run / LOCK, timeout=0)
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        held.acquire()
+    except Timeout:
+        raise OSError(f"another training writes to {run}: wait for its end, or choose another --out") from None
+    except OSError as error:
+        raise OSError(f"the run's folder {run} cannot be written: {error.strerror or error}") from error
+    return held
+
+
+def open_run(
+    run: Path,
+    recipe: Recipe,
+    model: Segmenter,
+    samples: int,
+    resume: bool,
+    data: str | None = None,
+    overwrite: bool = False,
+) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:
+    """Make the folder of a new run, or open that of one to go on with.
+
+    Args:
+        data: of ``same_run.fingerprint``.
+        overwrite: delete the run that is there.
+
+    Returns:
+        The last readable checkpoint, None for a new run; events for the log, kind and message.
+
+    Raises:
+        FileExistsError: the folder holds a run and neither ``resume`` nor ``overwrite`` is set, or it has no checkpoint
+            to go on from.
         ValueError: the run there has another recipe, model or data, or no checkpoint of it can be read.
         OSError: the folder cannot be written, or has too little room.
     """
-    steps, config = checkpoint_steps(run), model.config
+    if overwrite:
+        for path in (run / name for name in _OWN):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    steps, config, events = checkpoint_steps(run), model.config, list[tuple[str, str]]()
+    there = [name for name in _OWN if name != CHECKPOINTS and os.path.lexists(run / name)]
     if steps and not resume:
         raise FileExistsError(
-            f"{run} holds a run, its last checkpoint is of step {steps[-1]}; go on with it by --resume auto, or choose "
-            "another --out"
+            f"{run} holds a run, its last checkpoint is of step {steps[-1]}; go on with it by --resume auto, choose "
+            "another --out, or replace it by --overwrite"
+        )
+    if not steps and (set(there) & {BEST, LAST, SCORES} if resume else there):
+        raise FileExistsError(
+            f"{run} holds {', '.join(there)} of a run, but no checkpoint to go on from; choose another --out, or "
+            "replace it by --overwrite"
         )
     if steps and (run / RUN).exists():
-        before = read_mapping(run / RUN)
-        fields, now = before.get("model", {}), json.loads(json.dumps(config.to_dict()))
-        different = recipe.differences(before.get("recipe", {}))
-        different += [
-            f"the model's {name} is {now[name]}, was {fields.get(name)}"
-            for name in now
-            if now[name] != fields.get(name)
-        ]
-        if samples != before.get("samples"):
-            different.append(f"the data has {samples} samples, had {before.get('samples')}")
-        if different:
-            raise ValueError(
-                f"{run} holds another run: {'; '.join(different)}. Go on with the recipe it has, or choose another "
-                "--out"
-            )
+        events += check_same(run / RUN, recipe, config, samples, data, steps[-1])
+    content, unread = read_latest(run)
+    if content is not None:
+        check_fits(content, model)
     try:
         for folder in (run / CHECKPOINTS, run, run / LAST, run / BEST):
             for left in folder.glob(".saving-*"):  # of a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
         (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        for path, reason in unread:
+            aside = path.with_name(f"{path.name}.unreadable")
+            os.replace(path, aside)
+            events.append(("warning", f"an earlier checkpoint is used, as {reason}; it is now {aside.name}"))
         description = {
             "package_version": __version__,
             "recipe": asdict(recipe),
             "model": config.to_dict(),
             "samples": samples,
+            "data": data,
         }
         write_json(run / RUN, description, indent=2)
     except OSError as error:
         raise OSError(f"the run's folder {run} cannot be written: {error.strerror or error}") from error
-    content, problems = read_latest(run)
     if content is not None:  # the process may have been killed between checkpoint and model
         export_last(run, config, content)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     require_room(run, recipe, sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains))
-    return content, problems
+    return content, events
 
 
 def require_room(run: Path, recipe: Recipe, parameters: int, trained: int) -> None:
@@ -174,28 +212,37 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: damaged, of a newer version, or no checkpoint of a training run.
     """
-    content = read_torch(path)
-    if not isinstance(content, dict) or not set(content) >= _KEYS:
+    try:
+        content = read_torch(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is a link to nothing" if path.is_symlink() else f"{path} is gone") from None
+    if not isinstance(content, dict) or not set(content) >= set(_KINDS):
         raise CheckpointError(f"{path} is no checkpoint of a training run")
+    for key, kind in _KINDS.items():
+        tensors = content[key].values() if key == "model" and isinstance(content[key], dict) else ()
+        if not isinstance(content[key], kind) or not all(isinstance(value, torch.Tensor) for value in tensors):
+            raise CheckpointError(f"{path} is no checkpoint of a training run: its {key} is damaged")
     if content["format_version"] > FORMAT_VERSION:
         raise CheckpointError(f"{path} has format {content['format_version']}; this program reads {FORMAT_VERSION}")
     return content
 
 
-def read_latest(run: Path) -> tuple[dict[str, Any] | None, list[str]]:
-    """Read the last readable checkpoint, None where there is none; also return why later ones cannot be read.
+def read_latest(run: Path) -> tuple[dict[str, Any] | None, list[tuple[Path, str]]]:
+    """Read the last readable checkpoint, None where there is none; also return later ones, and why they are not read.
 
     Raises:
         CheckpointError: there are checkpoints, but none can be read.
     """
-    problems: list[str] = []
+    problems: list[tuple[Path, str]] = []
     for step in reversed(checkpoint_steps(run)):
+        path = checkpoint_path(run, step)
         try:
-            return read_checkpoint(checkpoint_path(run, step)), problems
+            return read_checkpoint(path), problems
         except CheckpointError as error:
-            problems.append(str(error))
+            problems.append((path, str(error)))
     if problems:
-        raise CheckpointError(f"no checkpoint in {run / CHECKPOINTS} can be read: {'; '.join(problems)}")
+        reasons = "; ".join(reason for _, reason in problems)
+        raise CheckpointError(f"no checkpoint in {run / CHECKPOINTS} can be read: {reasons}")
     return None, []
 
 
@@ -231,10 +278,19 @@ def save_scores(run: Path, summary: EvaluationSummary, keep: int) -> None:
 
 
 def read_scores(run: Path, step: int) -> EvaluationSummary:
-    """Read the summary as of a step; evaluations of later steps are left out."""
-    if not (run / SCORES).exists():
+    """Read the summary as of a step; evaluations of later steps are left out.
+
+    Raises:
+        CheckpointError: the file holds something else.
+    """
+    path = run / SCORES
+    if not path.exists():
         return EvaluationSummary()
-    summary = EvaluationSummary(**read_mapping(run / SCORES))
+    found = read_mapping(path)
+    kinds = {field.name: (int, float) if "miou" in field.name else (int,) for field in fields(EvaluationSummary)}
+    if set(found) != set(kinds) or not all(type(found[name]) in kind for name, kind in kinds.items()):
+        raise CheckpointError(f"{path} must hold the numbers {', '.join(kinds)}; remove it to evaluate again")
+    summary = EvaluationSummary(**found)
     if summary.best_step > step:
         return EvaluationSummary()
     best = summary.best_step, summary.best_miou

@@ -219,10 +219,16 @@ class Stepper:
             if self.ema is not None:
                 set_model_state_dict(self.averaged, held["ema"]["model"], options=options)
                 self.ema.n_averaged.fill_(plain["updates"])
-        except (RuntimeError, KeyError) as error:
-            raise CheckpointError(f"{name} does not fit the model: {error}") from error
-        self.schedule.load_state_dict(plain["schedule"])
-        self.scaler.load_state_dict(plain["scaler"])
+            self.schedule.load_state_dict(plain["schedule"])
+            self.scaler.load_state_dict(plain["scaler"])
+            factors = [of(plain["step"]) for of in self.schedule.lr_lambdas]
+            rates = [base * factor for base, factor in zip(self.schedule.base_lrs, factors, strict=True)]
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):  # the run may be longer now
+                group["lr"] = rate
+            self.schedule._last_lr = rates
+        except (RuntimeError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(f"{name} does not fit the model, or is damaged: {reason}") from error
         self.steps = plain["step"]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..train.presets import PRESETS, field_help
-from .app import Device, DeviceOption, app, say, short_warnings
+from .app import Device, DeviceOption, OverwriteOption, app, say, short_warnings
 
 if TYPE_CHECKING:
     from .. import Segmenter
@@ -59,6 +59,7 @@ def train(
         typer.Option("--new-classes", help="Start from random class weights where the checkpoint has other classes."),
     ] = False,
     resume: Annotated[Resume, typer.Option(help="auto: go on from the last checkpoint in OUT, if any.")] = Resume.never,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = Device.auto,
     timeout: Annotated[float, typer.Option(help="Seconds that processes wait for each other.")] = 600.0,
     **fields: Any,
@@ -80,7 +81,8 @@ def train(
     model = _model(
         variant, pretrained, new_classes, num_classes=len(dataset.class_names), **classes, **recipe.model_fields()
     )
-    result = run(model, dataset, val_dataset, recipe, out, resume=resume.value, device=device.value, timeout=timeout)
+    options: dict[str, Any] = {"resume": resume.value, "overwrite": overwrite, "device": device.value}
+    result = run(model, dataset, val_dataset, recipe, out, **options, timeout=timeout)
     if World.from_environment().rank == 0:
         best = result.summary
         if best.best_step >= 0:

@@ -57,8 +57,7 @@ def test_leftovers_of_a_killed_process_go(tmp_path: Path) -> None:
     left = tmp_path / "checkpoints" / ".saving-abc"
     left.mkdir()
     (left / "step-0000004.pt").touch()
-    opened = run_folder.open_run(tmp_path, RECIPE, model, 10, resume=False)
-    assert opened == (None, []), "there is nothing to lose yet"
+    assert run_folder.open_run(tmp_path, RECIPE, model, 10, resume=True) == (None, []), "there is nothing to lose yet"
     left.mkdir()
     save_checkpoint(tmp_path, state(2))
     content, problems = run_folder.open_run(tmp_path, RECIPE, model, 10, resume=True)

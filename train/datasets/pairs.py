@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -49,6 +50,16 @@ class PairedFiles:
     def name(self, index: int) -> str:
         """Return the image's path below the folder of images, without suffix."""
         return self.pairs[index].name
+
+    def identity(self, index: int) -> str:
+        """Return the name with the size and a checksum of the end of the image file, for ``fingerprint``."""
+        try:
+            with self.pairs[index].image.open("rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(size - 4096, 0))
+                return f"{self.name(index)} {size} {zlib.crc32(file.read())}"
+        except OSError:  # read names the file
+            return self.name(index)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Read ``(H, W, 3)`` uint8 RGB, turned upright as EXIF says, and ``(H, W)`` uint8 classes.
