@@ -214,8 +214,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """
     try:
         content = read_torch(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is a link to nothing" if path.is_symlink() else f"{path} is gone") from None
+    except OSError as error:  # a folder, a link to nothing, no permission
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(content, dict) or not set(content) >= set(_KINDS):
         raise CheckpointError(f"{path} is no checkpoint of a training run")
     for key, kind in _KINDS.items():
