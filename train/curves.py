@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from segmenter_fast.io.atomic import atomic_path
+from PIL import Image
 
+from ..io.atomic import RECORD, atomic_path
 from .logs import LOG, read_log
 
 _STYLE: dict[Any, Any] = {
@@ -91,10 +93,19 @@ def draw_curves(runs: Sequence[Curves], path: Path) -> Path:
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         try:
             with atomic_path(path) as temporary:
-                figure.savefig(temporary, dpi=110)
+                figure.savefig(temporary, dpi=110, metadata={RECORD: json.dumps([run.name for run in runs])})
         finally:
             plt.close(figure)
     return path
+
+
+def drawn_from(path: Path) -> list[str] | None:
+    """Return the names of the runs in a plot of ``draw_curves``, None for another file."""
+    try:
+        with Image.open(path) as image:
+            return json.loads(image.info[RECORD])
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def running_mean(values: Sequence[float]) -> list[float]:

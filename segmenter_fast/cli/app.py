@@ -166,6 +166,16 @@ def parse_scales(text: str) -> tuple[float, ...]:
     return values
 
 
+def check_new(path: Path, overwrite: bool, same: bool = False) -> None:
+    """Refuse to write to a path where something is.
+
+    Args:
+        same: whether this program wrote that from the same inputs.
+    """
+    if path.exists() and not overwrite and not same:
+        raise FileExistsError(f"{path} exists; choose another path, or replace it by --overwrite")
+
+
 def check_windows(window: int | None, stride: int | None, batch_size: int | None) -> None:
     """Refuse, before a model is loaded, numbers that are out of range for every model."""
     for name, given in (("--window", window), ("--stride", stride), ("--batch-size", batch_size)):

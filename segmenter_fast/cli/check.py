@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .app import Device, DeviceOption, Dtype, ModelArgument, app, load_model
+from .app import Device, DeviceOption, Dtype, ModelArgument, OverwriteOption, app, check_new, load_model
 
 
 @app.command()
@@ -30,6 +30,7 @@ def check(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE.png", help="Picture of the image whose labels change most."),
     ] = None,
+    overwrite: OverwriteOption = False,
     device: DeviceOption = Device.auto,
 ) -> None:
     """Compare the forms that optimize offers on your own images: speed, memory, and how many labels change.
@@ -39,8 +40,10 @@ def check(
     from ..io.atomic import write_png
     from ..train.forms import compare_forms, find_photos, python_line
 
-    if out is not None and (out.exists() or out.suffix != ".png"):
-        raise ValueError(f"--out must be a new .png file, got {out}{', which exists' if out.exists() else ''}")
+    if out is not None:
+        if out.suffix != ".png":
+            raise ValueError(f"--out must be a new .png file, got {out}")
+        check_new(out, overwrite)
     segmenter = load_model(model, device, Dtype.float32)
     found = find_photos(photos, labels, segmenter.config.num_classes)
     with Progress(console=Console(stderr=True)) as progress:

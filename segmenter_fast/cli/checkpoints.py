@@ -10,7 +10,18 @@ import typer
 from rich.console import Console
 
 from ..describe import info_table, variants_table
-from .app import CheckpointArgument, Device, Dtype, ModelArgument, app, load_model, say, short_warnings
+from .app import (
+    CheckpointArgument,
+    Device,
+    Dtype,
+    ModelArgument,
+    OverwriteOption,
+    app,
+    check_new,
+    load_model,
+    say,
+    short_warnings,
+)
 
 
 class Format(str, Enum):
@@ -32,12 +43,15 @@ def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="Checkpoint: folder, file or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
     to: Annotated[Format, typer.Option(help="The format to write.")] = Format.ours,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Convert a checkpoint to our format, or back to the official one."""
     from .. import load
     from ..weights import hub, official
 
     files = {Format.ours: (hub.CONFIG, hub.WEIGHTS), Format.official: (official.VARIANT, official.WEIGHTS)}
+    for name in files[to]:
+        check_new(out / name, overwrite)
     with short_warnings():
         model = load(source)
     for other, names in files.items():

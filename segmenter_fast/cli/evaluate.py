@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,9 @@ from .app import (
     Dtype,
     DtypeOption,
     InferenceOptions,
+    OverwriteOption,
     app,
+    check_new,
     check_windows,
     default_batch_size,
     load_for_inference,
@@ -46,6 +49,7 @@ def evaluate(
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="File for all figures.")] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Compare a model's labels with those of a data set: IoU for each class, mIoU, mAcc, aAcc.
 
@@ -60,6 +64,9 @@ def evaluate(
 
     factor_list = parse_scales(scales) if scales else MULTISCALE if multiscale else (1.0,)
     check_windows(window, stride, batch_size)
+    inputs = {"model": model, "data": data, "split": split}
+    if out is not None:
+        check_new(out, overwrite, _inputs(out) == inputs)
     with process_group(device.value) as world:
         dataset = open_dataset(data, kind, split)
         segmenter = load_for_inference(model, device, dtype, optimize, len(dataset) // world.size)
@@ -86,9 +93,7 @@ def evaluate(
     typer.echo(f"{totals}; {len(dataset):,} images, {scores.pixels:,} labelled pixels")
     if out is not None:
         content = {
-            "model": model,
-            "data": data,
-            "split": split,
+            **inputs,
             "images": len(dataset),
             "resize": resize,
             **asdict(settings),
@@ -99,6 +104,15 @@ def evaluate(
         }
         write_json(out, content, indent=1, allow_nan=False)
         typer.echo(f"written: {out}")
+
+
+def _inputs(path: Path) -> dict[str, object] | None:
+    """Return model, data and split of figures that an earlier call wrote; None for another file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {name: found[name] for name in ("model", "data", "split")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _resize(data: str, kind: str, config: SegmenterConfig) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..train.presets import PRESETS, field_help
-from .app import Device, DeviceOption, OverwriteOption, app, say, short_warnings
+from .app import Device, DeviceOption, OverwriteOption, app, check_new, say, short_warnings
 
 if TYPE_CHECKING:
     from .. import Segmenter
@@ -119,11 +119,13 @@ def _model(variant: str, pretrained: str | None, new_classes: bool, **fields: An
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of training runs.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG file to write.")] = Path("curves.png"),
+    overwrite: OverwriteOption = False,
 ) -> None:
     """Draw the loss and mIoU curves of training runs."""
-    from ..train.curves import draw_curves, read_runs
+    from ..train.curves import draw_curves, drawn_from, read_runs
 
     curves = read_runs(runs)
+    check_new(out, overwrite, drawn_from(out) == [run.name for run in curves])
     draw_curves(curves, out)
     for run in curves:
         loss = f"{len(run.loss)} losses, last {list(run.loss.values())[-1]:.4g}; " if run.loss else ""

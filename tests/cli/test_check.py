@@ -72,7 +72,7 @@ def test_the_table_the_picture_and_the_line(least: str, data: Path, checkpoint: 
     assert [path.name for path in out.parent.iterdir()] == ["changed.png"]
     again = call("check", checkpoint, data, "--device", "cpu", "--out", out)
     assert again.exit_code == 2
-    assert "must be a new .png file" in again.stderr
+    assert f"{out} exists; choose another path, or replace it by --overwrite" in again.stderr
 
 
 def _cells(line: str) -> list[str]:
