@@ -132,9 +132,12 @@ class Stepper:
         return self._update(total / world.size, request)
 
     def _update(self, loss: Tensor, request: StopRequest) -> StepResult:
-        """Clip and apply the gradient, if all is finite, and advance schedule, scaler and average."""
+        """Clip and apply the gradient, if all is finite, and advance schedule, scaler and average.
+
+        All that the host needs to know is read at once: each read waits for the GPU.
+        """
         lr = float(self.schedule.get_last_lr()[0])
-        scale = self.scaler.get_scale()
+        scale = self.scaler.scale(torch.ones_like(loss))  # 1 without a scaler
         self.scaler.unscale_(self.optimizer)
         trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])  # type: ignore[misc]
@@ -142,12 +145,12 @@ class Stepper:
         summed = torch.stack([loss, loss.new_tensor(float(request.signal is not None))])
         if self.world.size > 1:
             dist.all_reduce(summed)
-        loss_value, stops, norm_value = torch.cat([summed, norm.float().view(1)]).tolist()
+        loss_value, stops, norm_value, factor = torch.cat([summed, torch.stack([norm.float(), scale])]).tolist()
         finite = math.isfinite(loss_value) and math.isfinite(norm_value)
         if finite:
             if self.recipe.clip:
                 torch.nn.utils.clip_grads_with_norm_(trained, self.recipe.clip, norm)
-            self.scaler.step(self.optimizer)
+            self.optimizer.step()  # the scaler's own would read again that the gradient is finite
             if self.ema is not None:
                 self.ema.update_parameters(self.model)
         self.scaler.update()
@@ -156,7 +159,7 @@ class Stepper:
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         self.schedule.step()
         self.steps += 1
-        overflow = math.isfinite(loss_value) and not finite and self.scaler.is_enabled() and scale > 1
+        overflow = math.isfinite(loss_value) and not finite and factor > 1
         return StepResult(loss_value, norm_value, lr, finite, overflow, stops > 0)
 
     @property

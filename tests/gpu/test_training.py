@@ -70,6 +70,21 @@ def test_steps_are_those_of_the_cpu_in_float32(case: str) -> None:
     assert (change - wanted).norm() < tolerance * wanted.norm()
 
 
+@pytest.mark.parametrize("fields", [{}, {"precision": "float16", "optimizer": "adamw", "clip": 1.0, "ema": 0.9}])
+def test_a_step_waits_for_the_gpu_once(fields: dict[str, Any]) -> None:
+    recipe = RECIPE.replace(**fields)
+    stepper = Stepper(small_model(recipe, embed_dim=128), 255, recipe, 10, World(device=DEVICE))
+    batch = [tensor.pin_memory() for tensor in first_batch()]
+    stepper.step(*batch, StopRequest())
+    try:
+        torch.cuda.set_sync_debug_mode("warn")
+        with pytest.warns(UserWarning, match="synchronizing") as found:
+            stepper.step(*batch, StopRequest())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([one for one in found if "synchronizing" in str(one.message)]) == 1
+
+
 def test_muon_iterates_in_bfloat16_and_learns_as_on_the_cpu() -> None:
     """A matrix's smallest directions are rounding, which Muon makes as large as the others: losses are compared."""
     fields = {"optimizer": "muon", "lr": 2e-3}
