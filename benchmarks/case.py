@@ -7,12 +7,15 @@ becomes a row that says so. If our own output is wrong, the whole case is refuse
 from __future__ import annotations
 
 import gc
+import logging
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from .deadline import OutOfTimeError, time_limit
 from .device import Ceilings, name_of
 from .timing import Failure, Timing, available_memory, input_sets, measure, own_stream, release
 
@@ -33,12 +36,14 @@ class Variant:
     """One way to compute the case: ``run(*prepare(*inputs))``, of which only ``run`` is timed.
 
     ``needs_bytes`` is a lower bound of what it allocates. A CPU variant that cannot fit is not started, because Linux
-    kills a process that runs out of memory.
+    kills a process that runs out of memory. A ``late`` variant takes so long to compile that the cases first run
+    without it.
     """
 
     run: Callable[..., Any]
     prepare: Callable[..., tuple[Any, ...]] | None = None
     needs_bytes: int = 0
+    late: bool = False
 
     def bind(self, inputs: tuple[Any, ...]) -> Callable[[], Any]:
         arguments = self.prepare(*inputs) if self.prepare else inputs
@@ -66,6 +71,11 @@ class Case:
     @property
     def name(self) -> str:
         return ", ".join(f"{v}" if isinstance(v, str) else f"{k} {v}" for k, v in self.parameters.items())
+
+    def early(self) -> Case:
+        """The case without its late variants."""
+        late = [name for name, variant in self.variants.items() if isinstance(variant, Variant) and variant.late]
+        return replace(self, variants={name: v for name, v in self.variants.items() if name not in late})
 
     def variant(self, name: str) -> Variant:
         variant = self.variants[name]
@@ -113,8 +123,10 @@ class Row:
         return replace(self, timing=outcome, gb_s=gb_s, tflops=tflops, share=share, images_s=images_s)
 
 
-def run_case(case: Case, ceilings: Ceilings, seconds: float, min_samples: int = 5) -> list[Row]:
-    """Check and time every variant of ``case``.
+def run_case(
+    case: Case, ceilings: Ceilings, seconds: float, min_samples: int = 5, deadline: float = math.inf
+) -> list[Row]:
+    """Check and time every variant of ``case``; a late one that is not ready at the ``deadline`` is "not run".
 
     Raises:
         DisagreementError: our own output is wrong, or our variant cannot run.
@@ -129,7 +141,7 @@ def run_case(case: Case, ceilings: Ceilings, seconds: float, min_samples: int = 
             judge = case.judge(first)
         except torch.OutOfMemoryError as error:
             return [Row.failed(name, error, "inputs and oracle: ") for name in case.variants]
-        rows = {name: check_variant(case, name, first, judge) for name in case.variants}
+        rows = {name: check_variant(case, name, first, judge, deadline) for name in case.variants}
         for name, row in rows.items():
             if is_ours(name) and row.status in {"disagrees", "failed"}:
                 raise DisagreementError(f"{case.name}: {name} {row.status}: {row.note}")
@@ -147,7 +159,9 @@ def run_case(case: Case, ceilings: Ceilings, seconds: float, min_samples: int = 
     return list(rows.values())
 
 
-def check_variant(case: Case, name: str, inputs: tuple[Any, ...], judge: Callable[[Any], float]) -> Row:
+def check_variant(
+    case: Case, name: str, inputs: tuple[Any, ...], judge: Callable[[Any], float], deadline: float = math.inf
+) -> Row:
     """A row with the error of the variant's output and no figures yet, or with the reason why it cannot be timed."""
     variant = case.variants[name]
     if isinstance(variant, str):
@@ -155,8 +169,9 @@ def check_variant(case: Case, name: str, inputs: tuple[Any, ...], judge: Callabl
     if case.device.type == "cpu" and (note := lack_of_memory(variant.needs_bytes, case.device)):
         return Row(name, "out of memory", note)
     try:
-        error = judge(variant.bind(inputs)())
-    except Exception as raised:  # a peer may fail in any way
+        with time_limit(deadline if variant.late else math.inf):
+            error = judge(variant.bind(inputs)())
+    except (Exception, OutOfTimeError) as raised:  # a peer may fail in any way
         return Row.failed(name, raised)
     finally:
         release(case.device)
@@ -209,10 +224,14 @@ def in_pass(function: Callable[..., torch.Tensor], count: int, backward: bool) -
     return run if backward else function
 
 
-def compiled(function: Callable[..., Any], device: torch.device, autotune: bool = True) -> Callable[..., Any]:
-    """``function`` under torch.compile, on CUDA with max-autotune if wanted.
+def compiled(function: Callable[..., Any], autotune: bool = False) -> Callable[..., Any]:
+    """``function`` under torch.compile, with max-autotune if wanted, whose log is left out.
 
     PyTorch's own CUDA graphs stay off: ``timing`` captures every variant alike.
     """
-    mode = "max-autotune-no-cudagraphs" if device.type == "cuda" and autotune else None
-    return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
+    options: dict[str, Any] = {}
+    if autotune:
+        logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.CRITICAL)
+        options = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
+        options |= {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+    return torch.compile(function, fullgraph=True, dynamic=False, options=options)

@@ -30,6 +30,7 @@ COLOURS = {
     "eager float32": "#bcbd22",
     "eager AMP": "#bcbd22",
     "compile": "#1f77b4",
+    "compile max-autotune": "#17becf",
     "SDPA default": "#1f77b4",
     "SDPA flash": "#17becf",
     "SDPA cuDNN": "#2ca02c",

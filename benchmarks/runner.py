@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,11 +30,6 @@ def run_command(function: Callable[..., None]) -> None:
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-
-
-def deadline_after(budget: float | None) -> float:
-    """The end of a budget in seconds on the clock ``time.monotonic``; infinity without one."""
-    return math.inf if budget is None else time.monotonic() + budget
 
 
 def make_console() -> Console:
@@ -74,40 +68,52 @@ class Runner:
         """A result of this run, still without cases."""
         return Result(op, self.record, self.ceilings, self.started, self.quick)
 
-    def run(self, op: str, cases: list[Case], deadline: float) -> int:
-        """Run ``cases`` until ``deadline`` and write ``<out>/<device>/<op>.json`` after each of them.
+    def run(self, cases: list[tuple[str, Case]], deadline: float) -> int:
+        """Run ``cases``, each with its op, until ``deadline`` and write ``<out>/<device>/<op>.json`` after each.
 
-        The list is emptied, so that a finished case frees its memory. Returns the number of cases that were refused
-        because an output of ours was wrong.
+        A case that comes again, with more variants, replaces its rows. The list is emptied, so that a finished case
+        frees its memory. Returns the number of cases that were refused because an output of ours was wrong.
         """
-        result = self.result(op)
+        results = {op: self.result(op) for op, _ in cases}
         count = len(cases)
         with self.console.status("") as status:
             while cases:
                 if time.monotonic() > deadline:
-                    result.not_run = [late.name for late in cases]
-                    self.console.print(f"{op}: {len(cases)} of {count} cases not run, the time is used up")
+                    self.console.print(f"{len(cases)} of {count} cases not run, the time is used up")
                     break
-                case = cases.pop(0)
-                status.update(f"{op}, {count - len(cases)} of {count}: {case.name}")
-                try:
-                    rows = run_case(case, self.ceilings, self.seconds)
-                except DisagreementError as error:
-                    result.refused.append(str(error))
-                    self.console.print(f"[bold red]refused[/] {escape(str(error))}", highlight=False)
-                    continue
-                result.cases.append((case.parameters, rows))
-                write(result, self.out)
-                self.console.print(case_table(case.name, rows))
-        if result.cases:
-            self.console.print(f"{op}: wrote {write(result, self.out)}")
-        return len(result.refused)
+                op, case = cases.pop(0)
+                result = results[op]
+                status.update(f"{count - len(cases)} of {count}: {op}, {case.name}")
+                result.not_run = [late.name for other, late in cases if other == op]
+                rows = self._run_case(case, result, deadline)
+                result.cases = [found for found in result.cases if found[0] != case.parameters]
+                if rows:
+                    result.cases.append((case.parameters, rows))
+                    self.console.print(case_table(case.name, rows))
+                if result.cases:
+                    write(result, self.out)
+        for result in results.values():
+            if result.cases:
+                self.console.print(f"{result.op}: wrote {write(result, self.out)}")
+        return sum(len(result.refused) for result in results.values())
+
+    def _run_case(self, case: Case, result: Result, deadline: float) -> list[Row]:
+        """The rows of a case; none where our output is wrong, which ``result`` then tells."""
+        try:
+            return run_case(case, self.ceilings, self.seconds, deadline=deadline)
+        except DisagreementError as error:
+            result.refused.append(str(error))
+            self.console.print(f"[bold red]refused[/] {escape(str(error))}", highlight=False)
+            return []
 
     def draw(self, plots: Sequence[str]) -> None:
         """Draw the plots of the result files and print their names."""
-        from .plots import draw  # matplotlib is needed here alone
-
         folder = self.out / self.record.slug
+        try:
+            from .plots import draw  # matplotlib is needed here alone
+        except ImportError as error:
+            self.console.print(f"results in {folder}; no plots: {error}")
+            return
         names = ", ".join(path.name for path in draw(folder, plots)) or "nothing to draw"
         self.console.print(f"results in {folder}: {names}")
 

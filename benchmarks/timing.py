@@ -32,6 +32,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from .deadline import OutOfTimeError
+
 Call = Callable[[], Any]
 
 SAMPLE_MS = 2.0
@@ -57,7 +59,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Failure:
-    """The reason why a variant has no time. ``status`` is "out of memory" or "failed"."""
+    """The reason why a variant has no time. ``status`` is "out of memory", "not run" for lack of time, or "failed"."""
 
     status: str
     note: str
@@ -66,8 +68,11 @@ class Failure:
     def of(cls, error: BaseException) -> Failure:
         message = str(error).strip().splitlines()
         note = f"{type(error).__name__}: {message[0][:200] if message else ''}"
-        # The CPU allocator raises a plain RuntimeError.
-        memory = isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+        if isinstance(error, OutOfTimeError):
+            return cls("not run", str(error))
+        # The CPU allocator raises a plain RuntimeError, and a compiler one of its own.
+        memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        memory |= any(text in str(error) for text in ("can't allocate memory", "CUDA out of memory"))
         return cls("out of memory" if memory else "failed", note)
 
 

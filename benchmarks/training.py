@@ -28,11 +28,13 @@ from segmenter_fast.devices import choose_dtype
 from segmenter_fast.reference import ReferenceSegmenter
 
 from .case import OURS, Case, Variant
+from .deadline import deadline_after
 from .device import name_of
 from .models.peers import with_sdpa
+from .ops import in_turns
 from .ops.upsample import IGNORED, block_target
 from .results import RESULTS
-from .runner import Runner, deadline_after
+from .runner import Runner
 
 OP = "training"
 Gradients = dict[str, Tensor]
@@ -89,7 +91,7 @@ def run_training(
     steps = choose_steps(device, quick, models, patches, classes, size, batch)
     cases = [step_case(device, kind, step, compile) for step in steps]
     runner = Runner.start(device, {torch.float32, kind}, out, quick, 1.0 if quick else 3.0)
-    refused = runner.run(OP, cases, deadline)
+    refused = runner.run(in_turns({OP: cases}, {OP: 1}), deadline)
     runner.draw((OP,))
     return refused
 
@@ -154,7 +156,7 @@ def step_case(device: torch.device, dtype: torch.dtype, step: StepShape, compile
             variants[name] = "left out by --no-compile"
         elif name != "eager AMP" or dtype is not torch.float32:
             run = _Step(partial(make, config), kind, "compile" in name)
-            variants[name] = Variant(run, run.prepare, needs_bytes)
+            variants[name] = Variant(run, run.prepare, needs_bytes, late=device.type == "cuda" and "compile" in name)
     return Case(
         parameters={"op": OP, **vars(step), "model": f"seg_{step.model}_mask", "dtype": name_of(dtype)},
         device=device,

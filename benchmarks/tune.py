@@ -1,21 +1,25 @@
 """Calibration of the static bounds on the GPU at hand: ``python -m segmenter_fast.benchmarks.tune attention``.
 
 A kernel module keeps its configurations as data behind a pure ``launch_config(...)``. For each case the shipped
-configuration and its neighbours (a tile halved or doubled, other warps or stages) are compiled and ranked by their
-static bound (``kernels/costs``), and the best of them timed with that function replaced. A table shows the factor
-between time and bound and their rank correlation: where it is low, believe the clock. The fastest configuration is to
-be written into the module by hand; run ``python -m segmenter_fast.kernels.aot`` after that. A configuration that gives
-wrong output, does not compile or does not fit is counted and skipped.
+configuration and its neighbours (a tile halved or doubled, other warps or stages) are compiled in parallel processes
+and ranked by their static bound (``kernels/costs``), and the best of them timed with that function replaced. A table
+shows the factor between time and bound and their rank correlation: where it is low, believe the clock. The fastest
+configuration is to be written into the module by hand; run ``python -m segmenter_fast.kernels.aot`` after that. A
+configuration that gives wrong output, does not compile or does not fit is counted and skipped.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import lru_cache
+from multiprocessing import get_context
 from types import ModuleType
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -23,9 +27,10 @@ from unittest.mock import patch
 import torch
 import typer
 
-from segmenter_fast.devices import choose_device
+from segmenter_fast.devices import choose_device, usable_cores
 
 from .case import OURS, Case, Variant, run_case
+from .deadline import deadline_after
 from .device import Ceilings, describe
 from .ops import OPS
 from .runner import make_console, narrow_table, run_command
@@ -37,23 +42,60 @@ LARGEST = 256
 
 
 def tune(
-    op: str,
-    cases: Annotated[int, typer.Option(help="Number of the most valuable cases.")] = 4,
+    ops: Annotated[list[str], typer.Argument(metavar="OP...")],
+    cases: Annotated[int, typer.Option(min=1, help="Number of the most valuable cases.")] = 4,
     configurations: Annotated[int, typer.Option(min=2, help="Number of configurations to time for a case.")] = 8,
+    budget: Annotated[float | None, typer.Option(min=0, help="Seconds; no case begins after them.")] = None,
 ) -> None:
-    """Time the configurations of an op that the static bounds rank first, on the GPU at hand."""
-    if op not in OPS:
-        raise ValueError(f"unknown op {op}; known are {', '.join(OPS)}")
-    device = choose_device("cuda")
+    """Time the configurations of ops that the static bounds rank first, on the GPU at hand; the ops take turns."""
+    if unknown := sorted(set(ops) - set(OPS)):
+        raise ValueError(f"unknown ops {', '.join(unknown)}; known are {', '.join(OPS)}")
+    device, deadline = choose_device("cuda"), deadline_after(budget)
     headings = ("case", "shipped", "ms", "bound", "best", "ms", "gain", "factor", "rank", "timed", "skipped")
-    console, table = make_console(), narrow_table(f"{op}, {describe(device).name}", headings)
-    for case in OPS[op](device, False)[:cases]:
-        row = calibrate(case, kernel_module(case), configurations)
-        table.add_row(case.name, *row)
-        console.print(case.name, *row)
+    console, table = make_console(), narrow_table(f"{', '.join(ops)}, {describe(device).name}", headings)
+    with get_context("spawn").Pool(max(1, usable_cores() - 2)) as pool:
+        for number in range(cases):
+            if time.monotonic() > deadline:
+                console.print(f"{cases - number} of {cases} cases of each op not run, the time is used up")
+                break
+            chosen = [(op, found[number]) for op in ops if len(found := OPS[op](device, False)) > number]
+            shipped = [shipped_of(case) for _, case in chosen]
+            # All builds of a round at once, and only then a clock, which they would disturb.
+            work = [
+                [(op, number, config, own) for config in (own, *neighbours(own))]
+                for (op, _), own in zip(chosen, shipped, strict=True)
+            ]
+            bounds = iter(pool.starmap(build, itertools.chain(*work), chunksize=1))
+            for (_, case), own, tasks in zip(chosen, shipped, work, strict=True):
+                counted = {config: next(bounds) for _, _, config, _ in tasks}
+                row = calibrate(case, own, counted, configurations)
+                table.add_row(case.name, *row)
+                console.print(case.name, *row)
     console.print(table)
     console.print("bound: static bound of the shipped configuration, ms; factor: median of time over bound;")
     console.print("rank: correlation of the ranks of times and bounds (Spearman)")
+
+
+@lru_cache(maxsize=1)
+def _case(op: str, number: int) -> tuple[Case, tuple[Any, ...]]:
+    """A case of an op on the GPU at hand, and its inputs."""
+    case = OPS[op](choose_device("cuda"), False)[number]
+    return case, case.make_inputs(torch.Generator(case.device).manual_seed(0))
+
+
+def build(op: str, number: int, config: Any, shipped: Any) -> float | None:
+    """The static bound of a configuration, whose kernels are then in Triton's cache; None where it cannot run."""
+    case, inputs = _case(op, number)
+    ours = case.variant(OURS)
+    call = replace(ours, run=with_config(config, shipped, kernel_module(case), ours.run)).bind(inputs)
+    if (bound := static_bound(call)) is None:
+        return None
+    try:
+        call()
+        torch.cuda.synchronize()
+    except Exception:  # a tile may fit into no multiprocessor
+        return None if config != shipped else bound
+    return bound
 
 
 def kernel_module(case: Case) -> ModuleType:
@@ -64,28 +106,35 @@ def kernel_module(case: Case) -> ModuleType:
     return importlib.import_module(f"segmenter_fast.kernels.gpu.{name}")
 
 
-def calibrate(case: Case, module: ModuleType, configurations: int) -> tuple[str, ...]:
-    """Time the best ``configurations`` by static bound, the shipped one among them: the cells of a row of the table."""
-    ours = case.variant(OURS)
+def shipped_of(case: Case) -> Any:
+    """The shipped configuration of a case."""
     with own_stream(case.device):
         inputs = case.make_inputs(torch.Generator(case.device).manual_seed(0))
-        judge = case.judge(inputs)
-        shipped = shipped_config(module, ours.bind(inputs))
-    runs = {config: with_config(config, shipped, module, ours.run) for config in (shipped, *neighbours(shipped))}
-    bounds: dict[Any, float] = {}
-    for config, run in runs.items():
-        if bound := static_bound(replace(ours, run=run).bind(inputs)):
-            bounds[config] = bound
+        return shipped_config(kernel_module(case), case.variant(OURS).bind(inputs))
+
+
+def calibrate(case: Case, shipped: Any, counted: dict[Any, float | None], configurations: int) -> tuple[str, ...]:
+    """Time the best ``configurations`` by static bound, the shipped one among them: the cells of a row of the table.
+
+    ``counted`` has the bound of each configuration, or None.
+    """
+    ours, module = case.variant(OURS), kernel_module(case)
+    bounds = {config: bound for config, bound in counted.items() if bound}
     chosen = list(dict.fromkeys((shipped, *sorted(bounds, key=lambda config: bounds[config]))))[:configurations]
-    variants: dict[str, Variant | str] = {str(config): replace(ours, run=runs[config]) for config in chosen}
-    rows = run_case(replace(case, variants=variants, judge=lambda _: judge), Ceilings(0.0, {}), 0.1 * len(chosen))
+    variants: dict[str, Variant | str] = {
+        str(config): replace(ours, run=with_config(config, shipped, module, ours.run)) for config in chosen
+    }
+    rows = run_case(replace(case, variants=variants), Ceilings(0.0, {}), 0.1 * len(chosen))
     times = {config: row.timing.median_ms for config, row in zip(chosen, rows, strict=True) if row.timing}
+    if shipped not in times:
+        return (str(shipped), rows[0].status, *[""] * 6, str(len(times)), rows[0].note)
     best = min(times, key=lambda config: times[config])
     both = [config for config in times if config in bounds]
-    factor = statistics.median(times[config] / bounds[config] for config in both)
+    factor = statistics.median(times[config] / bounds[config] for config in both) if both else math.nan
     rank = spearman([bounds[config] for config in both], [times[config] for config in both])
-    cells = (str(shipped), f"{times[shipped]:.4g}", f"{bounds[shipped]:.4g}", str(best), f"{times[best]:.4g}")
-    skipped = len(runs) - len(bounds) + len(chosen) - len(times)
+    bound = f"{bounds[shipped]:.4g}" if shipped in bounds else "not counted"
+    cells = (str(shipped), f"{times[shipped]:.4g}", bound, str(best), f"{times[best]:.4g}")
+    skipped = len(counted) - len(bounds) + len(chosen) - len(times)
     return (
         *cells,
         f"{times[shipped] / times[best]:.3f}",

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 import torch
 
 from segmenter_fast.kernels.registry import INTERPRET
+from support import no_hypothesis
+from support.parallel import pytest_addoption, pytest_configure  # noqa: F401
+
+if importlib.util.find_spec("hypothesis") is None:
+    no_hypothesis.install()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,6 +3,9 @@
 The models are the reference (official arithmetic, eager, float32), the peers (SDPA, low dtype, torch.compile; on CUDA
 also max-autotune, and cuDNN's attention; on a CPU other programs, see ``runtimes``) and ours (``Segmenter.optimize``).
 
+On CUDA the models are timed again whenever one more of them is ready, the slowest to compile last, and the rows are
+reported each time: what is measured is kept if the time runs out.
+
 Random weights give logits that lie close together, so that rounding alone changes labels. The effect of rounding in a
 dtype is therefore measured on the peer before it is compiled: the reference with PyTorch's own attention.
 """
@@ -10,8 +13,9 @@ dtype is therefore measured on the peer before it is compiled: the reference wit
 from __future__ import annotations
 
 import gc
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -23,6 +27,7 @@ from segmenter_fast.io.images import ImageSource
 from segmenter_fast.reference import ReferenceSegmenter
 
 from ..case import OURS, DisagreementError, Row, compiled, lack_of_memory
+from ..deadline import OutOfTimeError, time_limit
 from ..device import Ceilings, name_of
 from ..timing import Failure, Timing, measure, own_stream, peak_memory, release
 from .peers import PHOTOGRAPH, ModelCase, build, with_sdpa
@@ -31,6 +36,8 @@ from .runtimes import ONNX_RUNTIME, OPENVINO, absence, make_call
 REFERENCE, PEER, AUTOTUNED, CUDNN = "reference", "peer", "peer max-autotune", "peer cuDNN"
 RUNTIMES = (OPENVINO, ONNX_RUNTIME)
 MODELS = (REFERENCE, PEER, AUTOTUNED, CUDNN, *RUNTIMES, OURS)
+# Peers that wait until every case has run without them: they take longest to compile.
+LATE = (CUDNN, AUTOTUNED)
 # A reference slower than this is sampled 3 to 5 times.
 SLOW_SECONDS = 1.5
 # A peer with larger errors than this excuses nothing: logits have unit variance over the classes.
@@ -82,18 +89,37 @@ class Limits:
         return None if right >= 0.999 else f"{right:.2%} of the labels are the argmax of their logits, 99.9% must be"
 
 
+def in_stages(device: torch.device) -> bool:
+    """True on CUDA, where a model takes longer to compile than to time."""
+    return device.type == "cuda"
+
+
 def share(holds: Tensor) -> float:
     return holds.float().mean().item()
 
 
-def compare_models(case: ModelCase, device: torch.device, ceilings: Ceilings, seconds: float) -> list[Row]:
+@dataclass(frozen=True)
+class Plan:
+    """The part of a comparison on CUDA that is to be done: LATE peers or none, until ``deadline`` (``time.monotonic``).
+
+    ``report`` gets all rows whenever there are more figures.
+    """
+
+    late: bool = True
+    deadline: float = math.inf
+    report: Callable[[list[Row]], object] = lambda rows: None
+
+
+def compare_models(
+    case: ModelCase, device: torch.device, ceilings: Ceilings, seconds: float, plan: Plan = Plan()
+) -> list[Row]:
     """A row for each of ``MODELS``.
 
     Where our output is wrong, or ours cannot run, all rows are "refused" and have no figures.
     """
     with own_stream(device), torch.inference_mode():
         try:
-            return Comparison(case, device).rows(ceilings, seconds)
+            return Comparison(case, device).rows(ceilings, seconds, plan=plan)
         except DisagreementError as error:
             return [Row(name, "refused", str(error)) for name in MODELS]
         except (torch.OutOfMemoryError, MemoryError) as error:
@@ -127,27 +153,39 @@ class Comparison:
         self.model, self.reference, self.images = build(case, device, image)
         self.low = self.images.to(case.dtype)
 
-    def rows(self, ceilings: Ceilings, seconds: float, show: Callable[[str], object] = lambda stage: None) -> list[Row]:
+    def rows(
+        self,
+        ceilings: Ceilings,
+        seconds: float,
+        show: Callable[[str], object] = lambda stage: None,
+        plan: Plan = Plan(),
+    ) -> list[Row]:
         """Check and time the models for about ``seconds``: a row for each of ``MODELS``; ``show`` is told each stage.
 
         Raises:
             DisagreementError: our output is wrong, or our model cannot run.
             torch.OutOfMemoryError, MemoryError: no room for the check.
         """
-        rows, calls = self._checked(show)
-        slow = {"min_samples": 3, "max_samples": 5} if self.reference_seconds > SLOW_SECONDS else {}
-        show(f"{self.case.variant}: timing {', '.join(calls)}")
-        outcomes = measure({name: [call] for name, call in calls.items()}, self.device, seconds=seconds, **slow)
-        for name, outcome in outcomes.items():
-            if isinstance(outcome, Timing) and name in self.held:
-                outcome = replace(outcome, peak_bytes=self.held[name])
-            in_float32 = name in (REFERENCE, ONNX_RUNTIME)
-            rate = ceilings.matmul_tflops.get("float32" if in_float32 else name_of(self.case.dtype))
-            rows[name] = rows[name].timed(outcome, self.case.batch, self.case.flops, rates=(rate, None))
-        return [rows[name] for name in MODELS if name in rows]
+        found: list[Row] = []
+        for checked, calls in self._checked(show, plan):
+            rows = checked.copy()
+            slow = {"min_samples": 3, "max_samples": 5} if self.reference_seconds > SLOW_SECONDS else {}
+            show(f"{self.case.variant}: timing {', '.join(calls)}")
+            outcomes = measure({name: [call] for name, call in calls.items()}, self.device, seconds=seconds, **slow)
+            for name, outcome in outcomes.items():
+                if isinstance(outcome, Timing) and name in self.held:
+                    outcome = replace(outcome, peak_bytes=self.held[name])
+                in_float32 = name in (REFERENCE, ONNX_RUNTIME)
+                rate = ceilings.matmul_tflops.get("float32" if in_float32 else name_of(self.case.dtype))
+                rows[name] = rows[name].timed(outcome, self.case.batch, self.case.flops, rates=(rate, None))
+            found = [rows[name] for name in MODELS if name in rows]
+            plan.report(found)
+        return found
 
-    def _checked(self, show: Callable[[str], object]) -> tuple[dict[str, Row], dict[str, Segment]]:
-        """A row for each model, and the calls of those that agree."""
+    def _checked(
+        self, show: Callable[[str], object], plan: Plan
+    ) -> Iterator[tuple[dict[str, Row], dict[str, Segment]]]:
+        """A row for each model, and the calls of those that agree; on CUDA after each that is new in this plan."""
         calls: dict[str, Segment] = {}
         show(f"{self.case.variant}: running {REFERENCE}")
         row, logits = self._run_reference()
@@ -162,20 +200,27 @@ class Comparison:
         if fault := limits.logits_fault(own_error):
             raise DisagreementError(f"{OURS}: {fault}")
         del logits
-        for name, make in self._makers().items():
+        stages, makers, ready = in_stages(self.device), self.makers(), {}
+        for name in sorted(makers, key=self._cost) if stages else makers:
+            make = makers[name]
             if isinstance(make, str):
                 rows[name] = Row(name, "absent", make)
-                continue
+            elif stages and name in LATE and not plan.late:
+                rows[name] = Row(name, "not run", "comes after the other cases")
+            else:
+                rows[name], ready[name] = Row(name, "not run", "the run ended before it"), make
+        for name, make in ready.items():
             show(f"{self.case.variant}: preparing {name}")
             try:
-                call = make()
-                labels = call()
+                with time_limit(plan.deadline if name != OURS else math.inf):
+                    call = make()
+                    labels = call()
                 equal = share(labels == expected)
                 fault = limits.labels_fault(equal)
                 if name == OURS:
                     fault = fault or limits.argmax_fault(labels, own_logits)
                     self.labels = labels
-            except Exception as error:  # a peer may fail in any way
+            except (Exception, OutOfTimeError) as error:  # a peer may fail in any way
                 rows[name] = Row.failed(name, error)
             else:
                 if fault:
@@ -185,9 +230,10 @@ class Comparison:
                     found = own_error if name == OURS else None if name in RUNTIMES else peer.error
                     rows[name] = Row(name, "ok", error=found, labels=equal)
             release(self.device)
-        if rows[OURS].status in {"disagrees", "failed"}:
-            raise DisagreementError(f"{OURS}: {rows[OURS].note}")
-        return rows, calls
+            if name == OURS and rows[name].status in {"disagrees", "failed"}:
+                raise DisagreementError(f"{OURS}: {rows[name].note}")
+            if name == next(reversed(ready)) or (stages and (name in LATE) == plan.late):
+                yield rows, calls
 
     def _run_reference(self) -> tuple[Row, Tensor]:
         """The reference's row and logits; where it has no room, the logits are those of SDPA in float32."""
@@ -209,7 +255,7 @@ class Comparison:
         self.reference_seconds = time.perf_counter() - start
         return logits
 
-    def _makers(self) -> dict[str, Callable[[], Segment] | str]:
+    def makers(self) -> dict[str, Callable[[], Segment] | str]:
         """For each model but the reference the function that makes its call, or the reason why there is none."""
         absent = "for CUDA only" if self.case.compile else "needs torch.compile"
         cuda = self.device.type == "cuda" and self.case.compile
@@ -221,6 +267,11 @@ class Comparison:
             OURS: self._ours,
         }
 
+    @staticmethod
+    def _cost(name: str) -> int:
+        """The rank of a model by the time that it takes to compile, but ours first."""
+        return (OURS, PEER, CUDNN, AUTOTUNED).index(name) if name not in RUNTIMES else 0
+
     def _runtime(self, name: str) -> Segment:
         model = with_sdpa(self.reference, torch.float32)
         call = make_call(name, model, self.images, self.case.dtype)
@@ -230,7 +281,7 @@ class Comparison:
     def _peer(self, autotune: bool = False, backend: SDPBackend | None = None) -> Segment:
         segment: Callable[[Tensor], Tensor] = with_sdpa(self.reference, self.case.dtype, backend).segment
         if self.case.compile:
-            segment = compiled(segment, self.device, autotune)
+            segment = compiled(segment, autotune)
         return lambda: segment(self.low)
 
     def _ours(self) -> Segment:

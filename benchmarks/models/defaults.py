@@ -28,7 +28,7 @@ from ..device import Ceilings
 from ..results import RESULTS, CaseRows
 from ..runner import narrow_table
 from ..timing import measure, own_stream
-from .comparison import REFERENCE, SLOW_SECONDS, Accuracy, Limits, share
+from .comparison import REFERENCE, SLOW_SECONDS, Accuracy, Limits, Plan, share
 from .official import OfficialLike
 from .peers import ModelCase, build, with_sdpa
 from .summary import case_name
@@ -56,7 +56,7 @@ class DefaultsJob(Job):
 
     calls: ClassVar[int] = 60
 
-    def run(self, device: torch.device, ceilings: Ceilings, seconds: float) -> CaseRows:
+    def run(self, device: torch.device, ceilings: Ceilings, seconds: float, plan: Plan) -> CaseRows:
         case = self.case
         if device.type == "cpu" and (note := lack_of_memory(case.needs_bytes, device)):
             return self._without_figures("out of memory", note)

@@ -1,16 +1,18 @@
 """Images per second of whole models: the reference, strong peers and ours, over variants and inputs.
 
-After each case ``throughput.json`` (the models), ``split.json`` (time of the parts) and ``classes.json`` (memory
-against classes) are written to the device's folder, at the end their plots. A case that the budget has no time for has
-rows with the status "not run".
+After each case (on CUDA after each model) ``throughput.json`` (the models), ``split.json`` (time of the parts) and
+``classes.json`` (memory against classes) are written to the device's folder, at the end their plots. A case that the
+budget has no time for has rows with the status "not run". On CUDA the peers that take longest to compile come last.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import ClassVar
@@ -21,11 +23,11 @@ from rich.console import Console
 from segmenter_fast.devices import choose_dtype
 
 from ..case import Row
+from ..deadline import deadline_after
 from ..device import Ceilings
-from ..plots import MODELS as PLOTS
 from ..results import RESULTS, CaseRows, write
-from ..runner import Runner, case_table, deadline_after
-from .comparison import MODELS, compare_models
+from ..runner import Runner, case_table
+from .comparison import MODELS, Plan, compare_models, in_stages
 from .parts import measure_parts, without_figures
 from .peers import ModelCase
 from .summary import case_name, models_table
@@ -33,6 +35,7 @@ from .summary import case_name, models_table
 DEFAULT = tuple(f"seg_{size}_mask_{patch}" for size, patch in (
     ("s", 16), ("t", 16), ("b", 16), ("s", 32), ("s", 8), ("t", 32), ("t", 8), ("b", 32), ("b", 8),
 ))  # fmt: skip
+PLOTS = ("throughput", "split", "classes")
 # Cases before those of parts and classes.
 BEFORE_EXTRAS = 3
 CLASSES = (19, 60, 150, 1000)
@@ -42,17 +45,18 @@ CLASSES = (19, 60, 150, 1000)
 class Job:
     """One case for the file ``op``: "throughput", "classes", or "split", which has a case for each part.
 
-    It takes about as long as ``calls`` calls of its reference.
+    It takes about as long as ``calls`` calls of its reference. A ``late`` one is the same case with more peers.
     """
 
     op: str
     case: ModelCase
+    late: bool = field(default=False, compare=False)
     calls: ClassVar[int] = 12
 
-    def run(self, device: torch.device, ceilings: Ceilings, seconds: float) -> CaseRows:
+    def run(self, device: torch.device, ceilings: Ceilings, seconds: float, plan: Plan) -> CaseRows:
         if self.op == "split":
             return measure_parts(self.case, device, seconds / 3)
-        return [(self.case.parameters, compare_models(self.case, device, ceilings, seconds))]
+        return [(self.case.parameters, compare_models(self.case, device, ceilings, seconds, plan))]
 
     def not_run(self, note: str) -> CaseRows:
         if self.op == "split":
@@ -109,11 +113,13 @@ def run_models(
     """
     kinds = dict.fromkeys(choose_dtype(name, device) for name in dtypes or ["auto"])
     batches = batches or ((1, 32) if device.type == "cuda" else (1,))
-    grid = itertools.product(kinds, batches, sizes or (512,), classes or (150,), variants or DEFAULT)
-    cases = [ModelCase(variant, dtype, size, batch, count, compile) for dtype, batch, size, count, variant in grid]
+    grid = itertools.product(kinds, sizes or (512,), classes or (150,), variants or DEFAULT, batches)
+    cases = [ModelCase(variant, dtype, size, batch, count, compile) for dtype, size, count, variant, batch in grid]
     jobs = [Job("throughput", case) for case in cases]
     if extras:
         jobs[BEFORE_EXTRAS:BEFORE_EXTRAS] = _extra_jobs(cases)
+    if in_stages(device) and compile:
+        jobs += [Job("throughput", case, late=True) for case in cases]
     found, refused, console = run_jobs(jobs, kinds, device=device, seconds=seconds, budget=budget, out=out, plots=PLOTS)
     console.print(models_table(found))
     return refused
@@ -138,7 +144,21 @@ def run_jobs(
     found = {job: job.not_run("the run ended before it") for job in jobs}
     runner = Runner.start(device, {torch.float32, *dtypes}, out, False, seconds)
     start = time.monotonic()
-    estimate = TimeEstimate(runner.ceilings.matmul_tflops["float32"] / 2)
+    stages = in_stages(device)
+    estimate = TimeEstimate(runner.ceilings.matmul_tflops["float32"] / 2, 20.0 if stages else 60.0)
+
+    def keep(job: Job, cases: CaseRows) -> None:
+        """Write the rows of a job; those of a late one only where they have figures, or where ours is wrong."""
+        if not job.late or any(row.timing or row.status == "refused" for _, rows in cases for row in rows):
+            found[job] = cases
+        result = runner.result(job.op)
+        for other, own in found.items():
+            if other.op == job.op:
+                result.cases += own
+                result.refused += _notes(other, own, "refused")
+                result.not_run += _notes(other, own, "not run")
+        write(result, out)
+
     with runner.console.status("") as status:
         for number, job in enumerate(jobs, 1):
             begin = time.monotonic()
@@ -146,29 +166,29 @@ def run_jobs(
             expected = estimate.expect(job, seconds)
             if begin + expected > deadline:
                 left = max(0.0, deadline - begin)
-                found[job] = job.not_run(f"takes about {expected:.0f} s, {left:.0f} s of the budget were left")
+                keep(job, job.not_run(f"takes about {expected:.0f} s, {left:.0f} s of the budget were left"))
             else:
                 status.update(position + case_name(job.case.parameters, {}))
-                found[job] = job.run(device, runner.ceilings, seconds)
+                plan = Plan(job.late, deadline if stages else math.inf, partial(_report, keep, job))
+                keep(job, job.run(device, runner.ceilings, seconds, plan))
                 estimate.update(job, found[job], time.monotonic() - begin)
-            result = runner.result(job.op)
-            for other in jobs:
-                if other.op == job.op:
-                    result.cases += found[other]
-                    result.refused += _notes(other, found[other], "refused")
-                    result.not_run += _notes(other, found[other], "not run")
-            write(result, out)
             for case, rows in found[job]:
                 runner.console.print(case_table(position + case_name(case, {}), rows))
     if plots:
         runner.draw(plots)
-    refused = sum(bool(_notes(job, found[job], "refused")) for job in jobs)
-    return [case for job in jobs for case in found[job]], refused, runner.console
+    refused = sum(bool(_notes(job, cases, "refused")) for job, cases in found.items())
+    return [case for cases in found.values() for case in cases], refused, runner.console
+
+
+def _report(keep: Callable[[Job, CaseRows], None], job: Job, rows: list[Row]) -> None:
+    keep(job, [(job.case.parameters, rows)])
 
 
 def _notes(job: Job, found: CaseRows, status: str) -> list[str]:
-    """The job and the reason, if its rows have this status."""
+    """The job and the reason, if its rows have this status and none has figures."""
     notes = [row.note for _, rows in found for row in rows if row.status == status]
+    if any(row.timing for _, rows in found for row in rows):
+        return []
     return [f"{case_name(job.case.parameters, {})}: {note}" for note in notes[:1]]
 
 

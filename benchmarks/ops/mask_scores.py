@@ -34,8 +34,11 @@ def scores_case(
     device: torch.device, dtype: torch.dtype, batch: int, pass_: str, patches: int, dim: int, classes: int
 ) -> Case:
     backward = pass_ == "forward+backward"
-    functions = {"eager": reference.mask_scores, "compile": compiled(reference.mask_scores, device)}
-    functions[OURS] = kernels.mask_scores
+    functions = {"eager": reference.mask_scores, "compile": compiled(reference.mask_scores), OURS: kernels.mask_scores}
+    variants: dict[str, Variant | str] = {name: Variant(in_pass(f, 4, backward)) for name, f in functions.items()}
+    if device.type == "cuda":
+        tuned = compiled(reference.mask_scores, autotune=True)
+        variants["compile max-autotune"] = Variant(in_pass(tuned, 4, backward), late=True)
     elements = batch * (patches * dim + classes * dim + patches * classes)
     shape = {"patches": patches, "dim": dim, "classes": classes, "batch": batch}
     return Case(
@@ -44,7 +47,7 @@ def scores_case(
         dtype=dtype,
         make_inputs=partial(_inputs, backward, batch, patches, dim, classes, dtype),
         judge=partial(_judge, backward),
-        variants={name: Variant(in_pass(function, 4, backward)) for name, function in functions.items()},
+        variants=variants,
         bytes_moved=elements * dtype.itemsize * (2 if backward else 1),
         # One matrix product forward. Backward: one for the patches and one for the classes.
         flops=2 * batch * patches * dim * classes * (3 if backward else 1),

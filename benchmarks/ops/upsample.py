@@ -163,7 +163,7 @@ OPS = {
 
 
 def cases(op: str, device: torch.device, quick: bool) -> list[Case]:
-    """Cases of ``op``: 150 classes, patch 16, 512 pixels; then one axis at a time; then all others."""
+    """Cases of ``op``: 150 classes, patch 16, 512 pixels in each pass; then one axis at a time; then all others."""
     main, other, (batch, *other_batches) = torch.float32, torch.bfloat16, (OPS[op].cpu_batch,)
     if device.type == "cuda":
         main, other, batch, other_batches = other, main, 8, [1]
@@ -176,8 +176,8 @@ def cases(op: str, device: torch.device, quick: bool) -> list[Case]:
     axes += [Masks(patch=patch) for patch in PATCHES] + [Masks(size=size) for size in SIZES]
     grid = [Masks(map_, *rest) for *rest, map_ in itertools.product(CLASSES, PATCHES, SIZES, MAPS)]
     settings = [(main, batch, main_pass, masks) for masks in dict.fromkeys((first, noise, *axes, *grid))]
-    settings[2:2] = [
-        *((main, batch, pass_, first) for pass_ in other_passes),
+    settings[1:1] = [(main, batch, pass_, first) for pass_ in other_passes]
+    settings[2 + len(other_passes) : 2 + len(other_passes)] = [
         *((main, other_batch, main_pass, first) for other_batch in other_batches),
         (other, batch, main_pass, first),
     ]
@@ -191,13 +191,16 @@ def upsample_case(op: str, device: torch.device, dtype: torch.dtype, batch: int,
     needs_bytes = table.copies[pass_] * logits * dtype.itemsize
     variants: dict[str, Variant | str] = {
         "eager": Variant(in_pass(table.peer, 2, backward), needs_bytes=needs_bytes),
-        "compile": Variant(in_pass(compiled(table.peer, device), 2, backward), needs_bytes=needs_bytes),
+        "compile": Variant(in_pass(compiled(table.peer), 2, backward), needs_bytes=needs_bytes),
         OURS: Variant(in_pass(table.ours, 2, backward)),
     }
     if dtype is not torch.float32 and backward:
         # PyTorch sums the gradient of a low-precision F.interpolate in that precision; this peer does not.
         in_float32 = in_pass(lambda scores, *rest: table.peer(scores.float(), *rest), 2, backward)
         variants["eager float32"] = Variant(in_float32, needs_bytes=2 * needs_bytes)
+    if device.type == "cuda":
+        tuned = in_pass(compiled(table.peer, autotune=True), 2, backward)
+        variants["compile max-autotune"] = Variant(tuned, needs_bytes=needs_bytes, late=True)
     return Case(
         parameters={"op": op, "pass": pass_, **asdict(masks), "batch": batch, "dtype": name_of(dtype)},
         device=device,

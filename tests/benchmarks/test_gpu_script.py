@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -14,10 +16,10 @@ import torch
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
 
 
-def run(*arguments: str, seconds: int, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, seconds: int, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     variables = os.environ | {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"} | environment
     command = ["bash", str(SCRIPT), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=variables)
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=variables, cwd=cwd)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks what happens without a GPU")
@@ -36,50 +38,100 @@ def test_a_rehearsal_needs_a_folder_and_a_device_that_there_is() -> None:
 STAND_IN = """#!/usr/bin/env bash
 echo "$@" >> "$CALLS"
 case "$*" in
-    *benchmarks.device*) echo "slug           made-up" ;;
-    *"bench train"*) exit "${TRAINING:-0}" ;;
+    *benchmarks.device*) printf "slug           made-up\\nmemory_bytes   85000000000\\n" ;;
+    *$FAILS*) echo "it does not work" >&2; exit 1 ;;
+    *$HANGS*) trap "echo stopped; exit 130" INT; while true; do read -rt 0.1 <> <(:); done ;;
 esac
 """
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path) -> Path:
-    """A python that writes its arguments to a file and runs nothing."""
+def stand_in(tmp_path: Path) -> dict[str, str]:
+    """Environment with a python that writes its arguments to a file and runs nothing; a step may fail, or never end."""
     path = tmp_path / "python"
     path.write_text(STAND_IN)
     path.chmod(0o755)
-    return path
+    return {"PYTHON": str(path), "CALLS": str(tmp_path / "calls"), "FAILS": "none", "HANGS": "none"}
+
+
+def calls_of(stand_in: dict[str, str]) -> list[list[str]]:
+    lines = [line.split() for line in Path(stand_in["CALLS"]).read_text().splitlines()]
+    return [line for line in lines if line[0] != "-c"]
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_every_step_is_asked_for(stand_in: Path, device: str, tmp_path: Path) -> None:
-    out, calls = tmp_path / "out", tmp_path / "calls"
-    done = run(str(out), "480", seconds=60, DEVICE=device, PYTHON=str(stand_in), CALLS=str(calls))
+def test_every_step_is_asked_for_in_the_order_of_its_value(
+    stand_in: dict[str, str], device: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    done = run(str(out), "480", seconds=60, DEVICE=device, **stand_in)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
-    assert (out / "made-up").is_dir()
-    lines = [line.split() for line in calls.read_text().splitlines() if line.startswith("-m")]
-    names = ["benchmarks.device", "pytest", "cli", "cli", "benchmarks.profiler", "cli", "benchmarks.plots"]
-    assert [line[1].removeprefix("segmenter_fast.") for line in lines] == names
-    assert [line[2] for line in lines if line[1].endswith("cli")] == ["bench"] * 3
-    assert [line[3] for line in lines if line[1].endswith("cli")][1:] == ["train", "kernels"]
-    for line in lines[2:6]:
-        assert line[line.index("--device") + 1] == device
-        assert line[line.index("--out") + 1] == str(out)
-    budgets = [float(line[line.index("--budget") + 1]) for line in lines if "--budget" in line]
-    assert budgets[:2] == [pytest.approx(150, abs=2)] * 2, "a third of what is left but half a minute"
-    if device == "cuda":
-        assert lines[1][:4] == ["-m", "pytest", "-m", "gpu"]
-        assert "--no-compile" not in calls.read_text()
-        assert "attention upsample_cross_entropy upsample_argmax" in calls.read_text()
+    lines = calls_of(stand_in)
+    words = [" ".join(line) for line in lines]
+    warm = [line for line in words if "benchmarks.warm" in line]
+    steps = [line for line in words[1:] if line not in warm]
+    gpu = device == "cuda"
+    expected = ["parallel.py", "bench kernels", "benchmarks.tune", "--variant", "bench train"]
+    expected += ["benchmarks.profiler", "benchmarks.plots"]
+    if not gpu:
+        expected.remove("benchmarks.tune")
+    assert len(steps) == len(expected)
+    assert all(part in step for part, step in zip(expected, steps, strict=True))
+    assert len(warm) == gpu
+    for line in lines:
+        if "--out" in line and "parallel" not in line[0]:
+            assert line[line.index("--out") + 1] == str(out)
+            assert line[line.index("--device") + 1] == device
+    budgets = [int(line[line.index("--budget") + 1]) for line in lines if "--budget" in line]
+    assert all(budget > 80 for budget in budgets), "nothing took time, so each has its part of 480 s"
+    folder = out / "made-up"
+    with tarfile.open(folder / "results.tar.gz") as archive:
+        assert "made-up/tests.log" in archive.getnames()
+        assert not any(name.endswith(".gz") for name in archive.getnames())
+    if gpu:
+        test_files = steps[0].split()
+        assert test_files[-2:] == ["-m", "gpu"]
+        assert {"tests/kernels/test_attention.py", "tests/test_graphs.py", "tests/gpu/test_training.py"} <= {
+            *test_files
+        }
+        assert "seg_b_mask_16 --variant seg_s_mask_16" in steps[3]
+        assert "attention upsample_cross_entropy upsample_argmax" in steps[1]
+        assert "--no-compile" not in " ".join(words)
 
 
-def test_a_step_that_fails_is_told_and_the_others_run(stand_in: Path, tmp_path: Path) -> None:
-    calls = tmp_path / "calls"
-    done = run(str(tmp_path / "out"), seconds=60, DEVICE="cpu", PYTHON=str(stand_in), CALLS=str(calls), TRAINING="1")
+@pytest.mark.parametrize("step", ["parallel.py", "bench kernels", "bench train", "benchmarks.profiler"])
+def test_a_step_that_fails_is_told_and_the_others_run(stand_in: dict[str, str], step: str, tmp_path: Path) -> None:
+    names = {"parallel.py": "tests", "bench kernels": "kernels", "bench train": "training"}
+    done = run(str(tmp_path / "out"), seconds=60, **stand_in | {"FAILS": step, "DEVICE": "cpu"})
     assert done.returncode == 1
-    assert "== failed: training" in done.stdout
-    assert "benchmarks.plots" in calls.read_text()
+    name = names.get(step, "profile")
+    assert done.stdout.endswith(f"== failed: {name}\n")
+    assert (tmp_path / "out" / "made-up" / f"{name}.log").read_text() == "it does not work\n"
+    assert "benchmarks.plots" in " ".join(calls_of(stand_in)[-1])
+
+
+def test_a_step_that_never_ends_is_stopped_in_time(stand_in: dict[str, str], tmp_path: Path) -> None:
+    start = time.monotonic()
+    done = run(str(tmp_path / "out"), "45", seconds=90, **stand_in | {"HANGS": "parallel.py", "DEVICE": "cpu"})
+    assert time.monotonic() - start < 45
+    assert "== tests: exit code 124" in done.stdout
+    assert "== failed: tests" in done.stdout
+    assert "benchmarks.plots" in " ".join(calls_of(stand_in)[-1])
+
+
+def test_a_relative_folder_is_the_caller_s(stand_in: dict[str, str], tmp_path: Path) -> None:
+    done = run("here", seconds=60, cwd=tmp_path, **stand_in | {"DEVICE": "cpu"})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "here" / "made-up" / "results.tar.gz").is_file()
+
+
+@pytest.mark.parametrize("given", ["8min", "-3", "0", "1.5"])
+def test_seconds_that_are_no_number_are_refused(stand_in: dict[str, str], given: str, tmp_path: Path) -> None:
+    done = run(str(tmp_path / "out"), given, seconds=60, **stand_in)
+    assert done.returncode == 2
+    assert f"whole number above 0, got {given}" in done.stderr
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
@@ -89,14 +141,16 @@ def test_the_rehearsal_runs_every_step(tmp_path: Path) -> None:
     (folder,) = tmp_path.iterdir()
     names = {path.name for path in folder.iterdir()}
     written = {f"{name}.json" for name in ("throughput", "training", "mask_scores")}
-    assert written | {"tests.xml", "profile.txt", "training.png"} <= names
+    assert written | {"tests", "profile.txt", "training.png", "results.tar.gz"} <= names
+    lines = (folder / "tests" / "tests.txt").read_text().splitlines()
+    assert lines
+    assert all(line.startswith("passed") for line in lines)
     training = json.loads((folder / "training.json").read_text())
     assert {row["status"] for case in training["cases"] for row in case["rows"]} == {"ok", "absent"}
 
 
-def test_steps_without_time_are_told_and_count_as_failed(stand_in: Path, tmp_path: Path) -> None:
-    environment = {"DEVICE": "cpu", "PYTHON": str(stand_in), "CALLS": str(tmp_path / "calls")}
-    done = run(str(tmp_path / "out"), "1", seconds=60, **environment)
+def test_steps_without_time_are_told_and_count_as_failed(stand_in: dict[str, str], tmp_path: Path) -> None:
+    done = run(str(tmp_path / "out"), "1", seconds=60, **stand_in | {"DEVICE": "cpu"})
     assert done.returncode == 1
     assert "no time left" in done.stdout
-    assert "== failed: tests throughput training profile kernels" in done.stdout
+    assert "== failed: tests kernels throughput training profile" in done.stdout

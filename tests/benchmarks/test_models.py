@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,54 @@ def test_a_peer_that_fails_is_a_row(error: Exception, status: str, monkeypatch: 
     rows = rows_of(CASE)
     assert (rows[PEER].status, rows[PEER].timing) == (status, None)
     assert rows[OURS].status == "ok"
+
+
+@pytest.fixture
+def _staged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of CUDA, with peers that are not compiled."""
+    for module in (comparison, throughput):
+        monkeypatch.setattr(module, "in_stages", lambda device: True)
+    right = comparison.Comparison.makers
+
+    def makers(self: comparison.Comparison) -> Any:
+        return right(self) | {name: self._peer for name in comparison.LATE}
+
+    monkeypatch.setattr(comparison.Comparison, "makers", makers)
+
+
+@pytest.mark.usefixtures("_ceilings", "_staged")
+def test_rows_come_one_by_one_and_the_slowest_to_compile_after_all_cases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[list[set[str]]] = []
+
+    def record(result: Any, out: Path) -> None:
+        written.append([{row.variant for row in rows if row.timing} for _, rows in result.cases])
+
+    monkeypatch.setattr(throughput, "write", record)
+    cases = [replace(CASE, variant=variant) for variant in ("seg_t_mask_16", "seg_t_mask_32")]
+    jobs = [throughput.Job("throughput", case, late=late) for late in (False, True) for case in cases]
+    throughput.run_jobs(jobs, [], device=CPU, seconds=0.02, budget=None, out=tmp_path)
+    steps = [REFERENCE, OURS, PEER, comparison.CUDNN, comparison.AUTOTUNED]
+    early, late = [set(steps[:n]) for n in (2, 3)], [set(steps[:n]) for n in (4, 5)]
+    expected = [[found, set()] for found in (*early, early[-1])] + [[early[-1], found] for found in (*early, early[-1])]
+    expected += [[found, early[-1]] for found in (*late, late[-1])] + [[late[-1], found] for found in (*late, late[-1])]
+    assert written == expected
+
+
+@pytest.mark.usefixtures("_staged")
+def test_a_peer_that_is_not_ready_in_time_is_not_run_and_the_others_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*_: Any) -> Any:
+        time.sleep(60)
+
+    plan = comparison.Plan(late=True, deadline=time.monotonic() + 5)
+    right = comparison.Comparison._peer
+    calls = iter([right, slow, slow])
+    monkeypatch.setattr(comparison.Comparison, "_peer", lambda self: next(calls)(self))
+    rows = {row.variant: row for row in compare_models(CASE, CPU, CEILINGS, 0.02, plan)}
+    assert all(rows[name].timing for name in (REFERENCE, OURS, PEER))
+    assert all(rows[name].status == "not run" and not rows[name].timing for name in comparison.LATE)
+    assert "time was up" in rows[comparison.CUDNN].note
 
 
 @pytest.mark.usefixtures("_ceilings")
