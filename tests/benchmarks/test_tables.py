@@ -92,3 +92,25 @@ def test_the_table_of_models_is_whole_in_80_columns() -> None:
     assert [line.strip() for line in lines if line.startswith(" ")][-2:] != lines[-2:]
     assert {"upsample", "encoder", "18"} <= {word for line in lines for word in line.split()}
     assert lines[-1].split() == ["seg_t_mask_16", "not", "run", "not", "run", "not", "run"]
+
+
+def test_a_gpu_has_its_own_figures(tmp_path: Path) -> None:
+    gpu = replace(describe(CPU), type="cuda", name="Some GPU", slug="some-gpu")
+    speeds = {REFERENCE: 1.0, PEER: 2.0, OURS: 3.0}
+    rows = [Row(name, "ok", timing=timing_of(1e3 / s, peak_bytes=2**20), images_s=s) for name, s in speeds.items()]
+    result = Result("throughput", gpu, CEILINGS, "2026", False)
+    cases = [ModelCase("seg_b_mask_16", torch.bfloat16, batch=batch) for batch in (1, 32)]
+    result.cases = [(case.parameters, rows) for case in cases]
+    write(result, tmp_path)
+    page = figures(tmp_path)
+    assert "On Some GPU, ViT-B/16, 512 px, 150 classes, bfloat16, at batch 1 and 32" in page
+    assert "official arithmetic: **3.00x** and **3.00x**" in page
+    assert "fused attention: **1.50x** and **1.50x**" in page
+
+    attention = Result("attention", gpu, CEILINGS, "2026", False)
+    parameters = {"op": "attention", "pass": "forward", "tokens": 257, "batch": 8, "heads": 12, "head_dim": 64}
+    times = {"SDPA flash": 2.0, "SDPA cuDNN": 1.5, OURS: 1.0}
+    own = [Row(name, "ok", timing=timing_of(ms), tflops=300 / ms) for name, ms in times.items()]
+    attention.cases = [(parameters | {"dtype": "bfloat16"}, own)]
+    table = measured(write(attention, tmp_path).parent)
+    assert "| 257, batch 8, bfloat16, forward | SDPA cuDNN | 200 (1.5 ms) | 300 (1 ms) | 1.50x |" in table
