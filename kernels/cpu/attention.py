@@ -41,7 +41,7 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor
         scores = (q @ k.mT).to(statistics_dtype(qkv.dtype)) * scale
         lse = scores.logsumexp(-1)
         out = (scores - lse.unsqueeze(-1)).exp().to(qkv.dtype) @ v
-    elif not with_lse and qkv.shape[1] >= _BLOCKS_FROM and qkv.dtype in _BLOCK_DTYPES and onednn_beats_mkl():
+    elif not with_lse and blocks_win(qkv.shape[1], qkv.dtype):
         return _by_blocks(qkv, scale), qkv.new_empty(0, dtype=torch.float32)
     elif not with_lse and (whole := _whole_blocks(qkv)):
         parts = (_flash(part, k, v, scale=scale)[0].transpose(1, 2) for part in (q[:, :, :whole], q[:, :, whole:]))
@@ -49,6 +49,11 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor
     else:
         out, lse = _flash(q, k, v, scale=scale)
     return out.transpose(1, 2).contiguous(), lse.contiguous() if with_lse else lse.new_empty(0)
+
+
+def blocks_win(tokens: int, dtype: torch.dtype) -> bool:
+    """True if attention without gradients runs ``_by_blocks`` on this CPU, faster than PyTorch's attention."""
+    return tokens >= _BLOCKS_FROM and dtype in _BLOCK_DTYPES and onednn_beats_mkl()
 
 
 @cache

@@ -26,8 +26,19 @@ class Fused(nn.Module):
     """Base of the fused forwards. ``op`` is the op's name, ``original`` the class that was replaced."""
 
     op: ClassVar[str]
+    pair: ClassVar[bool] = False
+    """The forward returns ``(output, None)``."""
+    tried: bool = False
+    """True on a copy that is being verified."""
     fused: ClassVar[type[Fused]]
     original: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def condition(cls, module: nn.Module) -> str:
+        """The calls that the fused forward of a module serves, for the report; empty for all plain ones."""
+        attention = getattr(module, "attn", module)
+        drops = [child.p for name, child in attention.named_children() if name not in CALLED and _is_dropout(child)]
+        return "in evaluation" if any(drops) or getattr(attention, "dropout", None) not in (None, 0.0) else ""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle the two classes and the state, because the class derived from them cannot be imported."""
@@ -78,10 +89,14 @@ def _has_kernel(x: Any) -> bool:
     )
 
 
-def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True for a call with tokens and nothing else: no mask, not causal, no attention map returned."""
     options = (*args[1:], *kwargs.values())
     return bool(args) and all(option is None or option is False for option in options) and _has_kernel(args[0])
+
+
+def _is_dropout(module: nn.Module) -> bool:
+    return isinstance(module, nn.Dropout)
 
 
 def head_count(attention: nn.Module) -> Any:
@@ -102,7 +117,7 @@ class FusedAttention(Fused):
     op = "attention"
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if _is_plain(args, kwargs) and _others_do_nothing(self):
+        if is_plain(args, kwargs) and _others_do_nothing(self):
             return attend(self, args[0])
         return super().forward(*args, **kwargs)
 
@@ -116,7 +131,7 @@ class FusedBlock(Fused):
     op = "attention"
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_plain(args, kwargs) and _others_do_nothing(self.attn) and not is_hooked(self.attn):
+        if is_plain(args, kwargs) and _others_do_nothing(self.attn) and not is_hooked(self.attn):
             x = args[0]
             x = x + self.drop_path(attend(self.attn, self.norm1(x)))
             return x + self.drop_path(self.mlp(self.norm2(x)))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.cpu.attention import onednn_beats_mkl
 from ..kernels.registry import HEAD_SIZES
 from ..vit import Attention
 from .forwards import (
@@ -26,6 +27,20 @@ from .forwards import (
     FusedResidualAttention,
     head_count,
 )
+from .separate import (
+    BIASES,
+    OUTPUTS,
+    PROJECTIONS,
+    FusedRotaryAttention,
+    FusedSeparateAttention,
+    output_of,
+    projections,
+    rotary_calls,
+    rotation_argument,
+    scale,
+    separate_calls,
+)
+from .separate import head_count as separate_heads
 from .verify import Call, find_difference, structure_key
 
 # Optional arguments; a call that gives one runs the module's own forward.
@@ -96,7 +111,7 @@ def _reason_without_kind(module: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention):
         return "torch.nn.MultiheadAttention is taken only inside mmcv's wrapper, which drops its attention map"
     if _named_attention(module) and not any(map(_named_attention, list(module.modules())[1:])):
-        return "it has no qkv and proj"
+        return "it has separate q, k and v" if projections(module) else "it has no qkv and proj"
     return None
 
 
@@ -107,6 +122,14 @@ def _named_attention(module: nn.Module) -> bool:
 
 def _is_attention(module: nn.Module) -> bool:
     return hasattr(module, "qkv") and hasattr(module, "proj") and not isinstance(module, Attention)
+
+
+def _is_separate(module: nn.Module) -> bool:
+    return bool(projections(module)) and hasattr(getattr(module, "config", None), "_attn_implementation")
+
+
+def _is_rotary(module: nn.Module) -> bool:
+    return _is_attention(module) and rotation_argument(module) == "rope"
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -133,6 +156,43 @@ def _refuse_attention(attention: nn.Module) -> str | None:
     if not isinstance(getattr(attention, "scale", None), (float, int, type(None))):
         return "its scale is not a number"
     return _refuse_head_size(proj.in_features // heads) or _refuse_structure(attention, CALLED, {"x"} | _OPTIONAL)
+
+
+def _refuse_separate(attention: Any) -> str | None:
+    names, heads, output = projections(attention), separate_heads(attention), output_of(attention)
+    parts = [getattr(attention, name) for name in names] + [output] * (output is not None)
+    if not all(isinstance(part, nn.Linear) for part in parts):
+        return f"its projections must be Linear, they are {', '.join(type(part).__name__ for part in parts)}"
+    width = parts[0].out_features
+    if any(part.out_features != width for part in parts[:3]) or not isinstance(heads, int) or width % heads:
+        sizes = ", ".join(str(part.out_features) for part in parts[:3])
+        return f"q, k and v make {sizes} features, not equal numbers for {heads} heads"
+    if not isinstance(scale(attention), float):
+        return "its scale is not a number"
+    biases = [name for name in vars(attention.config) if name.endswith("relative_position_bias")]
+    if used := [name for name in biases if getattr(attention.config, name)]:
+        return f"its scores have position biases ({', '.join(used)})"
+    reason = _refuse_head_size(width // heads) or _refuse_structure(
+        attention, {*names, *OUTPUTS}, {"hidden_states", "position_embeddings", "attention_mask", "kwargs"}
+    )
+    return reason or _refuse_machine()
+
+
+def _refuse_rotary(attention: Any) -> str | None:
+    if getattr(attention, "rotate_half", None) is not True:
+        return "it turns pairs of neighbouring channels, the fused forward those half a head apart"
+    if not isinstance(attention.qkv, nn.Linear) or not isinstance(attention.proj, nn.Linear):
+        return _refuse_attention(attention)
+    if not isinstance(attention.proj_drop, nn.Dropout):
+        return "it has no proj_drop"
+    reason = _refuse_head_size(attention.proj.in_features // attention.num_heads) or _refuse_structure(
+        attention, CALLED, {"x", "rope"} | _OPTIONAL, BIASES
+    )
+    return reason or _refuse_machine()
+
+
+def _refuse_machine() -> str | None:
+    return None if onednn_beats_mkl() else "PyTorch's attention, which it runs, is as fast on this machine"
 
 
 def _refuse_mmcv_attention(wrapper: nn.Module) -> str | None:
@@ -214,6 +274,19 @@ _KINDS = (
         _refuse_mmcv_attention,
         "attn.in_proj_weight",
         lambda wrapper, tokens: [((tokens,), {}), ((tokens,), {"identity": tokens.flip(0)})],
+        # It drops other values of tokens that lie in memory in another order, with the same probability.
+        lambda: {"proj_drop": nn.Dropout(0.0)},
+    ),
+    Kind(FusedRotaryAttention, _is_rotary, _refuse_rotary, "qkv.weight", rotary_calls),
+    *(
+        Kind(
+            FusedSeparateAttention,
+            lambda module, names=names: _is_separate(module) and projections(module) == names,
+            _refuse_separate,
+            f"{names[0]}.weight",
+            separate_calls,
+        )
+        for names in PROJECTIONS
     ),
     Kind(FusedAttention, _is_attention, _refuse_attention, "qkv.weight"),
 )

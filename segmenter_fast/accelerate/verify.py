@@ -50,7 +50,8 @@ def random_copy(module: nn.Module, stand_ins: Mapping[str, nn.Module]) -> nn.Mod
 def structure_key(module: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Hashable | None:
     """A key that is equal for modules which can differ in the values of their weights only: one trial serves them all.
 
-    None for a module with attributes other than numbers, strings, dtypes and tuples of them.
+    None for a module with attributes other than numbers, strings, dtypes, tuples of them, and a ``config``, which all
+    layers of a model of transformers share.
     """
     parts: list[Hashable] = []
     for prefix, part in module.named_modules():
@@ -61,6 +62,8 @@ def structure_key(module: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Hash
         for name, value in vars(part).items():
             if name in _MODULE_ATTRIBUTES:
                 continue
+            if name == "config":
+                value = id(value)
             if not all(isinstance(item, _PLAIN) for item in (value if isinstance(value, tuple) else (value,))):
                 return None
             parts.append((name, value))
@@ -78,7 +81,9 @@ def find_difference(
     random_state = torch.get_rng_state()
     try:
         with torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False):
-            return _compare(random_copy(module, stand_ins), fused, calls)
+            trial = random_copy(module, stand_ins)
+            trial.__dict__["tried"] = True
+            return _compare(trial, fused, calls)
     except Exception as error:  # code of any library runs here and may raise anything
         return f"it could not be tried: {type(error).__name__}: {error}"
     finally:
@@ -91,14 +96,14 @@ def _compare(module: nn.Module, fused: type[Fused], calls: Sequence[Call]) -> st
         for training in (False, True):
             module.train(training)
             before, start = _attributes(module), torch.get_rng_state()
-            own, reason = _results(module, args, kwargs)
+            own, reason = _results(module, args, kwargs, fused.pair)
             if reason:
                 return reason
             if changed := sorted(_attributes(module).items() ^ before.items()):
                 return f"its forward keeps what it computes in {changed[0][0]}"
             torch.set_rng_state(start)
             module.__class__ = fused_class(fused, original)
-            ours, reason = _results(module, args, kwargs)
+            ours, reason = _results(module, args, kwargs, fused.pair)
             module.__class__ = original
             if reason or not all(map(_close, ours, own)):
                 return f"its outputs or gradients are not those of plain {fused.op}"
@@ -115,13 +120,19 @@ def _attributes(module: nn.Module) -> dict[str, int]:
     }
 
 
-def _results(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], str | None]:
+def _results(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], pair: bool
+) -> tuple[list[Tensor], str | None]:
     """The output with its gradients by the first argument and the vectors, or the reason why it cannot be compared.
 
     Gradients of the matrices are left out: they cost most of the time and follow from the same values.
     """
     x = args[0].clone().requires_grad_()
     out = module(x, *args[1:], **kwargs)
+    if pair:
+        if not isinstance(out, tuple) or len(out) != 2 or out[1] is not None:
+            return [], "it returns attention maps, or no pair: attn_implementation='sdpa' returns (output, None)"
+        out = out[0]
     if isinstance(out, tuple):
         return [], "it returns more than a tensor, and no layer of a known kind around it drops the rest"
     if not isinstance(out, Tensor):

@@ -13,7 +13,7 @@ from torch import nn
 
 import segmenter_fast as sf
 from support.checkpoints import GOLDEN
-from support.mmseg_lookalike import MmEncoderDecoder
+from support.mmseg_lookalike import MmEncoderDecoder, MmMultiheadAttention
 from support.official_lookalike import OfficialAttention, OfficialSegmenter
 from support.other_models import KINDS, MODELS, build, images, vit
 
@@ -98,6 +98,29 @@ def test_report() -> None:
     )
     (head,) = sf.acceleration_report(sf.accelerate(MODELS["mmseg"]())).left
     assert head.name == "decode_head"
+
+
+def setr() -> nn.Module:
+    """mmsegmentation's ViT with the dropout of SETR's configurations."""
+    model = MmEncoderDecoder()
+    for module in model.modules():
+        if isinstance(module, MmMultiheadAttention):
+            module.proj_drop.p = 0.1
+    return model
+
+
+def test_report_of_dropout() -> None:
+    """Dropout of attention keeps training on the original forward; that of the output does not, in mmcv's wrapper, too."""
+    for model, when in (
+        (vit("vit_tiny_patch16_224", attn_drop_rate=0.1), "in evaluation"),
+        (OfficialSegmenter(dropout=0.1).decoder.blocks, "in evaluation"),
+        (MmEncoderDecoder(attn_drop=0.1), "in evaluation"),
+        (setr(), ""),
+        (vit("vit_tiny_patch16_224", proj_drop_rate=0.1), ""),
+    ):
+        report = sf.acceleration_report(sf.accelerate(model))
+        assert {item.when for item in report.replaced} == {when}
+        assert f"replaced by kernels.attention{' ' * bool(when)}{when}: " in str(report)
 
 
 @pytest.mark.parametrize("name", KINDS)

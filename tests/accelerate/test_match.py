@@ -74,7 +74,6 @@ def odd_block() -> nn.Module:
 
 
 LEFT: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "rotary": (lambda: timm.layers.AttentionRope(64, 2), "its forward takes rope"),
     "query_norm": (
         lambda: timm.layers.Attention(64, 2, qk_norm=True, norm_layer=nn.LayerNorm),
         "it has q_norm (LayerNorm), which the fused forward does not use",
