@@ -18,6 +18,8 @@ class ClassList:
 
     class_names: tuple[str, ...]
     palette: tuple[Color, ...]
+    values: tuple[int, ...] = ()
+    """Value of each class in label files, where the data set's layout does not say."""
 
 
 _ADE20K = """

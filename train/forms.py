@@ -110,7 +110,7 @@ def find_photos(inputs: Sequence[Path], labels: Path | None, num_classes: int) -
     table = np.full(256, INVALID, np.int16)
     table[:num_classes] = np.arange(min(num_classes, 256))
     table[IGNORE] = IGNORE
-    return PairedFiles(tuple(map(str, range(num_classes))), (), tuple(pairs), (), table)
+    return PairedFiles(tuple(map(str, range(num_classes))), (), tuple(pairs), (), {}, table)
 
 
 def compare_forms(model: Segmenter, photos: PairedFiles, progress: Callable[[int], None]) -> list[Form]:

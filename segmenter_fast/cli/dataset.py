@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .app import app, say
-
-if TYPE_CHECKING:
-    from ..train.datasets.pairs import PairedFiles
+from .app import OverwriteOption, app, check_new, say
 
 dataset = typer.Typer(help="Images with labels, to train on.", no_args_is_help=True)
 app.add_typer(dataset, name="dataset")
@@ -26,56 +24,74 @@ def check(
         str, typer.Option(help="ade20k, cityscapes, pascal_context, folder, or auto: by content.")
     ] = "auto",
     show: Annotated[int, typer.Option(min=1, help="Most problems to print.")] = 100,
+    out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="File for all figures.")] = None,
+    overwrite: OverwriteOption = False,
 ) -> None:
-    """Read every file of a data set, report problems and the pixels of each class. Exit code 1: problems."""
+    """Read every file of a data set; report files, classes, values, sizes and problems. Exit code 1: problems."""
+    from ..io.atomic import write_json
+    from ..train.datasets.findings import Findings, check_files
     from ..train.datasets.layouts import LAYOUTS, SPLITS, kind_of, open_files
 
     kind = kind_of(folder) if kind == "auto" else kind
     if kind not in LAYOUTS:
         raise ValueError(f"--kind must be auto or one of {', '.join(LAYOUTS)}, got {kind!r}")
-    splits: dict[str, PairedFiles] = {}
+    if out is not None:
+        check_new(out, overwrite)
+    found: dict[str, Findings] = {}
     problems: list[str] = []
     for split in SPLITS:
         try:
-            splits[split] = open_files(folder, kind, split)
+            found[split] = Findings(open_files(folder, kind, split))
         except (OSError, ValueError) as error:
             problems.append(str(error))
-    if not splits:
+    if not found:
         raise ValueError(problems[0])
-    table = Table("class", *splits, title=f"pixels of each class, {kind}")
-    columns = []
-    for split, files in splits.items():
-        column, found = _checked(split, files)
-        columns.append(column)
-        problems += found
-    names = (*next(iter(splits.values())).class_names, "(ignored)")
-    for name, *counts in zip(names, *columns, strict=True):
-        table.add_row(name, *(f"{count:,}" for count in counts))
-    Console().print(table)
-    typer.echo(", ".join(f"{split}: {len(files)} images" for split, files in splits.items()))
+    for split, findings in found.items():
+        files = findings.dataset
+        for checked in track(check_files(files), f"checking {split}", len(files), console=Console(stderr=True)):
+            findings.add(checked)
+    summaries = {split: findings.summary() for split, findings in found.items()}
+    Console().print(_table(f"{folder}, {kind}", summaries))
+    problems += [problem for summary in summaries.values() for problem in summary["problems"]]
+    for split, summary in summaries.items():
+        for warning in summary["warnings"]:
+            say(f"warning: {split}: {warning}", "yellow")
     for problem in problems[:show]:
         say(f"problem: {problem}", "red")
     if len(problems) > show:
         say(f"and {len(problems) - show} more; --show prints more of them", "red")
+    if out is not None:
+        write_json(out, {"kind": kind, "problems": problems, "splits": summaries}, indent=1)
+        typer.echo(f"written: {out}")
     if problems:
         raise typer.Exit(1)
     typer.echo("no problems")
 
 
-def _checked(split: str, files: PairedFiles) -> tuple[list[int], list[str]]:
-    """Return the pixels of each class and of none, and the problems of one split; shows a progress bar."""
-    import numpy as np
+def _table(title: str, summaries: dict[str, dict[str, Any]]) -> Table:
+    """Return one table of all figures, a column a split, with a bar for the share of each class."""
+    table = Table("", *summaries, title=title, header_style="bold")
 
-    from ..train.datasets.pairs import check_files
+    def add(name: str, figure: Callable[[dict[str, Any]], str]) -> None:
+        table.add_row(name, *map(figure, summaries.values()))
 
-    pixels, ignored = np.zeros(len(files.class_names), np.int64), 0
-    problems = [f"labels {path} belong to no image" for path in files.strays]
-    checks = track(check_files(files), f"checking {split}", len(files), console=Console(stderr=True))
-    for checked in checks:
-        pixels += checked.pixels
-        ignored += checked.ignored
-        problems += checked.problems
-    return [*pixels.tolist(), ignored], problems
+    for key in ("images", "labels", "pairs"):
+        add(key, lambda summary, key=key: f"{summary[key]:,}")  # type: ignore[misc]
+    for reason in dict.fromkeys(reason for summary in summaries.values() for reason in summary["ignored_files"]):
+        add(f"not read: {reason}", lambda summary, r=reason: f"{len(summary['ignored_files'].get(r, ())):,}")  # type: ignore[misc]
+    add("turned by EXIF", lambda summary: f"{summary['turned_by_exif']:,}")
+    add("files of other values", lambda summary: f"{summary['files_with_other_values']:,}")
+    add("sizes", lambda summary: ", ".join(f"{size} ({n})" for size, n in [*summary["sizes"].items()][:3]))
+    table.add_section()
+    for name in next(iter(summaries.values()))["pixels"]:
+        add(name, lambda summary, name=name: _bar(summary["pixels"][name], summary))  # type: ignore[misc]
+    add("(ignored)", lambda summary: _bar(summary["ignored_pixels"], summary))
+    return table
+
+
+def _bar(count: int, summary: dict[str, Any]) -> str:
+    share = count / max(sum(summary["pixels"].values()) + summary["ignored_pixels"], 1)
+    return f"{count:>13,} {share:>6.1%} {'█' * round(10 * share):10}"
 
 
 @dataset.command()

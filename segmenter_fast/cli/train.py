@@ -69,6 +69,8 @@ def train(
 
     from ..processes import World
     from ..train.datasets import open_dataset
+    from ..train.datasets.findings import sample_warnings
+    from ..train.datasets.pairs import PairedFiles
     from ..train.engine import train as run
 
     given = {name: value for name, value in fields.items() if value is not None}
@@ -76,6 +78,9 @@ def train(
         given = {"steps": 0, **given}  # a preset that counts steps must not overrule it
     recipe = PRESETS[preset.value].replace(**given)
     dataset, val_dataset = (open_dataset(data, kind or preset.value, split) for split in ("train", "val"))
+    if World.from_environment().rank == 0 and isinstance(dataset, PairedFiles):
+        for warning in sample_warnings(dataset):
+            say(f"warning: {warning}", "yellow")
     torch.manual_seed(recipe.seed)
     classes = {"class_names": dataset.class_names, "palette": dataset.palette}
     model = _model(

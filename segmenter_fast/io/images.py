@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .large_images import NotByRowsError, TiffRaster, VipsRaster, to_eight_bits
+from .walk import HEIF_SUFFIXES
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -63,7 +64,8 @@ def open_raster(image: ImageSource) -> Raster:
     if not isinstance(image, (str, os.PathLike)):
         return Pixels(read_image(image))
     path, reasons = os.fspath(image), []
-    _check_regular(path)
+    check_regular(path)
+    _register_heif(path)
     with open(path, "rb") as file:
         is_tiff = file.read(4) in _TIFF_STARTS
     if is_tiff:
@@ -107,7 +109,8 @@ def read_image(image: ImageSource) -> np.ndarray:
     if isinstance(image, Image.Image):
         return _to_rgb(ImageOps.exif_transpose(image))
     if isinstance(image, (str, os.PathLike)):
-        _check_regular(image)
+        check_regular(image)
+        _register_heif(image)
         try:
             with Image.open(image) as opened:
                 opened.load()
@@ -144,10 +147,25 @@ def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float], d
     return images.div_(255).sub_(shift).div_(scale)
 
 
-def _check_regular(path: str | os.PathLike[str]) -> None:
+def check_regular(path: str | os.PathLike[str]) -> None:
     """Refuse a pipe, a socket or a device: reading it could wait for ever."""
     if not os.path.isfile(path) and not os.path.isdir(path) and os.path.exists(path):
         raise OSError(f"image {os.fspath(path)} cannot be read: it is no regular file")
+
+
+def _register_heif(path: str | os.PathLike[str]) -> None:
+    """Let Pillow read HEIC where pillow-heif is installed.
+
+    Raises:
+        OSError: it is not.
+    """
+    if not os.fspath(path).lower().endswith(HEIF_SUFFIXES):
+        return
+    try:
+        import pillow_heif
+    except ImportError:
+        raise OSError(f"image {os.fspath(path)} cannot be read: HEIC needs pip install pillow-heif") from None
+    pillow_heif.register_heif_opener()
 
 
 def _is_large(path: str) -> bool:

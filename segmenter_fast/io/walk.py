@@ -55,7 +55,7 @@ def _walk(folder: Path, skip: Collection[Path], above: tuple[tuple[int, int], ..
 
 def sort_out(paths: Iterable[Path], ends: tuple[str, ...] | None = None) -> tuple[list[Path], Ignored]:
     """Return the files whose names end so, in any case, by default as images do, and the others by the reason."""
-    ends = IMAGE_SUFFIXES if ends is None else ends
+    ends = IMAGE_SUFFIXES if ends is None else tuple(end.lower() for end in ends)
     taken, ignored = list[Path](), defaultdict[str, list[Path]](list)
     for path in paths:
         suffix = path.suffix.lower()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from segmenter_fast.io import walk
 from segmenter_fast.io.images import normalise, open_raster, read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -149,3 +151,18 @@ def test_a_named_pipe_is_refused_at_once(tmp_path: Path) -> None:
             read(tmp_path / "pipe.png")
     with pytest.raises(IsADirectoryError):
         read_image(tmp_path)
+
+
+def test_heic_is_read_where_its_package_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pillow_heif = pytest.importorskip("pillow_heif")
+    values = np.repeat(np.arange(64, dtype=np.uint8)[:, None] * 3, 48, 1)
+    image = Image.fromarray(np.stack([values] * 3, 2))
+    pillow_heif.from_pillow(image).save(tmp_path / "x.HEIC", quality=95)
+    assert ".heic" in walk.IMAGE_SUFFIXES
+    read = read_image(tmp_path / "x.HEIC")
+    assert read.shape == (64, 48, 3)
+    assert np.abs(read.astype(int) - np.asarray(image)).max() < 8
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for reader in (read_image, open_raster):
+        with pytest.raises(OSError, match=r"x\.HEIC cannot be read: HEIC needs pip install pillow-heif"):
+            reader(tmp_path / "x.HEIC")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ...classes import DATASET_CLASSES, ClassList
-from ...inference.folders import IMAGE_SUFFIXES
+from ...io.walk import IMAGE_SUFFIXES, Ignored, describe_ignored, files_below, sort_out
 from ...visualize import default_palette
 from .base import IGNORE, SegmentationDataset
 from .pairs import INVALID, Pair, PairedFiles
@@ -56,11 +55,15 @@ class Layout:
                 return root
         return None
 
-    def table(self, num_classes: int) -> np.ndarray:
-        """``(256,)`` int16: the class of each value of a label file, ``IGNORE`` or ``INVALID``."""
+    def table(self, num_classes: int, values: tuple[int, ...] = ()) -> np.ndarray:
+        """``(256,)`` int16: the class of each value of a label file, ``IGNORE`` or ``INVALID``.
+
+        Args:
+            values: of the classes, where the class list names them.
+        """
         table = np.full(256, IGNORE if self.values else INVALID, np.int16)
-        table[list(self.values or range(self.first, self.first + num_classes))] = np.arange(num_classes)
         table[list(self.ignored)] = IGNORE
+        table[list(values or self.values or range(self.first, self.first + num_classes))] = np.arange(num_classes)
         return table
 
     def wanted(self, split: str) -> str:
@@ -152,40 +155,38 @@ def open_files(folder: Path, kind: str, split: str) -> PairedFiles:
         raise ValueError(f"{folder} has no {split} split of kind {kind}: looked for {layout.wanted(split)}")
     classes = DATASET_CLASSES[kind] if kind in DATASET_CLASSES else read_classes(root)
     images, labels, strays = root / layout.images[split], root / layout.labels[split], list[Path]()
+    ignored: Ignored = {}
     if layout.lists:
         path = root / layout.lists[split]
         if not path.is_file():
             raise FileNotFoundError(f"the list of the {split} split, {path}, does not exist")
         found = [(name, images / (name + layout.image_end)) for name in path.read_text().split()]
     else:
-        found = _images_by_name(images, layout.image_end)
+        taken, ignored = sort_out(files_below(images), (layout.image_end,) if layout.image_end else None)
+        found = _by_name(taken, images, layout.image_end)
         known = {labels / (name + layout.label_end) for name, _ in found}
-        strays = [path for path in _files(labels, (layout.label_end,)) if path not in known]
+        label_files, others = sort_out(files_below(labels), (layout.label_end,))
+        strays = [path for path in label_files if path not in known]
+        if layout.label_end == ".png":  # other layouts have files of other kinds there
+            ignored |= {f"{reason}, among labels": paths for reason, paths in others.items()}
     pairs = tuple(Pair(name, path, labels / (name + layout.label_end)) for name, path in found)
     if not pairs:
         ends = layout.image_end or " ".join(IMAGE_SUFFIXES)
-        raise ValueError(f"the {split} split is empty: no images in {images} that end in {ends}")
-    table = layout.table(len(classes.class_names))
-    return PairedFiles(classes.class_names, classes.palette, pairs, tuple(strays), table)
+        rest = f"; {describe_ignored(ignored)}" if ignored else ""
+        raise ValueError(f"the {split} split is empty: no images in {images} that end in {ends}{rest}")
+    table = layout.table(len(classes.class_names), classes.values)
+    return PairedFiles(classes.class_names, classes.palette, pairs, tuple(strays), ignored, table)
 
 
-def _images_by_name(folder: Path, end: str) -> list[tuple[str, Path]]:
-    """Find all images below a folder, sorted by name: their path in it without what names end in."""
+def _by_name(paths: list[Path], folder: Path, end: str) -> list[tuple[str, Path]]:
+    """Sort images by name: their path in the folder without what names end in."""
     by_name: dict[str, list[Path]] = defaultdict(list)
-    for path in _files(folder, (end,) if end else IMAGE_SUFFIXES):
+    for path in paths:
         relative = path.relative_to(folder).as_posix()
         by_name[relative[: -len(end or path.suffix)]].append(path)
     if shared := next((paths for paths in by_name.values() if len(paths) > 1), None):
         raise ValueError(f"{shared[0]} and {shared[1]} have one name, so that labels cannot be told apart; rename one")
     return [(name, path) for name, (path,) in sorted(by_name.items())]
-
-
-def _files(folder: Path, ends: tuple[str, ...]) -> Iterator[Path]:
-    """Yield all files below a folder whose names end so, in any case, without hidden ones."""
-    lower = tuple(end.lower() for end in ends)
-    for path in sorted(folder.rglob("*")):
-        if path.name.lower().endswith(lower) and not path.name.startswith(".") and path.is_file():
-            yield path
 
 
 def _require_folder(folder: Path) -> None:
@@ -198,7 +199,8 @@ def _require_folder(folder: Path) -> None:
 def read_classes(root: Path) -> ClassList:
     """Read ``classes.txt``, a name a line, or ``classes.json``, a list or ``{"classes": [...], "palette": [...]}``.
 
-    The names are in the order of the labels. The palette has an ``[r, g, b]`` for each class, 0 to 255. Without one the
+    The names are in the order of the labels; ``"values"`` may name the value of each class in label files, such as
+    ``[0, 255]`` for binary masks. The palette has an ``[r, g, b]`` for each class, 0 to 255. Without one the
     colours are ``default_palette``'s.
 
     Raises:
@@ -216,24 +218,29 @@ def read_classes(root: Path) -> ClassList:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
     names: Any = [line.strip() for line in text.splitlines() if line.strip()]
     palette: Any = None
+    values: Any = None
     if path.suffix == ".json":
         try:
             names = json.loads(text)
         except json.JSONDecodeError as error:
             raise ValueError(f"{path} is no JSON: {error}") from error
         if isinstance(names, dict):
-            names, palette = names.get("classes"), names.get("palette")
+            names, palette, values = (names.get(key) for key in ("classes", "palette", "values"))
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{path} must hold a list of class names")
     if not 1 <= len(names) <= IGNORE:
         raise ValueError(f"{path} must hold 1 to {IGNORE} classes ({IGNORE} is the ignored label), got {len(names)}")
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{path} names {', '.join(twice)} more than once")
+    values = [] if values is None else values
+    fits = isinstance(values, list) and all(type(value) is int and 0 <= value <= 255 for value in values)
+    if values and not (fits and len(set(values)) == len(values) == len(names)):
+        raise ValueError(f"{path}: values must be a list of {len(names)} different values, each 0 to 255")
     if palette is None:
-        return ClassList(tuple(names), default_palette(len(names)))
+        return ClassList(tuple(names), default_palette(len(names)), tuple(values))
     if not (isinstance(palette, list) and len(palette) == len(names) and all(map(_is_color, palette))):
         raise ValueError(f"{path}: palette must be a list of {len(names)} colours [r, g, b], each 0 to 255")
-    return ClassList(tuple(names), tuple((red, green, blue) for red, green, blue in palette))
+    return ClassList(tuple(names), tuple((red, green, blue) for red, green, blue in palette), tuple(values))
 
 
 def _is_color(color: Any) -> bool:

@@ -1,25 +1,26 @@
-"""Images and label images in files: reading them, turning values into classes, checking a whole data set."""
+"""Images and label images in files: reading them, turning values into classes."""
 
 from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from ...classes import Color
-from ...io.images import read_image
+from ...io.images import check_regular, read_image
+from ...io.walk import Ignored
 from .base import IGNORE, SampleError
 
 INVALID = -1
 """Marks a value that is neither a class nor ignored in a table of values."""
 # Modes with one value for each pixel; Pillow reads 16-bit PNG files as I;16, older versions as I.
 _INDEX_MODES = ("L", "P", "1", "I", "I;16")
+# Pillow spreads grey of few bits over 0 to 255: the step of the shades by its raw mode.
+_SHADES = {"L;2": 85, "L;4": 17}
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class PairedFiles:
     pairs: tuple[Pair, ...]
     strays: tuple[Path, ...]
     """Label files that belong to no image."""
+    ignored: Ignored
+    """Files in the folders that are neither images nor labels, by the reason."""
     table: np.ndarray
     """``(256,)`` int16: the class of each value of the label files, ``ignore_index`` or ``INVALID``."""
     ignore_index: int = IGNORE
@@ -87,55 +90,8 @@ class PairedFiles:
         some = ", ".join(map(str, bad[:5])) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
         ignored = ", ".join(map(str, np.flatnonzero(self.table == self.ignore_index)))
         classes = np.flatnonzero((self.table != INVALID) & (self.table != self.ignore_index))
-        return f"{some}, but classes are {classes.min()} to {classes.max()}, and ignored is {ignored}"
-
-
-@dataclass(frozen=True)
-class CheckedPair:
-    """Findings in one pair of files."""
-
-    problems: tuple[str, ...]
-    pixels: np.ndarray
-    """``(K,)`` int64: pixels of each class."""
-    ignored: int
-    """Pixels that count as no class."""
-
-
-def check_files(dataset: PairedFiles, threads: int | None = None) -> Iterator[CheckedPair]:
-    """Read every image and its labels in threads, and yield the findings in order.
-
-    Problems are: no labels, unreadable files, labels that are colours, sizes that differ, values outside the classes.
-    """
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        try:
-            yield from pool.map(lambda pair: _check(dataset, pair), dataset.pairs)
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _check(dataset: PairedFiles, pair: Pair) -> CheckedPair:
-    problems = list[str]()
-    image, values = None, None
-    try:
-        image = read_pixels(pair.image)
-    except SampleError as error:
-        problems.append(str(error))
-    try:
-        values = read_values(pair.labels)
-    except SampleError as error:
-        problems.append(str(error))
-    pixels, ignored = np.zeros(len(dataset.class_names), np.int64), 0
-    if values is not None:
-        counts = np.bincount(values.reshape(-1), minlength=len(dataset.table))
-        if invalid := dataset.invalid(counts):
-            problems.append(f"labels {pair.labels} hold {invalid}")
-        counts = counts[: len(dataset.table)]
-        is_class = (dataset.table >= 0) & (dataset.table != dataset.ignore_index)
-        np.add.at(pixels, dataset.table[is_class], counts[is_class])
-        ignored = int(counts[dataset.table == dataset.ignore_index].sum())
-        if image is not None and (message := differing_sizes(pair, image, values)):
-            problems.append(message)
-    return CheckedPair(tuple(problems), pixels, ignored)
+        rest = f", and ignored is {ignored}" if ignored else ""
+        return f"{some}, but classes are {classes.min()} to {classes.max()}{rest}"
 
 
 def read_pixels(path: Path) -> np.ndarray:
@@ -151,19 +107,25 @@ def read_pixels(path: Path) -> np.ndarray:
 
 
 def read_values(path: Path) -> np.ndarray:
-    """Read the values of a label file: ``(H, W)`` uint8 or int32.
+    """Read the values of a label file as they are stored, turned upright by its own orientation: ``(H, W)``.
+
+    uint8 or int32. Grey of 2 and 4 bits gives the stored 0 to 3 and 0 to 15, not the shades.
 
     Raises:
         SampleError: missing, unreadable, or an image of colours; names the file.
     """
     try:
+        check_regular(path)
         with Image.open(path) as opened:
             if opened.mode not in _INDEX_MODES:
                 raise SampleError(
                     f"labels {path} have mode {opened.mode}; one class index for each pixel is needed: "
                     "a grey or palette PNG"
                 )
-            values = np.asarray(opened)
+            raw = opened.tile[0][3] if opened.tile else ""
+            step = _SHADES.get(raw if isinstance(raw, str) else (raw or ("",))[0], 1)
+            upright = ImageOps.exif_transpose(opened)
+            values = np.asarray(upright) // step if step > 1 else np.asarray(upright)
     except FileNotFoundError:
         raise SampleError(f"labels {path} do not exist") from None
     except SampleError:
@@ -177,9 +139,21 @@ def read_values(path: Path) -> np.ndarray:
     return values.astype(np.int32)
 
 
+def orientation(path: Path) -> int:
+    """Return the EXIF orientation of an image file, 1 to 8; 1, upright, where there is none."""
+    try:
+        with Image.open(path) as opened:
+            found = opened.getexif().get(ExifTags.Base.Orientation, 1)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return 1
+    return found if found in range(1, 9) else 1
+
+
 def differing_sizes(pair: Pair, image: np.ndarray, values: np.ndarray) -> str:
-    """Describe sizes that differ; empty if they agree."""
+    """Describe sizes that differ, and EXIF orientations where these do; empty if the sizes agree."""
     if image.shape[:2] == values.shape:
         return ""
     (height, width), (rows, columns) = image.shape[:2], values.shape
-    return f"image {pair.image} is {width} x {height} pixels, its labels {pair.labels} are {columns} x {rows}"
+    tags = orientation(pair.image), orientation(pair.labels)
+    turned = f"; EXIF turns the image by orientation {tags[0]}, the labels by {tags[1]}" if tags[0] != tags[1] else ""
+    return f"image {pair.image} is {width} x {height} pixels, its labels {pair.labels} are {columns} x {rows}{turned}"

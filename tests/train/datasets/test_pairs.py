@@ -12,8 +12,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from segmenter_fast.cli import app
+from segmenter_fast.train.datasets.findings import check_files
 from segmenter_fast.train.datasets.layouts import open_files
-from segmenter_fast.train.datasets.pairs import check_files
 from support.folders import HEIGHT, WIDTH, write_ade20k, write_cityscapes, write_folder, write_pascal_context
 
 
