@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
-_CHOICES = {
+CHOICES = {
     "optimizer": ("sgd", "adamw", "muon"),
     "freeze": ("nothing", "encoder"),
     "precision": ("auto", "float32", "bfloat16", "float16"),
@@ -100,7 +100,7 @@ class Recipe:
     max_bad_steps: Annotated[int, "Steps in a row with a loss that is not finite, after which the run stops."] = 10
 
     def __post_init__(self) -> None:
-        for name, allowed in _CHOICES.items():
+        for name, allowed in CHOICES.items():
             _require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", repr(getattr(self, name)))
         for name in _AT_LEAST_ONE:
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
@@ -149,12 +149,14 @@ class Recipe:
 
 
 def field_help() -> dict[str, tuple[type, str]]:
-    """Return type and help for every field of ``Recipe``, in their order."""
+    """Return type and help, with the presets' values, for every field of ``Recipe``, in their order."""
     hints = get_type_hints(Recipe, include_extras=True)
-    return {
-        field.name: (hints[field.name].__origin__, hints[field.name].__metadata__[0])
-        for field in dataclasses.fields(Recipe)
-    }
+    described = {}
+    for name, default in vars(Recipe()).items():
+        values = {preset: getattr(recipe, name) for preset, recipe in PRESETS.items()}
+        others = "".join(f", {preset} {value}" for preset, value in values.items() if value != default)
+        described[name] = (hints[name].__origin__, f"{hints[name].__metadata__[0]} Default: {default}{others}.")
+    return described
 
 
 def _require(holds: object, name: str, allowed: str, given: object) -> None:

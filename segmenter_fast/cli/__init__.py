@@ -17,19 +17,22 @@ __all__ = ["app", "bench", "check", "checkpoints", "dataset", "demo", "evaluate"
 
 def main() -> None:
     """Entry point of ``segmenter-fast``."""
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGTERM, signal.SIG_DFL)):
+        if signal.getsignal(number) is default:
+            signal.signal(number, _interrupt)
     app(prog_name="segmenter-fast")
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    """End the process where PyTorch is being imported, which cannot be broken off; else raise KeyboardInterrupt."""
+    """End the process where PyTorch is being imported, which cannot be broken off; else raise, to clean up first."""
     torch = sys.modules.get("torch")
     ready = torch is not None and not getattr(torch.__spec__, "_initializing", False)
     while frame is not None and not ready:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
             sys.stderr.write("interrupted\n")
             sys.stderr.flush()
-            os._exit(130)
+            os._exit(128 + number)
         frame = frame.f_back
+    if number == signal.SIGTERM:
+        raise SystemExit(128 + number)
     raise KeyboardInterrupt

@@ -29,7 +29,13 @@ if TYPE_CHECKING:
 def _interruptible() -> Iterator[None]:
     try:
         yield
-    except KeyboardInterrupt:
+    except (Exception, KeyboardInterrupt) as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            # A library whose import was broken off raises ImportError.
+            cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+        if cause is None:
+            raise
         say("interrupted", "yellow")
         raise typer.Exit(130) from None
 
@@ -45,6 +51,9 @@ class _Group(TyperGroup):
         try:
             with _interruptible():
                 return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")  # the words of typer's validator
+            raise
         except BrokenPipeError:
             raise  # the reader of the output is gone; typer exits silently
         except (OSError, ValueError) as error:

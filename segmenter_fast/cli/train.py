@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..train.presets import PRESETS, field_help
+from ..train.presets import CHOICES, PRESETS, field_help
 from .app import Device, DeviceOption, OverwriteOption, app, check_new, say, short_warnings
 
 if TYPE_CHECKING:
@@ -34,7 +34,9 @@ def _with_recipe(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
     for name, (kind, sentence) in field_help().items():
         option = typer.Option(help=sentence, rich_help_panel="Recipe: the preset's, where not given")
-        annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+        choices = {choice: choice for choice in CHOICES.get(name, ())}
+        values: Any = Enum(name, choices, type=str) if choices else kind
+        annotation = Annotated[values | None, option]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
@@ -73,7 +75,7 @@ def train(
     from ..train.datasets.pairs import PairedFiles
     from ..train.engine import train as run
 
-    given = {name: value for name, value in fields.items() if value is not None}
+    given = {name: getattr(value, "value", value) for name, value in fields.items() if value is not None}
     if "epochs" in given:
         given = {"steps": 0, **given}  # a preset that counts steps must not overrule it
     recipe = PRESETS[preset.value].replace(**given)

@@ -21,8 +21,8 @@ RECORD = "segmenter-fast"
 def atomic_files(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder inside ``folder``, which is made; its content replaces that of the same names.
 
-    Files are renamed after the block, when all of them are on disk. If the block raises, or the disk is full, the
-    earlier files stay as they were and the temporary folder is deleted.
+    Files are renamed after the block, when all of them are on disk, and have the permissions that the umask leaves. If
+    the block raises, or the disk is full, the earlier files stay as they were and the temporary folder is deleted.
 
     Raises:
         OSError: the folder cannot be made or written.
@@ -34,9 +34,14 @@ def atomic_files(folder: Path) -> Iterator[Path]:
         raise type(error)(error.errno, f"{error.strerror}, nothing can be written there", str(folder)) from error
     with opened as name:
         temporary = Path(name)
+        probe = temporary / "mode"
+        probe.touch()
+        mode = probe.stat().st_mode
+        probe.unlink()
         yield temporary
         for path in temporary.rglob("*"):
             if path.is_file():
+                path.chmod(mode)  # some libraries write for the owner alone
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
         for path in sorted(temporary.iterdir()):

@@ -117,7 +117,6 @@ def write_folder(folder: Path, config: SegmenterConfig, state: Mapping[str, Tens
         raise OSError(f"{folder / WEIGHTS} cannot be written: {error}") from error
     versions = {"format_version": FORMAT_VERSION, "package_version": __version__}
     (folder / CONFIG).write_text(json.dumps(versions | config.to_dict(), indent=2) + "\n", encoding="utf-8")
-    (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # safetensors writes for the owner alone
 
 
 class HubMixin(

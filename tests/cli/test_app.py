@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import pytest
+
 import segmenter_fast as sf
+from segmenter_fast.cli import checkpoints
 from support.predict import MODEL, call
 
 
@@ -11,6 +14,36 @@ def test_random_weights_are_called_random() -> None:
     assert result.exit_code == 0
     assert "RANDOM weights" in result.stderr
     assert "RANDOM" not in call("info", MODEL).stderr
+
+
+def test_a_wrong_choice_names_the_allowed_ones_in_plain_words() -> None:
+    for option, known in (("--preset", "'ade20k', 'pascal_context'"), ("--optimizer", "'sgd', 'adamw'")):
+        result = call("train", "--data", "x", "--out", "x", option, "ad20k")
+        assert result.exit_code == 2
+        words = " ".join(result.stderr.replace("│", " ").split())
+        assert f"{option}" in words
+        assert f"'ad20k' is not one of {known}" in words
+        assert "Value error" not in words
+
+
+def test_the_help_of_train_has_choices_and_defaults() -> None:
+    words = " ".join(call("train", "--help").output.replace("│", " ").split())
+    for wanted in ("<sgd|adamw|muon>", "<ade20k|pascal_context", "Passes over the data, where steps is 0."):
+        assert wanted.replace(" ", "") in words.replace(" ", "")
+    for wanted in ("Default:64,pascal_context256,cityscapes216,folder50.", "Default:0.9,shapes0.95."):
+        assert wanted in words.replace(" ", "")
+
+
+def test_an_import_that_is_broken_off_is_an_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken_off(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as error:
+            raise ImportError("initialization failed") from error
+
+    monkeypatch.setattr(checkpoints, "info_table", broken_off)
+    result = call("info", MODEL)
+    assert (result.exit_code, result.stderr) == (130, "interrupted\n")
 
 
 def test_version_and_help() -> None:

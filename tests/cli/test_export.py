@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import onnxruntime
@@ -48,3 +51,27 @@ def test_wrong_arguments_are_named(
     assert result.exit_code == 2
     assert message in " ".join(result.output.replace("│", " ").split())
     assert not list(tmp_path.iterdir())
+
+
+SLOW_CHECK = """
+import sys, time
+import segmenter_fast.export as export
+export._write_onnx = lambda model, options, path: path.write_bytes(b"half")
+export._check = lambda *_: (print("checking", flush=True), time.sleep(60))
+from segmenter_fast.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_nothing_of_a_half_written_file(number: signal.Signals, code: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLOW_CHECK, "export", MODEL, str(tmp_path / "model.onnx")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "checking\n"
+        assert [path.name[:8] for path in tmp_path.iterdir()] == [".saving-"]
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert list(tmp_path.iterdir()) == []
