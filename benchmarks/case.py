@@ -233,5 +233,6 @@ def compiled(function: Callable[..., Any], autotune: bool = False) -> Callable[.
     if autotune:
         logging.getLogger("torch._inductor.select_algorithm").setLevel(logging.CRITICAL)
         options = torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
-        options |= {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+        quiet = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+        options |= {name: value for name, value in quiet.items() if hasattr(torch._inductor.config, name)}
     return torch.compile(function, fullgraph=True, dynamic=False, options=options)

@@ -84,18 +84,20 @@ def _case(op: str, number: int) -> tuple[Case, tuple[Any, ...]]:
 
 
 def build(op: str, number: int, config: Any, shipped: Any) -> float | None:
-    """The static bound of a configuration, whose kernels are then in Triton's cache; None where it cannot run."""
+    """The static bound of a configuration, NaN where it cannot be counted; None where the configuration cannot run.
+
+    Its kernels are then in Triton's cache.
+    """
     case, inputs = _case(op, number)
     ours = case.variant(OURS)
     call = replace(ours, run=with_config(config, shipped, kernel_module(case), ours.run)).bind(inputs)
-    if (bound := static_bound(call)) is None:
-        return None
+    bound = static_bound(call)
     try:
         call()
         torch.cuda.synchronize()
     except Exception:  # a tile may fit into no multiprocessor
-        return None if config != shipped else bound
-    return bound
+        return None
+    return math.nan if bound is None else bound
 
 
 def kernel_module(case: Case) -> ModuleType:
@@ -116,11 +118,12 @@ def shipped_of(case: Case) -> Any:
 def calibrate(case: Case, shipped: Any, counted: dict[Any, float | None], configurations: int) -> tuple[str, ...]:
     """Time the best ``configurations`` by static bound, the shipped one among them: the cells of a row of the table.
 
-    ``counted`` has the bound of each configuration, or None.
+    ``counted`` has what ``build`` found of each configuration.
     """
     ours, module = case.variant(OURS), kernel_module(case)
-    bounds = {config: bound for config, bound in counted.items() if bound}
-    chosen = list(dict.fromkeys((shipped, *sorted(bounds, key=lambda config: bounds[config]))))[:configurations]
+    bounds = {config: bound for config, bound in counted.items() if bound is not None}
+    ranked = sorted(bounds, key=lambda config: (math.isnan(bounds[config]), bounds[config]))
+    chosen = list(dict.fromkeys((shipped, *ranked)))[:configurations]
     variants: dict[str, Variant | str] = {
         str(config): replace(ours, run=with_config(config, shipped, module, ours.run)) for config in chosen
     }
@@ -129,11 +132,16 @@ def calibrate(case: Case, shipped: Any, counted: dict[Any, float | None], config
     if shipped not in times:
         return (str(shipped), rows[0].status, *[""] * 6, str(len(times)), rows[0].note)
     best = min(times, key=lambda config: times[config])
-    both = [config for config in times if config in bounds]
+    both = [config for config in times if not math.isnan(bounds.get(config, math.nan))]
     factor = statistics.median(times[config] / bounds[config] for config in both) if both else math.nan
     rank = spearman([bounds[config] for config in both], [times[config] for config in both])
-    bound = f"{bounds[shipped]:.4g}" if shipped in bounds else "not counted"
-    cells = (str(shipped), f"{times[shipped]:.4g}", bound, str(best), f"{times[best]:.4g}")
+    cells = (
+        str(shipped),
+        f"{times[shipped]:.4g}",
+        f"{bounds.get(shipped, math.nan):.4g}",
+        str(best),
+        f"{times[best]:.4g}",
+    )
     skipped = len(counted) - len(bounds) + len(chosen) - len(times)
     return (
         *cells,

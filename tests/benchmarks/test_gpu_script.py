@@ -92,7 +92,7 @@ def test_every_step_is_asked_for_in_the_order_of_its_value(
     if gpu:
         test_files = steps[0].split()
         assert test_files[-2:] == ["-m", "gpu"]
-        assert {"tests/kernels/test_attention.py", "tests/test_graphs.py", "tests/gpu/test_training.py"} <= {
+        assert {"tests/kernels/test_upsample_argmax.py", "tests/test_graphs.py", "tests/gpu/test_training.py"} <= {
             *test_files
         }
         assert "seg_b_mask_16 --variant seg_s_mask_16" in steps[3]

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from segmenter_fast import kernels
-from segmenter_fast.benchmarks.case import OURS, Case, DisagreementError
-from segmenter_fast.benchmarks.ops import OPS, attention, upsample
+from segmenter_fast.benchmarks import runner
+from segmenter_fast.benchmarks.case import OURS, Case, DisagreementError, Variant, run_case
+from segmenter_fast.benchmarks.ops import OPS, attention, in_turns, upsample
+from segmenter_fast.benchmarks.results import read
 from segmenter_fast.kernels import reference
-from support.benchmarks import CPU, small_case, timed_rows
+from support.benchmarks import CEILINGS, CPU, small_case, timed_rows
 
 
 def with_ours(case: Case, change: Callable[[Any], Any]) -> Case:
@@ -152,3 +157,41 @@ def test_bytes_are_counted_by_hand() -> None:
 def test_the_timed_op_is_the_public_one() -> None:
     assert upsample.OPS["upsample_argmax"].ours is kernels.upsample_argmax
     assert upsample.OPS["upsample_softmax"].ours is kernels.upsample_softmax
+
+
+def test_on_a_gpu_each_op_and_pass_comes_first_and_late_variants_after_them() -> None:
+    cuda = torch.device("cuda")
+    order = in_turns({op: OPS[op](cuda, False) for op in OPS})
+    main = [(op, case.parameters["pass"]) for op, case in order[:10]]
+    assert len(set(main)) == 9, "both passes of each op, but the argmax has one"
+    assert {op for op, _ in main[:5]} == set(OPS)
+    lengths = [
+        case.parameters["tokens"] for op, case in order[:30] if op == "attention" and case.parameters["batch"] > 1
+    ]
+    assert set(lengths) == set(attention.FILLING)
+    late = [number for number, (_, case) in enumerate(order) if "compile max-autotune" in case.variants]
+    assert late[:8] == list(range(late[0], late[0] + 8)), "of the first two cases of four ops"
+    assert late[0] > 10
+    names = [(op, case.name) for op, case in order if "compile max-autotune" not in case.variants]
+    assert len(names) == len(set(names))
+    assert set(names) == {(op, case.name) for op in OPS for case in OPS[op](cuda, False)}
+
+
+def test_a_late_variant_replaces_the_rows_of_its_case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = small_case("upsample_argmax", "forward")
+    both = replace(case, variants=case.variants | {"slow": replace(case.variant("eager"), late=True)})
+    monkeypatch.setattr(runner, "measure_ceilings", lambda *args, **kwargs: CEILINGS)
+    run = runner.Runner.start(CPU, [], tmp_path, True, 0.02)
+    order = in_turns({"upsample_argmax": [both]})
+    assert [len(one.variants) for _, one in order] == [2, 3]
+    assert run.run(order[:1], math.inf) == run.run(in_turns({"upsample_argmax": [both]}), math.inf) == 0
+    ((_, rows),) = read(next(tmp_path.glob("*/*.json"))).cases
+    assert [row.variant for row in rows] == ["eager", OURS, "slow"]
+    assert all(row.timing for row in rows)
+
+
+def test_a_late_variant_that_is_not_ready_in_time_is_not_run() -> None:
+    case = small_case("upsample_argmax", "forward")
+    slow = Variant(lambda *_: time.sleep(60), late=True)
+    rows = run_case(replace(case, variants=case.variants | {"slow": slow}), CEILINGS, 0.02, 2, time.monotonic() + 0.5)
+    assert [(row.status, row.timing is None) for row in rows] == [("ok", False), ("ok", False), ("not run", True)]

@@ -29,11 +29,11 @@ except ImportError:
 
 # One build of each kernel, then graphs, whole models, training; the slowest of the others come before the rest.
 ORDER = (
-    r"test_ops\.py::test_same_input_same_bits|::test_long_sequences\[1025|::test_(as_accurate|every_dtype)",
+    r"test_ops\.py::test_(same_input_same_bits|opcheck)|::test_long_sequences\[1025|::test_(as_accurate|every_dtype)",
     r"test_graphs|cuda_graphs|gpu/test_inference",
     r"test_predict|accelerate/",
     r"gpu/test_training",
-    r"::test_any_shape|::test_head_sizes|::test_opcheck",
+    r"::test_any_shape|::test_head_sizes",
 )
 BROKEN = re.compile(r"illegal memory access|device-side assert|misaligned address|unspecified launch failure")
 
