@@ -93,6 +93,9 @@ def train(
         have, wanted = model.config.num_classes, len(data.class_names)
         if have != wanted:
             raise ValueError(f"the model has {have} classes, {name} {wanted}: make the model with num_classes={wanted}")
+        if model.config.class_names not in ((), data.class_names):
+            own, names = ", ".join(model.config.class_names), ", ".join(data.class_names)
+            raise ValueError(f"the model has the classes {own}; {name} has {names}: make the model with these names")
     with process_group(device, timeout) as world, StopRequest() as request:
         return _Run(model, dataset, val_dataset, recipe, Path(out), world, request).go(resume == "auto", overwrite)
 

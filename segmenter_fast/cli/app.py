@@ -91,6 +91,13 @@ CheckpointArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint
 ModelArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or a variant's name.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU where there is one.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 where the hardware is fast in it.")]
+ClassMapOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="DATA=MODEL",
+        help="A class of the data, and its name in the model; more than once. order: match classes by number.",
+    ),
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there, whoever wrote them.")]
 
 

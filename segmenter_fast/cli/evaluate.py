@@ -15,6 +15,7 @@ from rich.table import Table
 from .. import SegmenterConfig
 from .app import (
     CheckpointArgument,
+    ClassMapOption,
     Device,
     DeviceOption,
     Dtype,
@@ -38,6 +39,7 @@ def evaluate(
         "auto"
     ),
     split: Annotated[str, typer.Option(help="val or train.")] = "val",
+    class_map: ClassMapOption = None,
     multiscale: Annotated[bool, typer.Option("--multiscale", help="The paper's six scales, mirrored, too.")] = False,
     scales: Annotated[str | None, InferenceOptions.scales] = None,
     flip: Annotated[bool, InferenceOptions.flip] = False,
@@ -59,6 +61,7 @@ def evaluate(
     from ..io.atomic import write_json
     from ..processes import process_group
     from ..train.datasets import open_dataset
+    from ..train.datasets.matching import match_classes
     from ..train.evaluation import MULTISCALE, check_classes
     from ..train.evaluation import evaluate as scores_of
 
@@ -70,6 +73,7 @@ def evaluate(
     with process_group(device.value) as world:
         dataset = open_dataset(data, kind, split)
         segmenter = load_for_inference(model, device, dtype, optimize, len(dataset) // world.size)
+        dataset = match_classes(segmenter.config, dataset, class_map or ())
         check_classes(segmenter, dataset)
         resize = _resize(data, kind, segmenter.config) if resize is None else resize
         batch_size = default_batch_size(segmenter) if batch_size is None else batch_size

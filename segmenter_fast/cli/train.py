@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..train.presets import CHOICES, PRESETS, field_help
-from .app import Device, DeviceOption, OverwriteOption, app, check_new, say, short_warnings
+from .app import ClassMapOption, Device, DeviceOption, OverwriteOption, app, check_new, say, short_warnings
 
 if TYPE_CHECKING:
     from .. import Segmenter
@@ -60,6 +60,7 @@ def train(
         bool,
         typer.Option("--new-classes", help="Start from random class weights where the checkpoint has other classes."),
     ] = False,
+    class_map: ClassMapOption = None,
     resume: Annotated[Resume, typer.Option(help="auto: go on from the last checkpoint in OUT, if any.")] = Resume.never,
     overwrite: OverwriteOption = False,
     device: DeviceOption = Device.auto,
@@ -84,10 +85,9 @@ def train(
         for warning in sample_warnings(dataset):
             say(f"warning: {warning}", "yellow")
     torch.manual_seed(recipe.seed)
-    classes = {"class_names": dataset.class_names, "palette": dataset.palette}
-    model = _model(
-        variant, pretrained, new_classes, num_classes=len(dataset.class_names), **classes, **recipe.model_fields()
-    )
+    classes: dict[str, Any] = {"class_names": dataset.class_names, "palette": dataset.palette}
+    classes |= {"num_classes": len(dataset.class_names)}
+    model = _model(variant, pretrained, new_classes, class_map, **classes, **recipe.model_fields())
     options: dict[str, Any] = {"resume": resume.value, "overwrite": overwrite, "device": device.value}
     result = run(model, dataset, val_dataset, recipe, out, **options, timeout=timeout)
     if World.from_environment().rank == 0:
@@ -100,26 +100,45 @@ def train(
         raise typer.Exit(STOPPED)
 
 
-def _model(variant: str, pretrained: str | None, new_classes: bool, **fields: Any) -> Segmenter:
+def _model(
+    variant: str, pretrained: str | None, new_classes: bool, class_map: list[str] | None, **fields: Any
+) -> Segmenter:
     """Create a model to train, from a checkpoint of other classes only with ``new_classes``.
 
     Raises:
-        ValueError: the checkpoint has another number of classes.
+        ValueError: the checkpoint has another number of classes, or other names, and no class map matches them.
     """
     from .. import create_model
+    from ..train.datasets.matching import match_names
+    from ..weights.build import renew_classes, reorder_classes
     from ..weights.load import read_checkpoint
     from ..weights.reading import CheckpointError
 
-    if pretrained and Path(pretrained).exists() and not new_classes:
+    order, other, names = list[int](), False, fields["class_names"]
+    if pretrained and Path(pretrained).exists():
         with contextlib.suppress(CheckpointError):  # weights of an encoder have no classes
-            have, wanted = read_checkpoint(Path(pretrained), {}).config.num_classes, fields["num_classes"]
-            if have != wanted:
+            saved = read_checkpoint(Path(pretrained), {})
+            have, wanted, own = saved.config.num_classes, fields["num_classes"], saved.config.class_names
+            if have != wanted and not new_classes and saved.has_decoder:
                 raise ValueError(
                     f"{pretrained} has {have} classes, the data {wanted}: "
                     "--new-classes starts from random class weights"
                 )
+            other = have == wanted and bool(own) and own != names
+    if other and not new_classes:
+        try:
+            order = match_names(own, names, class_map or ())
+            if -1 in order:
+                raise ValueError("a class that does not count cannot be trained; take it out of the class list")
+        except ValueError as error:
+            raise ValueError(f"{pretrained}: {error}; --new-classes starts from random class weights") from None
     with short_warnings():
-        return create_model(variant, pretrained, **fields)
+        model = create_model(variant, pretrained, **fields)
+    if other and new_classes:
+        renew_classes(model, create_model(model.config))
+    elif order:
+        reorder_classes(model, order)
+    return model
 
 
 @app.command()

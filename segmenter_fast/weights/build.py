@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -41,6 +41,24 @@ class SavedModel:
     state: Mapping[str, Tensor]
     has_decoder: bool = True
     """False for a backbone: its configuration's decoder is the default one."""
+
+
+@torch.no_grad()
+def reorder_classes(model: nn.Module, order: Sequence[int]) -> None:
+    """Give each class of a model the weights of the class that ``order`` names."""
+    for name, tensor in model.named_parameters():
+        if name in _CLASS_TENSORS:
+            dim = 1 if name == "decoder.cls_emb" else 0
+            tensor.copy_(tensor.index_select(dim, torch.tensor(order, device=tensor.device)))
+
+
+@torch.no_grad()
+def renew_classes(model: nn.Module, fresh: nn.Module) -> None:
+    """Give the classes of a model the weights of those of another one."""
+    parameters = dict(fresh.named_parameters())
+    for name, tensor in model.named_parameters():
+        if name in _CLASS_TENSORS:
+            tensor.copy_(parameters[name])
 
 
 def build(model_class: type[ModelT], saved: SavedModel, fields: Mapping[str, Any]) -> ModelT:
