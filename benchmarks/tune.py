@@ -105,6 +105,8 @@ def kernel_module(case: Case) -> ModuleType:
     name = case.parameters["op"]
     if name == "attention":
         name += f"_{case.parameters['pass']}"
+    elif name == "upsample_softmax" and case.parameters["pass"] != "forward":
+        name += "_backward"
     return importlib.import_module(f"segmenter_fast.kernels.gpu.{name}")
 
 

@@ -163,8 +163,9 @@ def loop_cost(
         "mma": {name: names[name] for name in ("HGMMA", "HMMA") if names[name]},
         "async_loads": sass.load_widths(instructions, ("LDGSTS",)),
     }
-    if {"BLOCK_Y", "BLOCK_X"} <= values.keys() and any(name in header for name in ("BLOCK_K", "offs_k", "lattices")):
-        tile = values["BLOCK_Y"] * values["BLOCK_X"] * values["BLOCK_K"]
+    classes = any(name in header for name in ("BLOCK_K", "offs_k", "lattices", "range(num_classes)"))
+    if {"BLOCK_Y", "BLOCK_X"} <= values.keys() and classes:
+        tile = values["BLOCK_Y"] * values["BLOCK_X"] * values.get("BLOCK_K", 1)
         found["per_logit"] = len(instructions) * 32 * values["num_warps"] / tile
     waits = [int(one.operands.split(", ")[1], 16) for one in instructions if one.base == "DEPBAR"]
     if names["LDGDEPBAR"] and waits:  # passes whose loads are in flight while the loop waits

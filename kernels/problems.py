@@ -17,7 +17,8 @@ from .gpu.launches import bind, empty
 from .gpu.mask_scores import mask_scores, mask_scores_backward
 from .gpu.upsample_argmax import upsample_argmax
 from .gpu.upsample_cross_entropy import scale_gradient, upsample_cross_entropy
-from .gpu.upsample_softmax import upsample_softmax, upsample_softmax_backward
+from .gpu.upsample_softmax import upsample_softmax
+from .gpu.upsample_softmax_backward import upsample_softmax_backward
 from .loss_options import LossOptions
 from .sass import PIPES
 

@@ -2,7 +2,7 @@
 
 Cell (cy, cx) of ``h x w`` holds the outputs that mix inputs (cy, cx), (cy, cx + 1), (cy + 1, cx), (cy + 1, cx + 1),
 its corners, clamped at the far border. Outputs before the first centre belong to cell 0, where their upper weight is
-clamped to 0, as in PyTorch. A program owns a cell, or a split of its tiles.
+clamped to 0, as in PyTorch.
 
 Tiles are ``(BLOCK_Y, BLOCK_K, BLOCK_X)``: lanes hold columns and classes, warps hold classes, a thread holds all rows.
 The logits of a class and a column then are one multiply-add each from the same two values, its ``edges``, and no loop
@@ -13,18 +13,17 @@ own maximum.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+import math
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..bilinear import Axis
-from .common import LOG2_E, launch_arguments, next_power_of_2, programs
+from .common import LOG2_E
 
 SAFE_SPREAD = tl.constexpr(32.0)  # exp(-32) is far from underflow
-MOST_OFFSET = tl.constexpr(1 << 30)  # of offsets within an image and of products, in 32 bits
+MOST_OFFSET = 1 << 30  # of offsets and products, in 32 bits
 DEEP = tl.constexpr(1e30)  # corners below its negative need PyTorch's roundings, and -inf its NaNs
 PADDING = tl.constexpr(-3e38)  # of classes that do not exist; finite, because 0 * inf is NaN
 
@@ -47,55 +46,21 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-@lru_cache(maxsize=256)
-def fit_tile(num_classes: int, longest_y: int, longest_x: int) -> Tiles:
-    """Tiles of at most four warps and 16 logits to a thread, of which lanes take columns first, then classes."""
-    block_y, block_x = (min(next_power_of_2(longest), 16) for longest in (longest_y, longest_x))
-    padded = next_power_of_2(num_classes)
-    least, of_a_warp = 32 // block_x, 32 // block_x * (16 // block_y)
-    widest = min(max(padded, least), 4 * of_a_warp)
-    choices = [block for block in (2 << n for n in range(11)) if least <= block <= widest]
-    taken = {block: -(-num_classes // block) * block for block in choices}
-    block_k = max(block for block in choices if 10 * taken[block] <= 11 * min(taken.values()))
-    return Tiles(block_y, block_x, block_k, min(max(padded, 8), 256), max(block_k // of_a_warp, 1), num_stages=1)
+def aligned(*values: int) -> int:
+    """Largest power of two, up to 16, that divides all values: neighbours that one access may take."""
+    return math.gcd(16, *values)
 
 
-def splits_of(ys: Axis, xs: Axis, batch: int, block_y: int, block_x: int) -> int:
-    """Number of programs for a cell: one, unless the cells are too few to fill a device."""
-    cell_tiles = -(-ys.longest_cell // block_y) * -(-xs.longest_cell // block_x)
-    return min(cell_tiles, -(-512 // max(batch * ys.size_in * xs.size_in, 1)))
+def tiles_of(axis: Axis, blocks: int, block: int) -> tuple[int, int]:
+    """Tiles before the first centre, and all, of an axis whose cells have up to ``blocks`` tiles of ``block``."""
+    first = -(-axis.cell_starts[1] // block)
+    return first, first + axis.size_in * blocks
 
 
-class Plan(NamedTuple):
-    """Programs of a cell, the grid of all, and the arguments that depend on sizes alone."""
-
-    splits: int
-    grid: tuple[int, ...]
-    arguments: dict[str, Any]
-
-
-@lru_cache(maxsize=256)
-def plan(tiles: Tiles, batch: int, num_classes: int, ys: Axis, xs: Axis, reach: int) -> Plan:
-    """Launch on all cells. ``reach`` is the largest offset within one image of any tensor."""
+def wide(ys: Axis, xs: Axis, *offsets: int) -> bool:
+    """Geometry or offsets within a tile need 64 bits."""
     products = [(a.size_in + 1) * a.denominator + (a.kept + 1) * a.step + abs(a.offset) for a in (ys, xs)]
-    wide = max(*products, reach) >= MOST_OFFSET.value
-    if wide:  # 64-bit offsets of many rows would not fit the registers
-        tiles = tiles._replace(block_y=min(tiles.block_y, 2))
-    splits = splits_of(ys, xs, batch, tiles.block_y, tiles.block_x)
-    grid = programs(batch * ys.size_in * xs.size_in * splits, masks=(batch, num_classes, ys.size_in, xs.size_in))
-    sizes = {"num_classes": num_classes, "splits": splits, "WIDE": wide}
-    return Plan(splits, grid, geometry(ys, xs) | launch_arguments(tiles) | sizes)
-
-
-def reach(*tensors: Tensor) -> int:
-    """Bound of the offsets within one image of all tensors, whose first dimension is the batch; exact where large."""
-    storage = max(one.untyped_storage().nbytes() for one in tensors)
-    if storage < MOST_OFFSET.value:  # found in a fraction of the time
-        return storage
-    return max(
-        sum((size - 1) * stride for size, stride in zip(one.shape[1:], one.stride()[1:], strict=True))
-        for one in tensors
-    )
+    return max(*products, *offsets) >= MOST_OFFSET
 
 
 @triton.jit
@@ -119,22 +84,25 @@ def tile_weights(index, begin, end, cell, axis, dtype: tl.constexpr):
 
 
 @triton.jit
-def open_cell(ys, xs, splits, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, WIDE: tl.constexpr):
-    """The program's cell: index among all cells, image, rows, columns; the program's split of the cell's tiles.
+def tile_of(index, blocks, axis, BLOCK: tl.constexpr):
+    """Cell, first output and end of tile ``index`` of an axis whose cells have up to ``blocks`` tiles each.
 
-    Rows and columns are each the cell's index along the axis, its first output and one past its last, in 64 bits where
-    WIDE and in 32 elsewhere. Index and image have 64.
+    The first tiles are those of cell -1, whose outputs lie before the first centre and count as cell 0's; it has no
+    empty tiles. The end is that of the cell.
     """
-    pid = tl.program_id(0).to(tl.int64 if WIDE else tl.int32)
-    split = pid % splits
-    cell = pid // splits  # (B, h, w)
-    cell_x = cell % xs.size_in
-    cell_y = cell // xs.size_in % ys.size_in
-    b = cell // xs.size_in // ys.size_in
-    rows = cell_y, tl.where(cell_y == 0, 0, cell_start(cell_y, ys)), cell_start(cell_y + 1, ys)
-    cols = cell_x, tl.where(cell_x == 0, 0, cell_start(cell_x, xs)), cell_start(cell_x + 1, xs)
-    tiles = tl.cdiv(rows[2] - rows[1], BLOCK_Y) * tl.cdiv(cols[2] - cols[1], BLOCK_X)
-    return cell.to(tl.int64), b.to(tl.int64), rows, cols, split, tiles
+    first = tl.cdiv(cell_start(0, axis), BLOCK)
+    cell = tl.where(index < first, -1, (index - first) // blocks)
+    tile = tl.where(index < first, index, (index - first) % blocks)
+    end = cell_start(cell + 1, axis)
+    begin = tl.where(cell < 0, 0, cell_start(cell, axis)) + tile * BLOCK
+    return tl.maximum(cell, 0), tl.minimum(begin, end), end
+
+
+@triton.jit
+def upper_weight(output, cell, axis, dtype: tl.constexpr):
+    """Weight of input ``cell + 1`` at an output of ``cell``; 0 before the first centre, as in PyTorch."""
+    numerator = tl.maximum(output * axis.step + axis.offset - cell * axis.denominator, 0)
+    return numerator.to(dtype) * (1.0 / axis.denominator.to(dtype))
 
 
 @triton.jit

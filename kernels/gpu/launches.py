@@ -28,7 +28,8 @@ from .lattice_argmax import lattice_argmax
 from .mask_scores import mask_scores, mask_scores_backward
 from .upsample_argmax import upsample_argmax
 from .upsample_cross_entropy import pixel_backward, scale_gradient, upsample_cross_entropy
-from .upsample_softmax import upsample_softmax, upsample_softmax_backward
+from .upsample_softmax import upsample_softmax
+from .upsample_softmax_backward import upsample_softmax_backward
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 BATCH, HEADS, GRID = 8, 12, 32
@@ -214,12 +215,13 @@ def _upsample_softmax(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
         probabilities = empty(BATCH, num_classes, *size, dtype=DTYPES[name])
         yield label, partial(upsample_softmax, masks, size, size, False)
         yield label, partial(upsample_softmax_backward, probabilities, probabilities, (GRID, GRID), size, False)
-    masks, grad = (
-        torch.empty_strided(one.shape, (1 << 40, 1 << 30, 1 << 12, 1), dtype=one.dtype, device="meta")
-        for one in (masks, probabilities)
-    )
-    yield f"{label} wide", partial(upsample_softmax, masks, size, size, False)
-    yield f"{label} wide", partial(upsample_softmax_backward, grad, probabilities, (GRID, GRID), size, False)
+    odd = probabilities[..., :333, :333]
+    yield f"{label} odd", partial(upsample_softmax, masks, (333, 333), (333, 333), False)
+    yield f"{label} odd", partial(upsample_softmax_backward, odd, odd, (GRID, GRID), (333, 333), False)
+    wide, probabilities = (1 << 29) + 1, probabilities[..., :16, :]
+    yield f"{label} wide", partial(upsample_softmax, masks, (wide, size[1]), (16, size[1]), False)
+    arguments = probabilities, probabilities, (GRID, GRID), (wide, size[1]), False
+    yield f"{label} wide", partial(upsample_softmax_backward, *arguments)
 
 
 def _upsample_cross_entropy(half: str) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -114,7 +114,7 @@ define(
 define(
     "upsample_softmax_backward(Tensor grad, Tensor probabilities, SymInt[] grid, SymInt[] size, bool align_corners)"
     " -> Tensor",
-    triton=".gpu.upsample_softmax:upsample_softmax_backward",
+    triton=".gpu.upsample_softmax_backward:upsample_softmax_backward",
     plain=cpu_softmax.upsample_softmax_backward,
     fake=lambda grad, p, grid, size, align_corners: p.new_empty((*p.shape[:2], *grid)),
     backward=no_second_derivative("upsample_softmax"),

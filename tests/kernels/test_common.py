@@ -15,10 +15,11 @@ if INTERPRET:
     pytest.skip("TRITON_INTERPRET is set: launches cannot be recorded", allow_module_level=True)
 
 from segmenter_fast.kernels import aot
+from segmenter_fast.kernels.bilinear import Axis
 from segmenter_fast.kernels.gpu import launches
-from segmenter_fast.kernels.gpu.cells import MOST_OFFSET, reach
+from segmenter_fast.kernels.gpu.cells import MOST_OFFSET, aligned, wide
 from segmenter_fast.kernels.gpu.common import programs
-from segmenter_fast.kernels.gpu.corners import sum_corners, sum_parts
+from segmenter_fast.kernels.gpu.corners import sum_parts
 from segmenter_fast.kernels.gpu.launches import empty
 from segmenter_fast.kernels.loss_options import LossOptions
 
@@ -50,11 +51,13 @@ CALLS: dict[str, Callable[[], object]] = {
     "lattice_argmax": lambda: lattice(launches.lattice_argmax),
     "lattice_softmax": lambda: lattice(launches.lattice_softmax),
     "upsample_argmax": lambda: launches.upsample_argmax(MASKS, (SIDE, SIDE), (SIDE, SIDE), False),
-    "sum_corners": lambda: sum_corners(empty(1, MANY, SIDE, SIDE, 4, 2), MASKS),
     "sum_parts": lambda: sum_parts(empty(9), None, MASKS),
     "upsample_cross_entropy": lambda: cross_entropy(False),
     "upsample_cross_entropy with gradient": lambda: cross_entropy(True),
     "upsample_softmax": lambda: launches.upsample_softmax(MASKS, (SIDE, SIDE), (SIDE, SIDE), False),
+    "upsample_softmax backward": lambda: launches.upsample_softmax_backward(
+        MASKS, MASKS, (SIDE, SIDE), (SIDE, SIDE), False
+    ),
 }
 
 
@@ -73,9 +76,8 @@ def test_a_grid_may_be_full() -> None:
             programs(*grid, masks=(2, 3))
 
 
-def test_offsets_are_bounded_by_the_memory_or_exact() -> None:
-    small = empty(2, 3, 4, 5)
-    assert 59 <= reach(small[:, :, :2]) < MOST_OFFSET.value
-    # A batch whose memory is large, and of which one image is small.
-    assert reach(empty(MANY, 3, 64, 64), small) == 3 * 64 * 64 - 1
-    assert reach(small, empty(1, 3, SIDE, MANY)) == 3 * SIDE * MANY - 1
+def test_offsets_need_64_bits_where_a_product_or_an_offset_does() -> None:
+    small, large = Axis.make(4, 64), Axis.make(4, (1 << 29) + 1)
+    assert [wide(small, small, MOST_OFFSET - 1), wide(small, small, MOST_OFFSET)] == [False, True]
+    assert wide(small, large)
+    assert [aligned(512), aligned(8, 24, 0), aligned(500, 2), aligned(333, 8)] == [16, 8, 2, 1]
