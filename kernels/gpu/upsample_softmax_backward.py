@@ -166,17 +166,17 @@ def sum_cells_kernel(
 @triton.jit
 def add_row(grad, ptrs, columns, mask):
     """Add what tiles of a row leave for its inputs. ``ptrs`` ``(BLOCK_K, 1)``: the first tile, left corners."""
-    offs_x, width, first, blocks, apart = columns
-    for tile in range(blocks):
-        here = ptrs + ((first + offs_x * blocks + tile) * 4)[None, :]
+    offs_x, width, first_x, blocks_x, apart_x = columns
+    for tile in range(blocks_x):
+        here = ptrs + ((first_x + offs_x * blocks_x + tile) * 4)[None, :]
         grad += tl.load(here, mask=mask, other=0.0)
-        if apart:
-            grad += tl.load(here - blocks * 4 + 1, mask=mask & (offs_x > 0)[None, :], other=0.0)
+        if apart_x:
+            grad += tl.load(here - blocks_x * 4 + 1, mask=mask & (offs_x > 0)[None, :], other=0.0)
             grad += tl.load(here + 1, mask=mask & (offs_x == width - 1)[None, :], other=0.0)
-    for tile in range(first):
+    for tile in range(first_x):
         here = ptrs + (offs_x * 0 + tile * 4)[None, :]
         grad += tl.load(here, mask=mask & (offs_x == 0)[None, :], other=0.0)
-        if apart:
+        if apart_x:
             grad += tl.load(here + 1, mask=mask & (offs_x == tl.minimum(1, width - 1))[None, :], other=0.0)
     return grad
 
