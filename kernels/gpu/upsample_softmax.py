@@ -100,15 +100,15 @@ def softmax_kernel(
             index_y = tl.arange(0, BLOCK_Y)
             weight_y = upper_weight(begin_y, cell_y, ys, dtype), upper_weight(begin_y + index_y, cell_y, ys, dtype)
             step = tl.where(begin_y * step_y + offset_y < 0, 0, step_y).to(dtype) / denominator_y.to(dtype)
-            weights = weight_y[0], step, weight_y[1], weight_x
+            near = weight_y[0], step, weight_y[1], weight_x
             total = tl.zeros((BLOCK_Y, PIXELS, LANES), dtype)
             for k in range(num_classes):
-                total += exponentials(corners, k, highest, weights, POWERS, dtype)
+                total += exponentials(corners, k, highest, near, POWERS, dtype)
             inverse = 1.0 / total
             mask = (index_y < end_y - begin_y)[:, None]
             rows = index_y.to(integer)[:, None] * stride_y
             for k in range(num_classes):
-                p = exponentials(corners, k, highest, weights, POWERS, dtype) * inverse
+                p = exponentials(corners, k, highest, near, POWERS, dtype) * inverse
                 tl.store((out_ptr + k * plane) + rows + offs_x[None, :], to_rows(p, out_ptr), mask=mask)
 
 
@@ -133,9 +133,9 @@ def far_logits(corners, k, weights, dtype: tl.constexpr):
 
 
 @triton.jit
-def exponentials(corners, k, base, weights, POWERS: tl.constexpr, dtype: tl.constexpr):
+def exponentials(corners, k, base, near, POWERS: tl.constexpr, dtype: tl.constexpr):
     """``(BLOCK_Y, PIXELS, LANES)`` exp(logit - base), where no column is far."""
-    first_y, step_y, weight_y, weight_x = weights
+    first_y, step_y, weight_y, weight_x = near
     BLOCK_Y: tl.constexpr = weight_y.shape[0]
     c00, c01, c10, c11 = load_corners(corners, k, dtype)
     top = (c00 - base) * LOG2_E + weight_x * ((c01 - c00) * LOG2_E)
