@@ -113,18 +113,33 @@ def find_photos(inputs: Sequence[Path], labels: Path | None, num_classes: int) -
     return PairedFiles(tuple(map(str, range(num_classes))), (), tuple(pairs), (), {}, table)
 
 
-def compare_forms(model: Segmenter, photos: PairedFiles, progress: Callable[[int], None]) -> list[Form]:
+def compare_forms(
+    model: Segmenter,
+    photos: PairedFiles,
+    progress: Callable[[int], None],
+    broken: Callable[[Exception], object] | None = None,
+) -> list[Form]:
     """Segment images by every form of a float32 model, each image by all forms in turn.
 
     Args:
         progress: called with the number of images that are done.
+        broken: called with the error of each image that is left out as it cannot be read; None raises it.
 
     Raises:
-        OSError, ValueError: an image or its labels cannot be read, or do not fit each other, naming the file.
+        OSError, ValueError: an image or its labels cannot be read, or do not fit each other, naming the file; with
+            ``broken`` if there is no other image.
     """
-    forms = [Form(name, model) for name in FORMS]
+    forms, seen = [Form(name, model) for name in FORMS], 0
     for index, pair in enumerate(photos.pairs):
-        pixels, target = photos.read(index) if pair.labels.is_file() else (read_pixels(pair.image), None)
+        try:
+            pixels, target = photos.read(index) if pair.labels.is_file() else (read_pixels(pair.image), None)
+        except OSError as error:
+            if broken is None or (not seen and index + 1 == len(photos)):
+                raise
+            broken(error)
+            progress(index + 1)
+            continue
+        seen += 1
         reference = forms[0].segment(pixels)
         for form in filter(lambda form: form.runs, forms):
             try:
@@ -136,7 +151,7 @@ def compare_forms(model: Segmenter, photos: PairedFiles, progress: Callable[[int
             if target is not None:
                 form.against_labels.update(torch.from_numpy(labels), torch.from_numpy(target))
         running = [form for form in forms if form.runs]
-        if index < TIMED_IMAGES:
+        if seen <= TIMED_IMAGES:
             for form in running * REPEATS:
                 form.segment(pixels)
             for form in running:

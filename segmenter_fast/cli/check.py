@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .app import Device, DeviceOption, Dtype, ModelArgument, OverwriteOption, app, check_new, load_model
+from .app import Device, DeviceOption, Dtype, ModelArgument, OverwriteOption, app, check_new, load_model, say
 
 
 @app.command()
@@ -48,7 +48,10 @@ def check(
     found = find_photos(photos, labels, segmenter.config.num_classes)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("checking", total=len(found))
-        forms = compare_forms(segmenter, found, lambda done: progress.update(task, completed=done))
+        broken: list[Exception] = []
+        forms = compare_forms(segmenter, found, lambda done: progress.update(task, completed=done), broken.append)
+    for error in broken:
+        say(f"left out: {error}", "red")
     place, running = next(segmenter.parameters()).device.type, [form for form in forms if form.runs]
     labelled = bool(forms[0].against_labels.counts.any())
     if labelled and (count := sum(pair.labels.is_file() for pair in found.pairs)) < len(found):
@@ -81,3 +84,5 @@ def check(
     if changed and out is not None:
         write_png(picture, out)
         typer.echo(f"image, labels of float32, labels of {other}: {out}")
+    if broken:
+        raise typer.Exit(1)

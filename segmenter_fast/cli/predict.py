@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import signal
 import threading
 import time
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from .. import VARIANTS
 from .app import (
     Device,
     DeviceOption,
@@ -87,8 +89,10 @@ def predict(
     check_windows(window, stride, batch_size)
     if stride is not None and overlap is not None:
         raise typer.BadParameter(f"give --stride or --overlap, not both; got --stride {stride}, --overlap {overlap}")
-    if window is not None:
-        stride = _stride(stride, overlap, window)
+    if overlap is not None and overlap < 0:
+        raise typer.BadParameter(f"--overlap must be at least 0 and below the window, got {overlap}")
+    if (known := window or _known_window(model)) is not None:
+        _stride(stride, overlap, known)
     with _sigterm_as_interrupt():
         from ..inference.folders import make_writable, plan
         from ..inference.pipeline import run_all
@@ -108,8 +112,7 @@ def predict(
         try:
             missing = sum(not (resume and (job.labels.exists() or job.tiled.exists())) for job in jobs)
             segmenter = load_for_inference(model, device, dtype, optimize, missing)
-            if window is None:
-                stride = _stride(stride, overlap, segmenter.config.window_size)
+            stride = _stride(stride, overlap, window or segmenter.config.window_size)
             batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
             settings = Settings.of(segmenter.config, window, stride, factors, flip, batch_size)
             run = describe_run(segmenter, settings)
@@ -139,11 +142,22 @@ def predict(
         _summarise(report, time.perf_counter() - start, out)
 
 
+def _known_window(model: str) -> int | None:
+    """Return the window of a variant, or of a checkpoint whose configuration is a file of its own; else None."""
+    if model in VARIANTS and not Path(model).exists():
+        return VARIANTS[model].window_size
+    try:
+        found = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["window_size"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if isinstance(found, int) and found > 0 else None
+
+
 def _stride(stride: int | None, overlap: int | None, window: int) -> int | None:
     """Return ``--stride``, or that of ``--overlap`` for windows of this side."""
     if overlap is None:
         return stride
-    if not 0 <= overlap < window:
+    if overlap >= window:
         allowed = f"at least 0 and below the window of {window} pixels"
         raise typer.BadParameter(f"--overlap must be {allowed}, got {overlap}")
     return window - overlap

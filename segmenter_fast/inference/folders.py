@@ -19,7 +19,7 @@ from ..io.images import Raster
 from ..io.label_tiff import check_label_tiff, write_label_tiff
 from ..io.walk import IMAGE_SUFFIXES, Ignored, describe_ignored, files_below, sort_out
 from .batches import Model
-from .predict import Prediction, class_table, label_bands
+from .predict import Prediction, check_raster, class_table, label_bands
 from .resume import FinishedRows, record_of
 from .settings import Settings
 from .sliding import Progress
@@ -172,6 +172,7 @@ def run_by_rows(
         check_label_tiff(num_classes)
     names, palette = class_table(model.config)
     dtype = np.dtype(np.uint8 if num_classes <= 256 else np.uint16 if num_classes <= 65536 else np.int32)
+    check_raster(model, raster, settings)
     record = record_of(run, job.source)
     image = {**record["image"], "size": list(size)}
     rows = FinishedRows(labels, {**run, "image": image}, size, dtype, resume)

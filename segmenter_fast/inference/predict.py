@@ -18,8 +18,8 @@ from ..config import Pair, SegmenterConfig
 from ..io.images import ImageSource, Raster, normalise, open_raster
 from ..visualize import Color
 from .batches import Model, evaluation_mode, in_batches, read_ahead, segment_images, side_threads
-from .rows import Rows, image_views
-from .settings import Settings, one_window
+from .rows import Rows, enlarged_size, image_views
+from .settings import Settings, check_work, one_window
 from .sliding import Progress, slide_rows
 
 # Longest side in pixels of a prediction's picture in a notebook, and the most classes that are named there.
@@ -142,8 +142,24 @@ def predict(  # type: ignore[misc]  # the overloads do not repeat the options
     return predict_raster(model, open_raster(image), settings)
 
 
+def check_raster(model: Model, raster: Raster, settings: Settings) -> None:
+    """Refuse an image that would be too much work, see ``check_work``.
+
+    Raises:
+        ValueError: it would.
+    """
+    size = raster.height, raster.width
+    if one_window(model, size, settings):
+        return
+    views = [(max(int(size[0] * scale), 1), max(int(size[1] * scale), 1)) for scale in settings.scales]
+    views *= 2 if settings.flip else 1
+    enlarges = model.config.upscale_small_images
+    check_work(size, [enlarged_size(view, settings.window) if enlarges else view for view in views], settings)
+
+
 def predict_raster(model: Model, raster: Raster, settings: Settings, progress: Progress | None = None) -> Prediction:
     """``predict`` for an image that is open; ``progress`` as in ``slide_rows``."""
+    check_raster(model, raster, settings)
     labels = np.empty((raster.height, raster.width), np.uint8 if model.config.num_classes <= 256 else np.int32)
     for top, band in label_bands(model, raster, settings, progress=progress):
         labels[top : top + len(band)] = band

@@ -80,11 +80,16 @@ class Rows:
 
     def enlarged(self, window: int) -> Rows:
         """Rows whose smaller side is at least the window; the other side is truncated to whole pixels."""
-        if min(self.height, self.width) >= window:
-            return self
-        if self.height < self.width:
-            return self.resized((window, int(self.width / self.height * window)))
-        return self.resized((int(self.height / self.width * window), window))
+        size = self.height, self.width
+        return self if min(size) >= window else self.resized(enlarged_size(size, window))
+
+
+def enlarged_size(size: Pair, window: int) -> Pair:
+    """Return (height, width) with a smaller side of at least the window; the other is truncated to whole pixels."""
+    height, width = size
+    if min(size) >= window:
+        return size
+    return (window, int(width / height * window)) if height < width else (int(height / width * window), window)
 
 
 def image_views(

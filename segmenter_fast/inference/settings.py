@@ -8,6 +8,9 @@ from numbers import Real
 
 from ..config import LARGEST_SCALE, SegmenterConfig
 
+MOST_WINDOWS = 1_000_000
+"""Windows of one image: at the model's speed, days of work."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -66,6 +69,30 @@ class Settings:
         stride = min(config.window_stride, window) if stride is None else stride
         factors = tuple(scales) if isinstance(scales, Iterable) else (scales,)
         return cls(window, stride, factors, flip, batch_size)
+
+
+def check_work(size: Sequence[int], views: Sequence[Sequence[int]], settings: Settings) -> None:
+    """Refuse an image whose views would be absurdly many pixels or windows, before any work.
+
+    Args:
+        size: (height, width) of the image.
+        views: those of its views: every scale, enlarged to the window.
+
+    Raises:
+        ValueError: a view is more than ``LARGEST_SCALE`` times as large as the image and has more than 2**26 pixels, or
+            the views have more than ``MOST_WINDOWS`` windows.
+    """
+    (height, width), windows = size, 0
+    for rows, columns in views:
+        growth = max(rows / height, columns / width)
+        down, across = (max(-(-(side - settings.window) // settings.stride), 0) + 1 for side in (rows, columns))
+        windows += down * across
+        if (growth > LARGEST_SCALE and rows * columns > 1 << 26) or windows > MOST_WINDOWS:
+            raise ValueError(
+                f"an image of {width} x {height} pixels would become {columns:,} x {rows:,} and take at least "
+                f"{windows:,} windows: scales are {', '.join(map(str, settings.scales))}, and the smaller side is "
+                f"enlarged to the window of {settings.window}; give a smaller window or other scales"
+            )
 
 
 def enlarges_small_images(model: object) -> bool:

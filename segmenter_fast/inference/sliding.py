@@ -16,8 +16,8 @@ from torch import Tensor
 
 from .. import kernels
 from ..config import Pair
-from .rows import Rows
-from .settings import Settings, enlarges_small_images
+from .rows import Rows, enlarged_size
+from .settings import Settings, check_work, enlarges_small_images
 from .windows import Lattice, Windows
 
 OUTPUTS = ("labels", "probabilities")
@@ -70,7 +70,10 @@ def slide(
     settings = Settings(window, stride, batch_size=batch_size)
     _check_images(images, size)
     rows = [Rows.of_tensor(image) for image in images]
-    if enlarges_small_images(model):
+    enlarges = enlarges_small_images(model)
+    sizes = [(image.height, image.width) for image in rows]
+    check_work(size, [enlarged_size(each, window) if enlarges else each for each in sizes], settings)
+    if enlarges:
         rows = [image.enlarged(window) for image in rows]
     result: Tensor | None = None
     for top, band in slide_rows(model, rows, flips, size, settings, output):

@@ -63,6 +63,7 @@ class TiffRaster:
         if self._orientation >= 5:
             self.height, self.width = self._columns, self._rows
         plain = page.compression == 1 and page.fillorder == 1 and page.bitspersample in (8, 16)
+        self._check_chunks()
         self._uncompressed_rows = plain and not page.is_tiled and self._planes == 1
         self._check()
 
@@ -80,6 +81,22 @@ class TiffRaster:
         if sideways:
             pixels = pixels.transpose(1, 0, 2)
         return np.ascontiguousarray(pixels[:: -1 if o in (3, 4, 7, 8) else 1, :: -1 if o in (2, 3, 6, 7) else 1])
+
+    def _check_chunks(self) -> None:
+        """Require that the file holds every tile or strip; readers take a missing one for black.
+
+        Raises:
+            OSError: it does not.
+        """
+        page, size = self._page, self._file.filehandle.size
+        needed = self._planes * -(-self._rows // self._chunk[0]) * -(-self._columns // self._chunk[1])
+        counts = page.databytecounts or [1] * len(page.dataoffsets)
+        whole = sum(0 < at < at + count <= size for at, count in zip(page.dataoffsets, counts, strict=False))
+        if whole < needed:
+            raise OSError(
+                f"image {self.path} cannot be read: {needed - whole} of its {needed} tiles or strips are missing or "
+                "end behind the file"
+            )
 
     def _check(self) -> None:
         page = self._page
@@ -140,9 +157,9 @@ class TiffRaster:
             [page.dataoffsets[i] for i in indices], [page.databytecounts[i] for i in indices], indices=indices
         )
         for data, index in read:
-            values, (plane, _, row, column, _), shape = page.decode(data, index, **tables)
+            values, (plane, _, row, column, _), _ = page.decode(data, index, **tables)
             if values is None:
-                values = np.full(shape, page.nodata, page.dtype)
+                raise ValueError(f"the tile or strip at row {row}, column {column} is missing")
             yield row, column, plane, values[0, : self._rows - row, : self._columns - column]
 
     def _read_uncompressed(self, top: int, bottom: int) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -150,3 +151,15 @@ def test_the_line_of_python() -> None:
     assert python_line("my model", "cpu", "int8") == 'model = sf.load("my model").optimize(quantize="int8")'
     given = python_line("seg_t_mask_16", "cuda", "bfloat16")
     assert given == 'model = sf.create_model("seg_t_mask_16").eval().to("cuda").optimize("bfloat16")'
+
+
+def test_a_broken_photograph_is_left_out_and_named(data: Path, checkpoint: str, tmp_path: Path) -> None:
+    shutil.copytree(data / "images", tmp_path / "images")
+    (tmp_path / "images/aa.jpg").write_bytes(b"broken")
+    result = call("check", checkpoint, tmp_path / "images", "--device", "cpu")
+    assert result.exit_code == 1
+    assert f"left out: image {tmp_path / 'images/aa.jpg'} cannot be read" in result.stderr
+    assert "the fastest form that keeps" in result.stdout
+    result = call("check", checkpoint, tmp_path / "images/aa.jpg", "--device", "cpu")
+    assert result.exit_code == 2
+    assert "aa.jpg cannot be read" in result.stderr

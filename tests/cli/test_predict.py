@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import segmenter_fast as sf
-from segmenter_fast.inference import folders
+from segmenter_fast.inference import folders, settings
 from support.predict import MODEL, call, labels, photo, predict, tree
 
 
@@ -148,7 +148,7 @@ def test_bad_usage_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (("--batch-size", 0), "--batch-size must be at least 1, got 0"),
         (("--window", 32, "--overlap", 32), "--overlap must be at least 0 and below the window of 32 pixels, got 32"),
         (("--overlap", 64), "--overlap must be at least 0 and below the window of 64 pixels, got 64"),
-        (("--overlap", -1), "--overlap must be at least 0 and below the window of 64 pixels, got -1"),
+        (("--overlap", -1), "--overlap must be at least 0 and below the window, got -1"),
         (("--stride", 0), "--stride must be at least 1, got 0"),
         (("--stride", 65), "stride must be at most the window, 64, or pixels between windows get no label; got 65"),
         (("--stride", 32, "--overlap", 32), "give --stride or --overlap, not both; got --stride 32, --overlap 32"),
@@ -169,6 +169,37 @@ def test_an_overlap_is_checked_against_the_window_before_anything_is_read(tmp_pa
     assert result.exit_code == 2
     assert "below the window of 32 pixels, got 32" in " ".join(result.stderr.replace("│", "").split())
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("named", ["variant", "folder"])
+def test_an_overlap_is_checked_against_the_model_s_window_before_its_weights_are_read(
+    named: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"window_size": 512}')
+    arguments = (photo(tmp_path / "x.png"), "--out", tmp_path / "out", "--overlap", 512)
+    result = call("predict", *arguments, "--model", "seg_t_mask_16" if named == "variant" else tmp_path)
+    assert result.exit_code == 2
+    assert "below the window of 512 pixels, got 512" in " ".join(result.stderr.replace("│", "").split())
+    assert "RANDOM" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [((3, 3000), ()), ((40, 40), ("--window", 100_000)), ((300, 300), ("--window", 1, "--scales", 4))],
+)
+def test_absurd_work_is_refused_before_it_starts(
+    size: tuple[int, int], options: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo(tmp_path / "in/a.png", *size)
+    monkeypatch.setattr(settings, "MOST_WINDOWS", 1_000)
+    for format in ("png", "tiff"):
+        result = predict(tmp_path / "in", "--out", tmp_path / "out", "--format", format, *options)
+        assert result.exit_code == 1
+        assert f"a.png: an image of {size[1]} x {size[0]} pixels would become " in result.stderr
+        assert "give a smaller window or other scales" in result.stderr
+        assert tree(tmp_path / "out") == []
+    with pytest.raises(ValueError, match="would become 150,000 x 50,000"):
+        sf.inference.slide(sf.load(MODEL), [torch.zeros(1, 3, 10, 30)], [False], (10, 30), window=50_000)
 
 
 def test_an_overlap_is_checked_where_nothing_is_left_to_do(tmp_path: Path) -> None:

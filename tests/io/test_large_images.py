@@ -201,3 +201,23 @@ def test_samples_without_a_rule_are_not_read_by_rows(tmp_path: Path) -> None:
             TiffRaster(str(path))
     tifffile.imwrite(path, np.zeros((9, 9, 2), np.uint8), photometric="minisblack", planarconfig="contig")
     assert TiffRaster(str(path)).read(0, 9).shape == (9, 9, 3)
+
+
+@pytest.mark.parametrize("kind", ["sparse", "behind", "few"])
+def test_missing_tiles_are_an_error_at_every_size(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.tif"
+    tifffile.imwrite(path, np.ones((64, 48, 3), np.uint8), photometric="rgb", tile=(32, 32), compression="zlib")
+    with tifffile.TiffFile(path, mode="r+") as file:
+        tags = file.pages[0].tags
+        if kind == "sparse":
+            tags["TileOffsets"].overwrite((0,) * 4)
+            tags["TileByteCounts"].overwrite((0,) * 4)
+        elif kind == "behind":
+            tags["TileOffsets"].overwrite((*file.pages[0].dataoffsets[:3], 1 << 30))
+        else:  # a claim of many more pixels
+            tags["ImageLength"].overwrite(60_000)
+            tags["ImageWidth"].overwrite(60_000)
+    for limit in (1, 1 << 26):
+        monkeypatch.setattr(images, "LARGE_PIXELS", limit)
+        with pytest.raises(OSError, match=r"x\.tif cannot be read: .* tiles or strips are missing or end behind"):
+            images.open_raster(path)
