@@ -50,6 +50,15 @@ def test_cells_larger_than_a_tile(backend: Backend) -> None:
     check(backend.masks(8, 1, 2, 2), size=(20, 35))
 
 
+def test_lanes_take_neighbours(backend: Backend) -> None:
+    """Cells of 4, 8 and 16 columns, across programs and cropped; half precision takes powers of exponentials."""
+    for dtype in backend.dtypes:
+        masks = backend.masks(5, 2, 9, 1).to(dtype)
+        check(masks, size=(32, 144))
+        check(masks * 8, size=(8, 72), crop=(7, 68))  # too far apart for powers
+        check(masks[..., :5], size=(10, 20))
+
+
 def test_one_class_is_certain(backend: Backend) -> None:
     assert (kernels.upsample_softmax(backend.masks(1) * 10, (6, 9)) == 1).all()
 
