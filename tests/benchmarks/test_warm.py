@@ -1,4 +1,4 @@
-"""What the benchmarks of a GPU compile is compiled ahead, from the caches' point of view the same."""
+"""Compilation ahead: each task is a case that the run on a GPU times, and is run once."""
 
 from __future__ import annotations
 
