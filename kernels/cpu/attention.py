@@ -56,9 +56,17 @@ def blocks_win(tokens: int, dtype: torch.dtype) -> bool:
     return tokens >= _BLOCKS_FROM and dtype in _BLOCK_DTYPES and onednn_beats_mkl()
 
 
-@cache
 def onednn_beats_mkl() -> bool:
     """True on AMD processors with AVX512, which oneDNN uses and MKL does not: their float32 products differ by 2.2x."""
+    return _uses_avx512_of_amd()
+
+
+# What torch.compiler.assume_constant_result sets, which would import the whole compiler.
+onednn_beats_mkl._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _uses_avx512_of_amd() -> bool:
     uses_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.backends.mkldnn.is_available()
     features = getattr(torch.cpu, "get_capabilities", None)
     return uses_avx512 and features is not None and bool(features().get("sse4a"))  # Intel never had SSE4a

@@ -10,6 +10,7 @@ import inspect
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -124,8 +125,8 @@ def _is_attention(module: nn.Module) -> bool:
     return hasattr(module, "qkv") and hasattr(module, "proj") and not isinstance(module, Attention)
 
 
-def _is_separate(module: nn.Module) -> bool:
-    return bool(projections(module)) and hasattr(getattr(module, "config", None), "_attn_implementation")
+def _is_separate(names: tuple[str, ...], module: nn.Module) -> bool:
+    return projections(module) == names and hasattr(getattr(module, "config", None), "_attn_implementation")
 
 
 def _is_rotary(module: nn.Module) -> bool:
@@ -281,7 +282,7 @@ _KINDS = (
     *(
         Kind(
             FusedSeparateAttention,
-            lambda module, names=names: _is_separate(module) and projections(module) == names,
+            partial(_is_separate, names),
             _refuse_separate,
             f"{names[0]}.weight",
             separate_calls,

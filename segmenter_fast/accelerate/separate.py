@@ -125,7 +125,7 @@ def output_of(attention: nn.Module) -> Any:
     return next((getattr(attention, name) for name in OUTPUTS if hasattr(attention, name)), None)
 
 
-def separate_calls(attention: nn.Module, tokens: Tensor) -> list[Any]:
+def separate_calls(attention: Any, tokens: Tensor) -> list[Any]:
     """Calls to try with: rotated where the forward takes a rotation."""
     if not rotation_argument(attention):
         return [((tokens,), {})]

@@ -110,7 +110,7 @@ def setr() -> nn.Module:
 
 
 def test_report_of_dropout() -> None:
-    """Dropout of attention keeps training on the original forward; that of the output does not, in mmcv's wrapper, too."""
+    """Dropout of attention keeps training on the original forward; that of the output does not, mmcv's neither."""
     for model, when in (
         (vit("vit_tiny_patch16_224", attn_drop_rate=0.1), "in evaluation"),
         (OfficialSegmenter(dropout=0.1).decoder.blocks, "in evaluation"),

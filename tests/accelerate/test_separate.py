@@ -27,8 +27,7 @@ NAMES = ["vit", "deit", "dinov2", "dinov2_registers", "dinov3", "dinov3_gated", 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the op win on any machine, from any number of tokens on."""
-    for module in (attention, match):
-        monkeypatch.setattr(module, "onednn_beats_mkl", lambda: True)
+    monkeypatch.setattr(attention, "_uses_avx512_of_amd", lambda: True)
     monkeypatch.setattr(attention, "_BLOCKS_FROM", 1)
     for name in ("least", "least_rotated"):
         monkeypatch.setattr(separate.FusedWhereFaster, name, 1)
@@ -149,7 +148,7 @@ def test_it_runs_only_where_it_was_measured_to_win(monkeypatch: pytest.MonkeyPat
     assert not ops
     report = str(sf.acceleration_report(sf.accelerate(sf.restore(model))))
     assert report.startswith("replaced by kernels.attention without gradients, on a CPU, from 38 tokens: transformers.")
-    monkeypatch.setattr(match, "onednn_beats_mkl", lambda: False)
+    monkeypatch.setattr(attention, "_uses_avx512_of_amd", lambda: False)
     assert_left(sf.restore(model).layers[0].attention, "PyTorch's attention, which it runs, is as fast on this machine")
 
 
@@ -188,6 +187,25 @@ LEFT: dict[str, tuple[Any, str]] = {
 def test_left(case: str) -> None:
     module, reason = LEFT[case]
     assert_left(module(), reason)
+
+
+def test_eomt_is_taken() -> None:
+    """Its attention alone: the model needs scipy."""
+    config = transformers.EomtConfig(hidden_size=64, num_attention_heads=2, attn_implementation="sdpa")
+    plain = transformers.models.eomt.modeling_eomt.EomtAttention(config)
+    config = transformers.EomtDinov3Config(hidden_size=64, num_attention_heads=2, attn_implementation="sdpa")
+    rotary = transformers.models.eomt_dinov3.modeling_eomt_dinov3.EomtDinov3Attention(config)
+    found = [match for _, _, match in match_modules(nn.ModuleList([plain, rotary]))]
+    assert found == [separate.FusedSeparateAttention] * 2
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov3"])
+def test_compiles_without_a_graph_break(name: str) -> None:
+    model, images = sf.accelerate(First(build(name)).eval()), torch.randn(1, 3, 48, 48)
+    with torch.no_grad():
+        expected = model(images)
+        ours = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_separate_projections_of_another_library_are_named() -> None:
