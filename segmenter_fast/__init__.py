@@ -9,7 +9,7 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
     __path__.append(os.path.dirname(os.path.dirname(__file__)))
 
 # Imported here, because the package `accelerate` would later take the function's place. None of it imports PyTorch.
-from .accelerate import AccelerationReport, accelerate, acceleration_report, restore
+from .accelerate import AccelerationReport, accelerate, acceleration_report, made_full_size, restore
 from .config import VARIANTS, SegmenterConfig
 from .version import __version__ as __version__
 
@@ -30,6 +30,7 @@ __all__ = [
     "create_model",
     "inference",
     "load",
+    "made_full_size",
     "predict",
     "restore",
 ]

@@ -8,6 +8,7 @@ weights gave the same outputs and gradients both ways (``verify``). Only the cla
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
@@ -46,6 +47,8 @@ class AccelerationReport:
 
     replaced: tuple[Replaced, ...]
     left: tuple[Left, ...]
+    patch_sized: tuple[str, ...] = ()
+    """Names of the modules whose scores stay patch-sized until their bilinear resize is used."""
 
     def __str__(self) -> str:
         groups: dict[str, list[str]] = {}
@@ -54,11 +57,13 @@ class AccelerationReport:
             groups.setdefault(what, []).append(item.name or "(model)")
         for other in self.left:
             groups.setdefault(f"left, {other.reason}: {other.cls}", []).append(other.name or "(model)")
+        for name in self.patch_sized:
+            groups.setdefault("scores stay patch-sized, their resize waits", []).append(name or "(model)")
         return "\n".join(f"{what} x {len(names)} ({', '.join(names)})" for what, names in groups.items())
 
 
-def accelerate(model: Model) -> Model:
-    """Run the attention of another library's model, and the end of the official mask decoder, on the fused ops.
+def accelerate(model: Model, heads: Collection[str] = ()) -> Model:
+    """Run the attention, the mask decoder, and the resized logits of another library's model on the fused ops.
 
     Recognised, without importing the library: the official ``Segmenter``, mmsegmentation's ``EncoderDecoder`` with
     Segmenter's backbone and head, timm's Vision Transformers, and every module whose attention has timm's structure
@@ -69,27 +74,35 @@ def accelerate(model: Model) -> Model:
     gradients agree within rounding. Calls with a mask, attention dropout in training, hooks inside an attention and
     requested attention maps run the original forward.
 
+    The bilinear resize of a segmentation head's scores waits until it is used: ``argmax``, ``max``, ``topk(1)`` and
+    ``softmax`` over the classes and ``cross_entropy`` run on the fused ops without the full-size logits. Every other
+    use makes them first, so results stay those of the model; ``made_full_size`` lists such calls.
+
     Each module is verified on random weights and left if the results differ. A second call changes nothing. ``restore``
     undoes it: needed before export to other runtimes, before second derivatives (the ops have none), and before a child
     of a replaced module is exchanged.
 
     Args:
         model: on any device, in any dtype, in train or eval mode.
+        heads: names, as in ``named_modules``, of further modules whose output is resized bilinearly.
 
     Returns:
         The model. ``acceleration_report(model)`` lists the modules that were replaced, and those left with the reason;
         a warning is given if none was replaced.
 
     Raises:
+        AttributeError: ``heads`` names a module that the model does not have.
         TypeError: not a ``torch.nn.Module``, or a TorchScript module, whose forward is compiled already.
     """
     import torch
 
     from .forwards import Fused, fused_class
+    from .heads import mark_heads, unmark_heads
     from .match import match_modules
 
     if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must be a torch.nn.Module that is not TorchScript, got {type(model).__name__}")
+    unmark_heads(model)
     replaced, left = [], []
     for name, module, match in list(match_modules(model)):
         cls = module.original if isinstance(module, Fused) else type(module)
@@ -99,9 +112,10 @@ def accelerate(model: Model) -> Model:
             replaced.append(Replaced(name, f"{cls.__module__}.{cls.__qualname__}", match.op, match.condition(module)))
             if not isinstance(module, Fused):
                 module.__class__ = fused_class(match, cls)
-    report = AccelerationReport(tuple(replaced), tuple(left))
+    patch_sized = mark_heads(model, heads)
+    report = AccelerationReport(tuple(replaced), tuple(left), patch_sized)
     model.__dict__[_REPORT] = report
-    if not replaced:
+    if not replaced and not patch_sized:
         reasons = "; ".join(sorted({item.reason for item in left})) or "it has no attention of a known kind"
         warnings.warn(f"accelerate replaced nothing in {type(model).__name__}: {reasons}", stacklevel=2)
     return model
@@ -119,6 +133,22 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
     return report
 
 
+def made_full_size(model: nn.Module) -> dict[str, int]:
+    """The calls that made full-size logits of an accelerated model, by function and line, and how often each did.
+
+    Raises:
+        ValueError: as ``acceleration_report``.
+    """
+    from .full_size import CALLS
+
+    acceleration_report(model)
+    counts: dict[str, int] = {}
+    for part in model.modules():
+        for call, count in getattr(vars(part).get(CALLS), "counts", {}).items():
+            counts[call] = counts.get(call, 0) + count
+    return counts
+
+
 def restore(model: Model) -> Model:
     """Give every module of an accelerated model its own class again; parameters keep their values.
 
@@ -130,6 +160,7 @@ def restore(model: Model) -> Model:
             first; nothing has been changed.
     """
     from .forwards import Fused
+    from .full_size import CALLS
 
     fused = {name: module for name, module in model.named_modules() if isinstance(module, Fused)}
     for name, module in fused.items():
@@ -139,4 +170,5 @@ def restore(model: Model) -> Model:
         module.__class__ = module.original  # type: ignore[assignment]
     for part in model.modules():
         vars(part).pop(_REPORT, None)
+        vars(part).pop(CALLS, None)
     return model

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
+from .lazy import mark_output
 
 # Children of an attention that the fused forward calls.
 CALLED = frozenset({"qkv", "proj", "proj_drop"})
@@ -170,7 +171,7 @@ class FusedMaskTransformer(Fused):
         plain = len(args) == 2 and not kwargs and _has_kernel(args[0]) and not is_hooked(self.mask_norm)
         # Under autocast PyTorch's LayerNorm returns float32 on a GPU, as the op does, but 16 bits on the CPU.
         if not plain or (args[0].device.type == "cpu" and torch.is_autocast_enabled("cpu")):
-            return super().forward(*args, **kwargs)
+            return mark_output(self, super().forward(*args, **kwargs))
         x, image_size = args
         x = torch.cat([self.proj_dec(x), self.cls_emb.expand(x.shape[0], -1, -1)], 1)
         for block in self.blocks:
@@ -179,4 +180,5 @@ class FusedMaskTransformer(Fused):
         patches, classes = x[:, : -self.n_cls] @ self.proj_patch, x[:, -self.n_cls :] @ self.proj_classes
         norm = self.mask_norm
         scores = kernels.mask_scores(patches, classes, norm.weight, norm.bias, norm.eps)  # (B, h w, K)
-        return scores.unflatten(1, (int(image_size[0] // self.patch_size), -1)).permute(0, 3, 1, 2)
+        scores = scores.unflatten(1, (int(image_size[0] // self.patch_size), -1)).permute(0, 3, 1, 2)
+        return mark_output(self, scores)

@@ -1,0 +1,266 @@
+"""Tensors whose bilinear resize waits until its use is known.
+
+``PatchScores`` are ordinary scores ``(B, K, h, w)``; ``interpolate`` of them returns an ``Upsampled``, which has the
+shape, strides, dtype, device and gradient of the resized tensor but no storage. Labels, maxima, probabilities and the
+cross-entropy are computed by the fused ops. Everything else computes the resized tensor first, once, and goes on with
+that, so that each result is PyTorch's. PyTorch's Python functions reach ``__torch_function__``; what calls operators
+below them (autograd functions, extensions, compiled code) reaches ``__torch_dispatch__``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._prims_common import suggest_memory_format
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map_only
+
+from .full_size import CALLS, FullSizeCalls
+from .lazy_functions import COPIES, METADATA, VIEWS, destination, has_kernel, without_resize
+from .upsampling import Upsampling
+from .waiting import Birth, State
+
+
+def patch_scores(scores: Tensor, calls: FullSizeCalls) -> Tensor:
+    """Mark ``(B, K, h, w)`` scores as ``PatchScores``; return them as they are where a subclass would be in the way."""
+    if (
+        type(scores) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or scores.ndim != 4
+        or not scores.is_floating_point()
+        or not has_kernel(scores.device, scores.dtype)
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad.unpack_dual(scores).tangent is not None
+    ):
+        return scores
+    return _marked(scores, calls)
+
+
+def mark_output(module: nn.Module, output: Any) -> Any:
+    """The output of a head, marked if ``accelerate`` counts the head's calls."""
+    calls = vars(module).get(CALLS)
+    return patch_scores(output, calls) if calls is not None and isinstance(output, Tensor) else output
+
+
+def _marked(scores: Tensor, calls: FullSizeCalls) -> PatchScores:
+    marked = scores.as_subclass(PatchScores)
+    marked.calls = calls
+    return marked
+
+
+class PatchScores(Tensor):
+    """Scores per patch whose bilinear resize waits."""
+
+    calls: FullSizeCalls
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if func is F.interpolate and isinstance(first, PatchScores):
+            return _interpolate(first, *args[1:], **kwargs)
+        # Subclasses of others decide; PyTorch's pickling and deepcopy take a plain tensor.
+        if func in (Tensor.__reduce_ex__, Tensor.__deepcopy__) or not all(issubclass(cls, kind) for kind in types):
+            args, kwargs = tree_map_only(PatchScores, PatchScores.plain, (args, kwargs))
+            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+            if (func in VIEWS or func in COPIES) and type(out) is Tensor and isinstance(first, PatchScores):
+                out = _marked(out, first.calls)
+        return out
+
+    def plain(self) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
+
+
+def _interpolate(marked: PatchScores, *args: Any, **kwargs: Any) -> Tensor:
+    scores, device = marked.plain(), marked.device.type
+    if torch.is_autocast_enabled(device):  # some devices resize in float32 then
+        one = torch.zeros(1, 1, 1, 1, dtype=scores.dtype, device=scores.device)
+        scores = scores.to(F.interpolate(one, size=1, mode="bilinear").dtype)
+    upsampling = Upsampling.of(scores, *args, **kwargs)
+    if upsampling is None:
+        return F.interpolate(scores, *args, **kwargs)
+    shape = (*scores.shape[:2], *upsampling.size)
+    meta = torch.empty(shape, dtype=scores.dtype, device="meta", memory_format=suggest_memory_format(scores))
+    return _make(State(upsampling, meta, scores, lambda x: F.interpolate(x, *args, **kwargs), marked.calls))
+
+
+class _Follow(torch.autograd.Function):
+    """The resized tensor, in the graph that somebody gave to the tensor without storage."""
+
+    @staticmethod
+    def forward(ctx: Any, waiting: Upsampled) -> Tensor:
+        return waiting.values()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad
+
+
+def _make(state: State) -> Upsampled:
+    state.frozen = not torch.is_grad_enabled() and state.upsampling.scores.requires_grad and state.parent is not None
+    if not torch.is_grad_enabled() or not state.upsampling.scores.requires_grad:
+        state.root, state.upsampling = state.root.detach(), state.upsampling.detach()
+    state.version = None if state.root.is_inference() else state.root._version
+    tensor: Any = Birth.apply(state.root, state, Upsampled) if state.root.requires_grad else state.empty(Upsampled)
+    tensor.state = state
+    state.node = tensor.node()
+    with torch._C.DisableTorchFunctionSubclass():
+        return tensor.requires_grad_() if state.frozen else tensor
+
+
+def _in_full(tensor: Tensor, function: Any = None) -> Tensor:
+    return tensor.in_full(function) if isinstance(tensor, Upsampled) else tensor
+
+
+def _child(
+    state: State, upsampling: Upsampling, function: Callable[[Tensor], Tensor], parent: Upsampled | None
+) -> Upsampled:
+    """A view of ``parent``, or a copy if that is None: ``function`` of the resized tensor."""
+    rebuild = state.rebuild  # without the state, because nodes of the graph keep the function
+    meta = function(state.meta)
+    return _make(
+        State(upsampling, meta, state.root, lambda x: function(rebuild(x)), state.calls, parent=parent, view=function)
+    )
+
+
+class Upsampled(Tensor):
+    """A resized tensor ``(B, K, H, W)``, or ``(K, H, W)``, that waits."""
+
+    state: State
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
+        first = args[0] if args else None
+        if isinstance(first, Upsampled):
+            if func in METADATA and first.state.full is None:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return func(*args, **kwargs)
+            if func is F.interpolate:
+                calls = first.state.calls
+                return func(patch_scores(first.in_full(func), calls), *args[1:], **kwargs)
+            if first.waits():
+                out = first.answer(func, args[1:], kwargs)
+                if out is not None:
+                    first.use()
+                    return out
+        args, kwargs = tree_map_only(Upsampled, lambda tensor: _in_full(tensor, func), (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        args, kwargs = tree_map_only(Upsampled, lambda tensor: tensor.values(func), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def node(self) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.grad_fn
+
+    def waits(self) -> bool:
+        """True if nobody has seen, and could have changed, the resized tensor, and its graph is its own."""
+        state = self.state
+        own = self.node() is state.node and not (state.frozen and torch.is_grad_enabled())
+        parent = state.parent
+        return state.full is None and own and (parent is None or (isinstance(parent, Upsampled) and parent.waits()))
+
+    def use(self) -> None:
+        """Note that results exist which do not depend on the resized tensor."""
+        self.state.used = True
+        if isinstance(self.state.parent, Upsampled):
+            self.state.parent.use()
+
+    def rebuilt(self) -> Tensor:
+        state = self.state
+        if state.version is not None and state.root._version != state.version:
+            raise RuntimeError(
+                "scores per patch were changed in place after their resize and before its first use: change a clone of "
+                "them, or segmenter_fast.restore the model"
+            )
+        return state.rebuild(state.root)
+
+    def values(self, function: Any = None) -> Tensor:
+        """The resized tensor without a graph."""
+        if self.state.full is not None:
+            return self.state.full.detach()
+        self.state.calls.add(function, self.state.meta.shape)
+        with torch.no_grad(), torch.autocast(self.state.upsampling.scores.device.type, enabled=False):
+            return self.rebuilt()
+
+    def in_full(self, function: Any = None) -> Tensor:
+        """The resized tensor, computed once; ``function`` is the call that needs it.
+
+        This object becomes that tensor, unless something else holds it.
+        """
+        state = self.state
+        if state.full is not None:
+            return state.full
+        if state.used and function in (Tensor.register_hook, Tensor.retain_grad):
+            raise RuntimeError(
+                f"call {function.__name__} before a loss or a copy of the logits is made, or restore the model"
+            )
+        state.calls.add(function, state.meta.shape)
+        device, own = state.upsampling.scores.device.type, self.node() is state.node
+        with (
+            torch.inference_mode(False),
+            torch.set_grad_enabled(state.root.requires_grad or not own),
+            torch.autocast(device, enabled=False),
+        ):
+            if not own:
+                full = _Follow.apply(self)
+            elif state.parent is None or state.view is None:
+                full = self.rebuilt()
+            else:
+                full = state.view(_in_full(state.parent))
+        try:
+            torch.utils.swap_tensors(self, full)
+            return self
+        except RuntimeError:
+            state.full = full
+            return full
+
+    def answer(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result without the resized tensor, or None."""
+        upsampling = self.state.upsampling
+        if function in (Tensor.unbind, torch.unbind) and upsampling.batched and args in ((), (0,)) and not kwargs:
+            return tuple(map(self._unbound, range(len(self))))
+        if function in COPIES:
+            return self.copy(function, args, kwargs)
+        out = without_resize(upsampling, function, args, kwargs)
+        if isinstance(out, Upsampling):
+            return _child(self.state, out, lambda full: function(full, *args, **kwargs), self)
+        return out
+
+    def _unbound(self, i: int) -> Upsampled:
+        image = self.state.upsampling.getitem(i)
+        assert image is not None
+        return _child(self.state, image, lambda full: full.unbind()[i], self)
+
+    def copy(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A cast, a move or another layout, which waits as well; itself where PyTorch returns the tensor itself."""
+        state = self.state
+        scores = state.upsampling.scores
+        goal = destination(scores, function, args, kwargs)
+        if goal is None:
+            return None
+        device, dtype, new_layout = goal
+        if function is Tensor.contiguous:
+            new_layout = not state.meta.is_contiguous()
+        if (device, dtype) == (scores.device, scores.dtype) and not new_layout:
+            return self
+        upsampling = replace(state.upsampling, scores=scores.to(device, dtype))
+
+        def copy(full: Tensor) -> Tensor:
+            return function(full) if new_layout else full.to(full.device if full.is_meta else device, dtype)
+
+        return _child(state, upsampling, copy, None)

@@ -1,0 +1,84 @@
+"""PyTorch's functions that a resize which waits understands."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .upsampling import Upsampling
+
+_ATTRIBUTES = (
+    "shape dtype device layout ndim requires_grad grad_fn is_leaf is_cuda is_cpu is_meta is_sparse is_quantized"
+)
+_QUESTIONS = "is_floating_point is_complex is_signed is_same_size is_inference numel"
+_METHODS = "size dim ndimension nelement stride storage_offset is_contiguous element_size get_device __len__"
+# Answered from shape, strides, dtype and device.
+METADATA = frozenset(
+    [getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()]
+    + [getattr(Tensor, name) for name in (_METHODS + " " + _QUESTIONS).split()]
+    + [getattr(torch, name) for name in _QUESTIONS.split()]
+)
+_LAYOUTS = frozenset({Tensor.contiguous, Tensor.clone, torch.clone})
+_CASTS = {Tensor.float: torch.float32, Tensor.double: torch.float64, Tensor.half: torch.float16} | {
+    Tensor.bfloat16: torch.bfloat16
+}
+COPIES = frozenset({*_CASTS, *_LAYOUTS, Tensor.to, Tensor.cpu})
+VIEWS: dict[Any, Callable[..., Upsampling | None]] = {
+    **{function: Upsampling.detach for function in (Tensor.detach, torch.detach)},
+    **{function: Upsampling.squeeze for function in (Tensor.squeeze, torch.squeeze)},
+    **{function: Upsampling.unsqueeze for function in (Tensor.unsqueeze, torch.unsqueeze)},
+    Tensor.__getitem__: Upsampling.getitem,
+}
+_RESULTS: dict[Any, Callable[..., Any]] = {
+    F.cross_entropy: Upsampling.cross_entropy,
+    F.softmax: Upsampling.softmax,
+    Tensor.softmax: lambda upsampling, dim, dtype=None: upsampling.softmax(dim, dtype=dtype),
+    torch.softmax: lambda upsampling, dim, dtype=None: upsampling.softmax(dim, dtype=dtype),
+    **{function: Upsampling.argmax for function in (Tensor.argmax, torch.argmax)},
+    **{function: Upsampling.max for function in (Tensor.max, torch.max)},
+    **{function: Upsampling.topk for function in (Tensor.topk, torch.topk)},
+}
+_signature = functools.cache(inspect.signature)
+
+
+def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and (device.type == "cpu" or (device.type == "cuda" and dtype != torch.float64))
+
+
+def without_resize(upsampling: Upsampling, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The upsampling of a view, or a result; None if the function or its arguments are none of those above."""
+    method = VIEWS.get(function) or _RESULTS.get(function)
+    if method is None:
+        return None
+    try:
+        _signature(method).bind(upsampling, *args, **kwargs)
+    except TypeError:
+        return None
+    return method(upsampling, *args, **kwargs)
+
+
+def destination(
+    scores: Tensor, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.device, torch.dtype, bool] | None:
+    """Device and dtype of what one of ``COPIES`` returns, and True if it may be in another layout; None to resize."""
+    device, dtype = scores.device, _CASTS.get(function, scores.dtype)
+    if function is Tensor.to:
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                to_device, to_dtype, _, layout = torch._C._nn._parse_to(*args, **kwargs)
+        except TypeError:
+            return None
+        device, dtype = to_device or device, to_dtype or dtype
+        if layout is not None:
+            return None
+    elif args or kwargs:
+        return None
+    elif function is Tensor.cpu:
+        device = torch.device("cpu")
+    return (device, dtype, function in _LAYOUTS) if has_kernel(device, dtype) else None
