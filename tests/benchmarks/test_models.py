@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from typer.testing import CliRunner, Result
 from segmenter_fast import VARIANTS
 from segmenter_fast.benchmarks import case, runner
 from segmenter_fast.benchmarks.case import OURS, Row
+from segmenter_fast.benchmarks.deadline import time_limit
 from segmenter_fast.benchmarks.device import describe
 from segmenter_fast.benchmarks.models import comparison, parts, throughput
 from segmenter_fast.benchmarks.models.comparison import MODELS, PEER, REFERENCE, Accuracy, Limits, compare_models
@@ -188,11 +190,11 @@ def test_a_peer_that_is_not_ready_in_time_is_not_run_and_the_others_are_kept(mon
     def slow(*_: Any) -> Any:
         time.sleep(60)
 
-    plan = comparison.Plan(late=True, deadline=time.monotonic() + 5)
-    right = comparison.Comparison._peer
-    calls = iter([right, slow, slow])
-    monkeypatch.setattr(comparison.Comparison, "_peer", lambda self: next(calls)(self))
-    rows = {row.variant: row for row in compare_models(CASE, CPU, CEILINGS, 0.02, plan)}
+    right, calls, limits = comparison.Comparison._peer, iter([0, 1, 2]), iter([math.inf, 60.0, 0.2, 0.2])
+    monkeypatch.setattr(comparison.Comparison, "_peer", lambda self: slow() if next(calls) else right(self))
+    # Ours has no limit; the peer has as much as it needs.
+    monkeypatch.setattr(comparison, "time_limit", lambda _: time_limit(time.monotonic() + next(limits)))
+    rows = {row.variant: row for row in compare_models(CASE, CPU, CEILINGS, 0.02)}
     assert all(rows[name].timing for name in (REFERENCE, OURS, PEER))
     assert all(rows[name].status == "not run" and not rows[name].timing for name in comparison.LATE)
     assert "time was up" in rows[comparison.CUDNN].note
