@@ -22,6 +22,7 @@ from segmenter_fast.devices import choose_dtype
 from segmenter_fast.inference.batches import Model
 from segmenter_fast.inference.folders import Job, plan
 from segmenter_fast.inference.pipeline import run_all
+from segmenter_fast.inference.resume import describe_run
 from segmenter_fast.inference.settings import Settings
 from segmenter_fast.io.images import normalise, read_image
 
@@ -79,12 +80,15 @@ def measure_job(model: Model, folder: Path, batch: int) -> list[Row]:
     jobs = {name: plan([folder / "in"], folder / "out", name == OVERLAYS) for name in (LABELS, OVERLAYS)}
     settings, config = Settings.of(model.config, batch_size=batch), model.config
     samples: dict[str, list[float]] = {name: [] for name in (SEGMENT, LABELS, OVERLAYS)}
+    run = describe_run(model, settings)
     for part in (0, *range(PARTS)):  # the first one once more, to warm up
         part_of = {name: of[part::PARTS] for name, of in jobs.items()}
         pixels = [read_image(job.source) for job in part_of[LABELS]]
         images = torch.cat([normalise(x, config.mean, config.std, next(model.parameters()).device) for x in pixels])
         calls: dict[str, Callable[[], object]] = {SEGMENT: partial(_segment, model, images, batch)}
-        calls |= {name: partial(run_all, model, of, settings, lambda job: None, _end) for name, of in part_of.items()}
+        calls |= {
+            name: partial(run_all, model, of, settings, lambda job: None, _end, run=run) for name, of in part_of.items()
+        }
         for name, call in calls.items():
             start = time.perf_counter()
             call()
