@@ -86,9 +86,8 @@ def measure_job(model: Model, folder: Path, batch: int) -> list[Row]:
         pixels = [read_image(job.source) for job in part_of[LABELS]]
         images = torch.cat([normalise(x, config.mean, config.std, next(model.parameters()).device) for x in pixels])
         calls: dict[str, Callable[[], object]] = {SEGMENT: partial(_segment, model, images, batch)}
-        calls |= {
-            name: partial(run_all, model, of, settings, lambda job: None, _end, run=run) for name, of in part_of.items()
-        }
+        write = partial(run_all, model, run=run)
+        calls |= {name: partial(write, of, settings, lambda job: None, _end) for name, of in part_of.items()}
         for name, call in calls.items():
             start = time.perf_counter()
             call()
