@@ -29,7 +29,10 @@ _SHORT.maxlevel, _SHORT.maxother = 2, 60
 
 
 class CheckpointError(ValueError):
-    """A source that cannot or must not be loaded; the message names it and the reason."""
+    """A source that cannot or must not be loaded; the message names it and the reason, in at most 20,000 characters."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message if len(message) <= 20_000 else f"{message[:20_000]}...")
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -104,8 +107,8 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{index} must have a weight_map of names of tensors and files")
     state: dict[str, Tensor] = {}
     for name in sorted(set(places.values())):
-        if Path(name).name != name:
-            raise CheckpointError(f"{index} must name files beside it, got {shown(name)}")
+        if Path(name).name != name or len(name) > 255 or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} must name safetensors files beside it, got {shown(name)}")
         state |= read_safetensors(index.parent / name)
     if missing := sorted(places.keys() - state.keys()):
         raise CheckpointError(f"{index}: its files lack {shown(missing)}")

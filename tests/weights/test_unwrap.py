@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import warnings
@@ -19,6 +20,7 @@ import segmenter_fast as sf
 from segmenter_fast.train.presets import Recipe
 from segmenter_fast.train.run_folder import open_run, save_checkpoint
 from segmenter_fast.train.stepping import FORMAT_VERSION
+from segmenter_fast.weights import distributed as reader
 from segmenter_fast.weights.reading import CheckpointError
 from segmenter_fast.weights.unwrap import find_state
 from support.checkpoints import GOLDEN, same, small_model
@@ -145,7 +147,8 @@ def test_sharded_safetensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("place", "reason"),
     [
-        ("../other.safetensors", r"must name files beside it, got '\.\./other\.safetensors'"),
+        ("../other.safetensors", r"must name safetensors files beside it, got '\.\./other\.safetensors'"),
+        ("model.safetensors.index.json", "must name safetensors files beside it"),  # itself
         (3, "must have a weight_map"),
         ("model-00001-of-00002.safetensors", r"its files lack \['more'\]"),
     ],
@@ -225,3 +228,21 @@ def test_a_damaged_or_missing_part_is_named(distributed: Path, tmp_path: Path) -
     data.unlink()
     with pytest.raises((CheckpointError, FileNotFoundError), match=str(tmp_path)):
         sf.load(tmp_path)
+
+
+def test_a_tensor_of_several_processes_is_put_together(tmp_path: Path) -> None:
+    whole, places = torch.arange(15.0).view(5, 3), []
+    for name, start, stop in (("__0_0.distcp", 0, 3), ("__1_0.distcp", 3, 5)):
+        buffer = io.BytesIO()
+        torch.save(whole[start:stop].clone(), buffer)
+        (tmp_path / name).write_bytes(bytes(100) + buffer.getvalue() + bytes(10))
+        place = {"relative_path": name, "offset": 100, "length": len(buffer.getvalue())}
+        places.append(((start, 0), place))
+    like = whole.to("meta")
+    assert torch.equal(reader._read(tmp_path, like, places), whole)
+    with pytest.raises(CheckpointError, match="has 9 of 15 values of a tensor: is a file missing"):
+        reader._read(tmp_path, like, places[:1])
+    with pytest.raises(CheckpointError, match=r"__1_0\.distcp has a chunk \(2, 3\) at \(4, 0\) of \(5, 3\)"):
+        reader._read(tmp_path, like, [((4, 0), places[1][1])])
+    with pytest.raises(CheckpointError, match=r"__1_0\.distcp has a chunk"):
+        reader._read(tmp_path, like.double(), places[1:])
