@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -60,6 +61,15 @@ def test_nothing_heavy_is_imported(program: str) -> None:
 def test_the_compiler_is_imported_by_its_first_use() -> None:
     program = "import sys\nimport segmenter_fast as sf\nsf.load, sf.predict\nprint('torch._dynamo' in sys.modules)"
     assert python(program).stdout == "False\n"
+
+
+def test_another_package_of_our_folders_name_may_be_looked_for_in_a_checkout() -> None:
+    """transformers imports ``kernels`` to read its version."""
+    root = Path(__file__).parents[1]
+    program = (
+        f"import sys; sys.path.insert(0, {str(root)!r}); import segmenter_fast.kernels, kernels; print(dir(kernels))"
+    )
+    assert "attention" not in python(program).stdout
 
 
 def test_the_program_reaches_every_command() -> None:
