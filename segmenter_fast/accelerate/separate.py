@@ -3,9 +3,10 @@
 These modules run PyTorch's attention already, on three tensors, and transformers' ``AttentionInterface`` would hand
 over three. ``kernels.attention`` takes a packed one; the activations are packed, so that no packed copy of the weights
 exists. It runs only where models were measured to win in spite of that: without gradients, on a CPU where it multiplies
-by oneDNN, from ``least`` tokens on. Two cores of an AMD EPYC (Zen 5), float32, S models at batch 1: ViT 1.05x at 577
-tokens and 1.09x at 1025, DINOv2 1.15x at 1370, but ViT 0.8x at 401. On a GPU PyTorch's attention stays: on an H100 it
-is as fast forward, and faster backward from 577 tokens on.
+by oneDNN, from ``least`` tokens on. Two cores of an AMD EPYC (Zen 5), float32, whole S models at batch 1, two runs: ViT
+0.99 and 1.05x at 577 tokens, 1.04 and 1.09x at 1025; DINOv2 1.03 and 1.06x at 785 and 842, 1.08 and 1.15x at 1370;
+DINOv3 0.98 to 1.04x below 1000, 1.03 and 1.05x at 1029, 1.13x at 1605. On a GPU PyTorch's attention stays: on an H100
+it is as fast forward, and faster backward from 577 tokens on.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class FusedWhereFaster(Fused):
     """Base of both: runs the fused forward in evaluation, where it is faster; in a trial whether it is or not."""
 
     op = "attention"
-    least: ClassVar[int] = 576
+    least: ClassVar[int] = 768
     """Number of tokens from which the fused forward wins."""
     least_rotated: ClassVar[int] = 1000
 
