@@ -25,10 +25,7 @@ def require_types(instance: Any) -> None:
     for name, kind in _hints(instance.__class__).items():
         value = getattr(instance, name)
         if not _is(value, kind):
-            given = repr(value)
-            raise ValueError(
-                f"{name} must be {_in_words(kind)}, got {given if len(given) < 80 else given[:77] + '...'}"
-            )
+            raise ValueError(f"{name} must be {_in_words(kind)}, got {repr(value)[:80]}")
 
 
 def _is(value: object, kind: Any) -> bool:

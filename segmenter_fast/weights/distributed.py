@@ -74,7 +74,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
 
 def _read(folder: Path, like: Tensor, chunks: list[tuple[Any, Any]]) -> Tensor:
     """Return a tensor of the size and dtype of ``like`` from the chunks that cover it."""
-    whole, filled = torch.empty_like(like, device="cpu"), 0
+    whole, filled = torch.zeros_like(like, device="cpu"), 0
     for offsets, place in chunks:
         path = folder / Path(place["relative_path"]).name
         with path.open("rb") as file:

@@ -15,14 +15,17 @@ from typing import IO, Any, cast
 _PACKAGES = ("mmengine", "mmcv", "mmseg", "numpy")
 # Plain values of the standard library, and what pickles call to make them.
 _NAMES = {
-    *(f"builtins.{name}" for name in ("getattr", "dict", "list", "int", "float", "object", "str", "bool", "bytes")),
-    *(f"builtins.{name}" for name in ("tuple", "frozenset", "slice", "range")),
-    *(f"pathlib.{kind}{name}" for kind in ("", "Pure", "Posix", "Windows") for name in ("Path",)),
-    *(f"pathlib._local.{name}" for name in ("Path", "PosixPath", "WindowsPath")),
-    *("pathlib.PurePosixPath", "pathlib.PureWindowsPath", "argparse.Namespace", "types.SimpleNamespace"),
-    *(f"datetime.{name}" for name in ("datetime", "date", "time", "timedelta", "timezone")),
-    *("collections.deque", "uuid.UUID", "decimal.Decimal", "fractions.Fraction", "functools.partial", "typing.Any"),
-    *("copyreg._reconstructor", "logging.getLogger"),
+    f"{module}.{name}"
+    for module, names in {
+        "builtins": "getattr dict list int float object str bool bytes tuple frozenset slice range",
+        "pathlib": "Path PosixPath WindowsPath PurePath PurePosixPath PureWindowsPath",
+        "pathlib._local": "Path PosixPath WindowsPath",
+        "datetime": "datetime date time timedelta timezone",
+        **{"argparse": "Namespace", "types": "SimpleNamespace", "typing": "Any", "collections": "deque"},
+        **{"uuid": "UUID", "decimal": "Decimal", "fractions": "Fraction", "functools": "partial"},
+        **{"copyreg": "_reconstructor", "logging": "getLogger"},
+    }.items()
+    for name in names.split()
 }
 _MEMORY = "builtins.bytearray"  # PyTorch allows it, and it takes as much memory as a number says
 _LONGEST, _DEEPEST = 100_000, 500  # values that the hash of a tuple visits, and tuples inside of each other
