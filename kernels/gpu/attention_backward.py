@@ -24,9 +24,11 @@ from .attention_forward import (
     add_product,
     check,
     fills,
+    load_at,
     load_rows,
     locate,
     qkv_strides,
+    row_pointers,
     store_rows,
     table_arch,
     tail,
@@ -51,26 +53,26 @@ def _add_keys(
 
 @triton.jit
 def _add_queries(
-    dk, dv, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, start, stride_n, stride_grad_n, seq_len, scale_log2,
+    dk, dv, k, v, q_ptrs, grad_out_ptrs, lse_ptrs, delta_ptrs, start, seq_len, scale_log2,
     ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to ``dk``, not yet scaled, and ``dv`` the share of ROWS queries."""
-    q = load_rows(q_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
-    grad_out = load_rows(grad_out_ptr, start, stride_grad_n, seq_len, ROWS, DIM, PAD, EDGE)
-    offs_m = start + tl.arange(0, ROWS)
+    q = load_at(q_ptrs, start, seq_len, ROWS, DIM, PAD, EDGE)
+    grad_out = load_at(grad_out_ptrs, start, seq_len, ROWS, DIM, PAD, EDGE)
+    mask_m = start + tl.arange(0, ROWS) < seq_len
     if EDGE:
-        lse = tl.load(lse_ptr + offs_m, mask=offs_m < seq_len, other=0.0)
-        delta = tl.load(delta_ptr + offs_m, mask=offs_m < seq_len, other=0.0)
+        lse = tl.load(lse_ptrs, mask=mask_m, other=0.0)
+        delta = tl.load(delta_ptrs, mask=mask_m, other=0.0)
     else:
-        lse = tl.load(lse_ptr + offs_m)
-        delta = tl.load(delta_ptr + offs_m)
+        lse = tl.load(lse_ptrs)
+        delta = tl.load(delta_ptrs)
     p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - lse[None, :])  # (BLOCK_N, ROWS)
     if EDGE:
-        p = tl.where((offs_m < seq_len)[None, :], p, 0.0)
+        p = tl.where(mask_m[None, :], p, 0.0)
     dv = add_product(dv, p.to(grad_out.dtype), grad_out, PRECISION)
     ds = p * (tl.dot(v, grad_out.T, input_precision=PRECISION) - delta[None, :])
     if EDGE:  # an infinite value times the zeros of a missing row would be NaN
-        ds = tl.where((offs_m < seq_len)[None, :], ds, 0.0)
+        ds = tl.where(mask_m[None, :], ds, 0.0)
     return add_product(dk, ds.to(q.dtype), q, PRECISION), dv
 
 
@@ -152,15 +154,24 @@ def attention_backward_keys_kernel(
     dk = tl.zeros((BLOCK_N, PAD_DIM), tl.float32)
     dv = tl.zeros((BLOCK_N, PAD_DIM), tl.float32)
     full = seq_len // BLOCK_M * BLOCK_M
-    for start in tl.range(full, seq_len, TAIL_M, num_stages=1):
+    q_ptrs = row_pointers(q_ptr, 0, stride_n, BLOCK_M, PAD_DIM)
+    grad_out_ptrs = row_pointers(grad_out_ptr, 0, stride_grad_n, BLOCK_M, PAD_DIM)
+    lse_ptrs, delta_ptrs = lse_ptr + tl.arange(0, BLOCK_M), delta_ptr + tl.arange(0, BLOCK_M)
+    for start in tl.range(0, full, BLOCK_M):  # pointers that move on, and the rest last: fewer registers
         dk, dv = _add_queries(
-            dk, dv, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, start, stride_n, stride_grad_n, seq_len, scale_log2,
-            TAIL_M, HEAD_DIM, PAD_DIM, True, PRECISION,
-        )  # fmt: skip
-    for start in tl.range(0, full, BLOCK_M):
-        dk, dv = _add_queries(
-            dk, dv, k, v, q_ptr, grad_out_ptr, lse_ptr, delta_ptr, start, stride_n, stride_grad_n, seq_len, scale_log2,
+            dk, dv, k, v, q_ptrs, grad_out_ptrs, lse_ptrs, delta_ptrs, start, seq_len, scale_log2,
             BLOCK_M, HEAD_DIM, PAD_DIM, False, PRECISION,
+        )  # fmt: skip
+        q_ptrs += BLOCK_M * stride_n
+        grad_out_ptrs += BLOCK_M * stride_grad_n
+        lse_ptrs += BLOCK_M
+        delta_ptrs += BLOCK_M
+    for start in tl.range(full, seq_len, TAIL_M, num_stages=1):
+        offs_m = start + tl.arange(0, TAIL_M)
+        dk, dv = _add_queries(
+            dk, dv, k, v, row_pointers(q_ptr, start, stride_n, TAIL_M, PAD_DIM),
+            row_pointers(grad_out_ptr, start, stride_grad_n, TAIL_M, PAD_DIM), lse_ptr + offs_m, delta_ptr + offs_m,
+            start, seq_len, scale_log2, TAIL_M, HEAD_DIM, PAD_DIM, True, PRECISION,
         )  # fmt: skip
     dk_ptr = grad_qkv_ptr + b * seq_len * 3 * stride_out + (heads + h) * HEAD_DIM
     dv_ptr = dk_ptr + stride_out
@@ -168,13 +179,14 @@ def attention_backward_keys_kernel(
     store_rows(dv_ptr, dv, start_n, 3 * stride_out, seq_len, BLOCK_N, HEAD_DIM, PAD_DIM)
 
 
-# As in the forward, for few and for many programs, but of the queries' pass and of the keys' pass.
+# As in the forward, for few and for many programs, but of the queries' pass and of the keys' pass. With 128 registers
+# two programs of 8 warps share a multiprocessor of sm_90.
 _HALF = {
     ("sm_80", False): ((Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)), (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3))),
     ("sm_80", True): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 3)), (Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 3))),
     ("sm_86", False): ((Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)), (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3))),
     ("sm_86", True): ((Tiles(64, 32, 8, 3), Tiles(32, 64, 8, 3)), (Tiles(64, 32, 8, 3), Tiles(32, 64, 8, 3))),
-    ("sm_90", False): ((Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3)), (Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 3))),
+    ("sm_90", False): ((Tiles(64, 64, 4, 3), Tiles(32, 64, 4, 3)), (Tiles(128, 64, 8, 3), Tiles(32, 128, 8, 3, 128))),
     ("sm_90", True): ((Tiles(64, 64, 4, 2), Tiles(64, 64, 8, 3)), (Tiles(128, 64, 8, 3), Tiles(64, 64, 8, 3))),
     ("sm_100", False): ((Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 3)), (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3))),
     ("sm_100", True): ((Tiles(64, 64, 4, 3), Tiles(64, 64, 8, 3)), (Tiles(128, 64, 8, 3), Tiles(64, 128, 8, 3))),

@@ -62,7 +62,8 @@ def dot_precision(dtype: torch.dtype, arch: str) -> str:
 @lru_cache
 def launch_arguments(tiles: Any) -> dict[str, int]:
     """A named tuple of tiles as keywords of a launch: ``block_m`` is the constant BLOCK_M, ``num_warps`` an option."""
-    return {name if name.startswith("num_") else name.upper(): value for name, value in tiles._asdict().items()}
+    given = {name: value for name, value in tiles._asdict().items() if (name, value) != ("maxnreg", 0)}
+    return {name if name.startswith(("num_", "maxnreg")) else name.upper(): value for name, value in given.items()}
 
 
 def programs(*grid: int, **shapes: Sequence[int]) -> tuple[int, ...]:

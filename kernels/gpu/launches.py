@@ -147,7 +147,7 @@ def _attention(all_sizes: bool) -> Iterator[tuple[str, Callable[[], object]]]:
     """
     for name in ("bf16", "fp16", "fp32") if all_sizes else ("bf16", "fp32"):
         for dim in HEAD_SIZES if all_sizes else (64, 128):
-            for seq_len, rest in ((257, ""), (1025, ""), (280, " ragged"), (1080, " ragged")):
+            for seq_len, rest in ((257, ""), (4097, ""), (280, " ragged"), (4152, " ragged")):
                 if rest and (dim not in (64, 128) or name == "fp16"):
                     continue
                 qkv = empty(BATCH, seq_len, 3, HEADS, dim, dtype=DTYPES[name])

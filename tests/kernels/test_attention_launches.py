@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from segmenter_fast.kernels import attention
-from segmenter_fast.kernels.registry import HEAD_SIZES
+from segmenter_fast.kernels.registry import HEAD_SIZES, INTERPRET
 
 from .conftest import Backend
 from .test_attention import assert_attention, inputs
@@ -32,11 +32,25 @@ def test_launch_config_of_every_chip(arch: str) -> None:
 
 
 def test_tiles_of_few_programs() -> None:
-    """12 heads of 1025 tokens are 108 programs of 128 queries: too few for 132 multiprocessors, which hold two each."""
+    """Blocks of 128 queries only where 132 multiprocessors have four of them each and few of their rows are empty."""
     forward = pytest.importorskip("segmenter_fast.kernels.gpu.attention_forward", reason="needs Triton")
-    rows = {heads: forward.launch_config(64, 1025, torch.bfloat16, "sm_90", heads, 132).block_m for heads in (12, 96)}
-    assert rows == {12: 64, 96: 128}
+    lengths = ((4097, 12), (4097, 24), (577, 768), (1025, 768), (257, 1536))
+    rows = [forward.launch_config(64, n, torch.bfloat16, "sm_90", heads, 132).block_m for n, heads in lengths]
+    assert rows == [64, 128, 128, 64, 64]
     assert [forward.tail(n, 64) for n in (1, 16, 17, 64, 65, 1080)] == [16, 16, 64, 0, 16, 64]
+
+
+def test_two_programs_of_the_keys_share_a_multiprocessor() -> None:
+    """A multiprocessor of sm_90 has 65,536 registers; more than 128 a thread leave room for one program of 8 warps."""
+    aot = pytest.importorskip("segmenter_fast.kernels.aot", reason="needs Triton")
+    if INTERPRET:
+        pytest.skip("TRITON_INTERPRET is set: kernels are interpreted and cannot be compiled")
+    names = [
+        launch.name for launch in aot.shipped("sm_90") if "keys D=64 bf16 ieee (32, 128, 8, 3, 128)" in launch.name
+    ]
+    (build,) = aot.build_all([("sm_90", name) for name in names])
+    assert build.registers <= 128
+    assert not build.defect
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (8, 0)])
@@ -72,6 +86,6 @@ def test_tiles_of_many_programs_compute_the_same(monkeypatch: pytest.MonkeyPatch
     """Tiles of sm_90 for long sequences, which are too slow for the interpreter, on a short one."""
     for name in ("forward", "backward"):
         kernel = importlib.import_module(f"segmenter_fast.kernels.gpu.attention_{name}")
-        tiles = kernel.launch_config(64, 1025, torch.float16, "sm_90", 96, 132)
+        tiles = kernel.launch_config(64, 4097, torch.float16, "sm_90", 96, 132)
         monkeypatch.setattr(kernel, "launch_config", lambda *args, tiles=tiles: tiles)
     assert_attention(*inputs(Backend("interpret", "cpu", ()), 1, n, 1, 64, torch.float16))

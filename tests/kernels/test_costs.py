@@ -182,7 +182,7 @@ PRODUCTS = {
     "attention": {"attention_forward_kernel": ("HGMMA", 1, 128)},
     "attention backward": {
         "attention_backward_queries_kernel": ("HGMMA", 1, 128),
-        "attention_backward_keys_kernel": ("HGMMA", 1, 128),
+        "attention_backward_keys_kernel": ("HGMMA", 1, 168),  # room for three programs of 4 warps
     },
     "mask scores, K=150": {"mask_scores_kernel": ("HMMA", 0, 128)},
 }
@@ -220,7 +220,7 @@ def test_matrix_products_use_the_tensor_cores_and_load_ahead(measured) -> None:
         assert {one["kernel"] for one in measured[name]["launches"]} == kernels.keys()
         for kernel, (product, prefetch, registers) in kernels.items():
             (main,) = (loop for loop in loops(measured[name], kernel) if loop["passes"] > 1)
-            assert max(one["registers"] for one in measured[name]["launches"]) <= registers
+            assert all(one["registers"] <= registers for one in measured[name]["launches"] if one["kernel"] == kernel)
             assert main["mma"].get(product, 0) > 0
             assert main["async_loads"][128] > 0
             assert main["prefetch"] >= prefetch
