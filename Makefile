@@ -2,7 +2,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PYTHON ?= python3
 
-.PHONY: demo test lint types bench clean
+.PHONY: demo test lint types bench triton-3.6 clean
 
 # Reinstalls only when the requirements changed.
 $(VENV)/.installed: pyproject.toml constraints.txt mend_torchvision.py
@@ -40,6 +40,10 @@ types: $(VENV)/.installed
 # Whole models in less than ten minutes on two cores; `segmenter-fast bench --help` says what else there is to measure.
 bench: $(VENV)/.installed
 	$(PY) -m segmenter_fast.cli bench --out build/bench
+
+# Triton 3.6 beside the installed one, for tests/kernels/test_aot_triton_3_6.py.
+triton-3.6: $(VENV)/.installed
+	$(PY) -m pip install --quiet --no-deps --upgrade --target build/triton-3.6 triton==3.6.0
 
 clean:
 	rm -rf $(VENV) build dist demo *.egg-info

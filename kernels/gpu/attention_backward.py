@@ -33,7 +33,17 @@ from .attention_forward import (
     table_arch,
     tail,
 )
-from .common import LOG2_E, cdiv, device_arch, dot_precision, launch_arguments, next_power_of_2, processors, programs
+from .common import (
+    LOG2_E,
+    TRITON_3_6,
+    cdiv,
+    device_arch,
+    dot_precision,
+    launch_arguments,
+    next_power_of_2,
+    processors,
+    programs,
+)
 
 
 @triton.jit
@@ -210,7 +220,12 @@ def launch_config(
     """Tiles of the queries' pass and of the keys' pass, each chosen as in the forward."""
     if dtype == torch.float32:
         return (_FLOAT_GFX if arch.startswith("gfx") else _FLOAT)[next_power_of_2(head_dim)]
-    few, many = _HALF[table_arch(arch), head_dim > 64]
+    row = table_arch(arch)
+    few, many = _HALF[row, head_dim > 64]
+    if TRITON_3_6 and (row, head_dim > 64) == ("sm_80", True):
+        few = many = Tiles(32, 64, 4, 2), few[1]
+    if TRITON_3_6 and (row, head_dim) == ("sm_100", 32):
+        many = many[0], many[1]._replace(num_stages=2)
     queries, keys = (fills(seq_len, rows, heads, processors) for rows in (many[0].block_m, many[1].block_n))
     return (many if queries else few)[0], (many if keys else few)[1]
 

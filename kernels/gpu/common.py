@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+# Compiled by Triton 3.6 some tiles spill that do not with 3.7: launch configurations make exceptions for it.
+TRITON_3_6 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 MOST_PROGRAMS = 2**31 - 1  # along the first axis of a grid
 
 

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import LOG2_E, cdiv, launch_arguments, programs
+from .common import LOG2_E, TRITON_3_6, cdiv, launch_arguments, programs
 
 SIZES = ["num_classes", "lattices", "height", "width"]
 
@@ -150,12 +151,13 @@ class Tiles(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def launch_config(num_classes: int) -> Tiles:
+def launch_config(num_classes: int, dtype: torch.dtype = torch.float32) -> Tiles:
     """Tiles of 32 columns of a row, one warp: a thread holds the classes of a step, at constant distances in memory.
 
     No step is wider than the classes. The last one ends at the last class and repeats some of the step before.
     """
-    return Tiles(1, 32, min(1 << num_classes.bit_length() - 1, 16), num_warps=1)
+    most = 8 if TRITON_3_6 and dtype == torch.float64 else 16
+    return Tiles(1, 32, min(1 << num_classes.bit_length() - 1, most), num_warps=1)
 
 
 def launch(kernel: Any, lattice: Sequence[Tensor], tiles: Tiles, of_a_tile: int = 1, **arguments: Any) -> None:
@@ -179,7 +181,8 @@ def log_sum(lattice: Sequence[Tensor]) -> Tensor:
     """Shift and log2 of the sum of the exponentials of each pixel and lattice, ``(S, 2, H, W)``."""
     scores, rows, _, cols, _ = lattice
     out = scores.new_empty((len(rows), 2, rows.shape[2], cols.shape[2]))
-    launch(lattice_log_sum_kernel, lattice, launch_config(scores.shape[1]), of_a_tile=len(rows), out_ptr=out)
+    tiles = launch_config(scores.shape[1], scores.dtype)
+    launch(lattice_log_sum_kernel, lattice, tiles, of_a_tile=len(rows), out_ptr=out)
     return out
 
 

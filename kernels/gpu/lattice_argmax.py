@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .common import TRITON_3_6, device_arch
 from .lattice import (
     SIZES,
     Tiles,
@@ -131,5 +132,7 @@ def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tens
         launch(lattice_argmax_kernel, lattice, PRUNED, labels_ptr=labels)
     else:
         sums = log_sum(lattice)
-        launch(lattice_votes_kernel, lattice, launch_config(num_classes), log_sum_ptr=sums, labels_ptr=labels)
+        few = TRITON_3_6 and scores.dtype == torch.float32 and device_arch(scores).startswith("sm_")
+        limit = {"maxnreg": 176} if few else {}
+        launch(lattice_votes_kernel, lattice, launch_config(num_classes), log_sum_ptr=sums, labels_ptr=labels, **limit)
     return labels

@@ -28,7 +28,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, device_arch, dot_precision, launch_arguments, next_power_of_2, programs, refuse_float64
+from .common import (
+    TRITON_3_6,
+    cdiv,
+    device_arch,
+    dot_precision,
+    launch_arguments,
+    next_power_of_2,
+    programs,
+    refuse_float64,
+)
 
 
 @triton.jit
@@ -200,13 +209,15 @@ def launch_config(num_classes: int, dtype: torch.dtype, backward: bool, arch: st
         nvidia = arch.startswith("sm_")
         block_k = min(block_k, 64 if nvidia else 32)
         few_warps = block_k <= 32 and not (nvidia and dtype == torch.float32)  # with four warps float32 spills on sm_90
-        return Tiles(32, block_k, 32, 4 if few_warps else 8, 1)
+        block_d = 16 if TRITON_3_6 and block_k == 64 and dtype == torch.float32 else 32
+        return Tiles(32, block_k, block_d, 4 if few_warps else 8, 1)
     if arch == "sm_75" and block_k > 64 and dtype == torch.float16:  # larger tiles spill
         return Tiles(32, 64, 32, 8, 1)
     if num_classes > 256:
         # float32 with two stages spills on sm_100.
         return Tiles(32, 64, 32, 8, 1) if dtype == torch.float32 else Tiles(64, 128, 32, 8, 2)
-    return Tiles(32 if block_k == 256 else 64, block_k, 32, 4 if block_k <= 64 else 8, 2)
+    block_d = 16 if TRITON_3_6 and block_k == 256 and dtype == torch.float32 else 32
+    return Tiles(32 if block_k == 256 else 64, block_k, block_d, 4 if block_k <= 64 else 8, 2)
 
 
 def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

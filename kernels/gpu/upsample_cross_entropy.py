@@ -36,7 +36,7 @@ from .cells import (
     open_corners,
     open_tile,
 )
-from .common import cdiv, device_arch, launch_arguments, next_power_of_2, programs
+from .common import TRITON_3_6, cdiv, device_arch, launch_arguments, next_power_of_2, programs
 from .corners import sum_parts
 from .cross_entropy_tile import IGNORED, linear_terms, load_tile, read_target, tile_loss
 
@@ -209,7 +209,9 @@ def plan(
     arguments |= {"batch": batch, "num_classes": num_classes, "splits": splits, "SEGMENT": SEGMENT}
     arguments["WIDE"] = max(*products, *offsets, 10 * num_classes) >= 1 << 31
     if arch.startswith("sm_"):
-        arguments["maxnreg"] = 168 if lean and not arguments["WIDE"] else 255
+        # Triton 3.6 needs more for 16 x 16 pixels of few classes, and on sm_80 of many.
+        wider = TRITON_3_6 and tiles.block_y * tiles.block_x == 256 and (tiles.block_c < 256 or arch == "sm_80")
+        arguments["maxnreg"] = 255 if not lean or arguments["WIDE"] else 208 if wider else 168
     return Plan(splits, launched, arguments)
 
 
