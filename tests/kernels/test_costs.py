@@ -156,11 +156,11 @@ def test_pipes() -> None:
 
 # Microseconds of issue that a problem's launches take together, at most.
 BOUNDS = {
-    "cross-entropy and gradient, K=150, patch 16": 240,
+    "cross-entropy and gradient, K=150, patch 16": 215,
     "cross-entropy and gradient, K=150, patch 8": 290,
-    "cross-entropy and gradient, K=19, patch 16": 80,
-    "softmax, K=150, patch 16": 240,
-    "softmax backward, K=150, patch 16": 450,
+    "cross-entropy and gradient, K=19, patch 16": 50,
+    "softmax, K=150, patch 16": 180,
+    "softmax backward, K=150, patch 16": 300,
     "argmax, smooth, 2 candidates, K=150, patch 16": 10,
     "argmax, smooth, 2 candidates, K=150, patch 8": 34,
     "argmax, noise, K=150, patch 16": 40,
