@@ -168,7 +168,15 @@ def _calls(case: ModelCase, device: torch.device) -> tuple[dict[str, dict[str, C
             return {}, f"{name}: {fault}", False
     if device.type == "cpu" and second > SLOW_SECONDS:
         return {"labels": labels}, None, True
-    return {"labels": labels, "logits": {name: partial(form, images) for name, form in forms.items()}}, None, False
+    return (
+        {"labels": labels, "logits": {name: partial(_logits, form, images) for name, form in forms.items()}},
+        None,
+        False,
+    )
+
+
+def _logits(form: Call, images: Tensor) -> Tensor:
+    return form(images).data  # those of ACCELERATE wait until they are read
 
 
 def _labels(form: Call, images: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 from .full_size import CALLS, FullSizeCalls
-from .lazy_functions import COPIES, METADATA, VIEWS, destination, has_kernel, without_resize
+from .lazy_functions import COPIES, METADATA, VIEWS, destination, has_kernel, pays, without_resize
 from .upsampling import Upsampling
 from .waiting import Birth, State
 
@@ -236,6 +236,9 @@ class Upsampled(Tensor):
             return tuple(map(self._unbound, range(len(self))))
         if function in COPIES:
             return self.copy(function, args, kwargs)
+        if not pays(upsampling, function):
+            self.in_full()
+            return None
         out = without_resize(upsampling, function, args, kwargs)
         if isinstance(out, Upsampling):
             return _child(self.state, out, lambda full: function(full, *args, **kwargs), self)

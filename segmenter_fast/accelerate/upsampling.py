@@ -137,13 +137,11 @@ class Upsampling:
         )
         (*rows, v), (*columns, u) = axes
         v, u = v.to(scores.dtype)[:, None], u.to(scores.dtype)
-        flat, first = scores.flatten(1), labels * (height * width)
+        images = torch.arange(len(scores), device=scores.device)[:, None, None] * scores.shape[1]
+        first = (images + labels) * (height * width)
 
         def along_x(row: Tensor) -> Tensor:
-            left, right = (
-                flat.gather(1, (first + (row[:, None] * width + column)).flatten(1)).view(labels.shape)
-                for column in columns
-            )
+            left, right = (scores.take(first + (row[:, None] * width + column)) for column in columns)
             return left * (1 - u) + right * u
 
         return (along_x(rows[0]) * (1 - v) + along_x(rows[1]) * v).to(self.scores.dtype)

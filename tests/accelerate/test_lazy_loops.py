@@ -1,0 +1,203 @@
+"""Training and inference loops of the official program and of mmsegmentation; PyTorch's machinery around a model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import segmenter_fast as sf
+from segmenter_fast.accelerate import lazy_functions
+from segmenter_fast.accelerate.full_size import FullSizeCalls
+from segmenter_fast.accelerate.lazy import Upsampled, patch_scores
+from support.other_models import build, images
+
+IGNORED = 255
+
+
+@pytest.fixture(autouse=True)
+def _small_tensors_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lazy_functions, "FASTER_FROM", {})
+
+
+def pair(name: str = "official") -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
+    """A model, its accelerated copy, images and labels."""
+    model, x = build(name), images(name)
+    labels = torch.randint(7, (len(x), *x.shape[2:]), generator=torch.Generator().manual_seed(0))
+    labels[:, :9] = IGNORED
+    return model, sf.accelerate(copy.deepcopy(model)), x, labels
+
+
+def gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    torch.manual_seed(1)
+    value = loss(model)
+    value.backward()
+    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {"loss": value.detach(), **grads}
+
+
+def assert_same_gradients(model: nn.Module, fast: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+    expected, found = gradients(model, loss), gradients(fast, loss)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9, msg=name)
+
+
+def resized(x: Tensor, size: Any) -> Tensor:
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def mmseg_loss(head: nn.Module, features: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss averaged over the valid pixels, and accuracy, as mmsegmentation's heads compute them."""
+    logits = resized(head(features), labels.shape[1:])
+    weight = torch.linspace(0.5, 2, 7, dtype=logits.dtype)
+    pixels = F.cross_entropy(logits, labels, weight, reduction="none", ignore_index=IGNORED)
+    value, label = logits.topk(1, dim=1)
+    assert value.shape == label.shape == (len(labels), 1, *labels.shape[1:])
+    correct = label.transpose(0, 1).eq(labels[None].expand_as(label.transpose(0, 1)))[:, labels != IGNORED]
+    return pixels.sum() / (labels != IGNORED).sum(), correct.double().mean()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_official_training_step(training: bool) -> None:
+    model, fast, x, labels = pair()
+    criterion = nn.CrossEntropyLoss(ignore_index=IGNORED)
+    assert_same_gradients(model.train(training), fast.train(training), lambda m: criterion(m(x), labels))
+    assert not sf.made_full_size(fast)
+    assert torch.equal(fast.eval()(x).argmax(1), model.eval()(x).argmax(1))
+
+
+def test_official_windows_make_the_logits() -> None:
+    model, fast, x, _ = pair()
+    maps = [torch.zeros(2, 7, 50, 71, dtype=x.dtype) for _ in range(2)]
+    with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for logits in (model(x), fast(x), fast(x)):
+            maps[type(logits) is Upsampled][:] = logits
+    (warning,) = caught
+    assert "__setitem__ made the logits (2, 7, 50, 71) in full" in str(warning.message)
+    torch.testing.assert_close(*maps, rtol=1e-9, atol=1e-9)
+    ((call, count),) = sf.made_full_size(fast).items()
+    assert "__setitem__ at" in call
+    assert __file__ in call
+    assert count == 2
+    with pytest.raises(ValueError, match="not accelerated"):
+        sf.made_full_size(sf.restore(fast))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_mmsegmentations_loss_and_accuracy(training: bool) -> None:
+    model, fast, x, labels = pair("mmseg")
+    model.train(training), fast.train(training)
+
+    def loss(m: Any) -> Tensor:
+        value, accuracy = mmseg_loss(m.decode_head, m.backbone(x), labels)
+        accuracies.append(accuracy)
+        return value
+
+    accuracies: list[Tensor] = []
+    assert_same_gradients(model, fast, loss)
+    assert accuracies[0] == accuracies[1]
+    assert not sf.made_full_size(fast)
+
+
+def test_mmsegmentations_prediction() -> None:
+    """A resize to the input, a crop of its padding, a second resize to the photograph."""
+    model, fast, x, _ = pair("mmseg")
+
+    def predict(m: nn.Module) -> list[Tensor]:
+        logits = m(x)
+        images = [resized(logits[i : i + 1, :, : 64 - 0, : 64 - 3], (90, 70)).squeeze(0) for i in range(2)]
+        return [image.argmax(dim=0, keepdim=True) for image in images]
+
+    with torch.no_grad():
+        assert all(map(torch.equal, predict(fast), predict(model)))
+    assert all(call.startswith("interpolate") for call in sf.made_full_size(fast))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(reentrant: bool) -> None:
+    model, fast, x, labels = pair()
+    x.requires_grad_()
+    assert_same_gradients(
+        model,
+        fast,
+        lambda m: F.cross_entropy(checkpoint(m, x, use_reentrant=reentrant), labels, ignore_index=IGNORED),
+    )
+
+
+def test_distributed_data_parallel(tmp_path: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        for options in ({}, {"find_unused_parameters": True}, {"static_graph": True}):
+            model, fast, x, labels = pair()
+            outputs: list[Tensor] = []
+
+            def loss(m: nn.Module, x: Tensor = x, labels: Tensor = labels, outputs: list[Tensor] = outputs) -> Tensor:
+                outputs.append(m(x))
+                return F.cross_entropy(outputs[-1], labels, ignore_index=IGNORED)
+
+            assert_same_gradients(*(nn.parallel.DistributedDataParallel(m, **options) for m in (model, fast)), loss)
+            assert options or isinstance(outputs[1], Upsampled)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_compiled_code_takes_the_resized_tensor() -> None:
+    model, fast, x, labels = pair()
+
+    @torch.compile(backend="aot_eager")
+    def loss(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits, labels, ignore_index=IGNORED)
+
+    assert_same_gradients(model, fast, lambda m: loss(m(x)))
+    assert type(torch.compile(fast, backend="aot_eager")(x)) is Tensor
+
+
+def test_autocast() -> None:
+    model, x = build("official", torch.float32), images("official", torch.float32)
+    fast = sf.accelerate(copy.deepcopy(model))
+    labels = torch.randint(7, (2, 50, 71))
+    with torch.autocast("cpu", torch.bfloat16):
+        for use in (lambda y: F.cross_entropy(y, labels), lambda y: y.softmax(1), lambda y: y.max(1)[0]):
+            found, expected = use(fast(x)), use(model(x))
+            assert found.dtype == expected.dtype
+            torch.testing.assert_close(found, expected, rtol=5e-2, atol=5e-2)
+
+
+def test_what_would_be_wrong_is_an_error() -> None:
+    scores = torch.randn(1, 3, 4, 4, requires_grad=True) * 1
+    waiting = resized(patch_scores(scores, FullSizeCalls()), (8, 8))
+    waiting.argmax(1)
+    with pytest.raises(RuntimeError, match="register_hook before"):
+        waiting.register_hook(lambda grad: grad)
+    scores.mul_(2)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        waiting.exp()
+
+
+def test_small_results_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    calls = FullSizeCalls()
+    waiting = resized(patch_scores(torch.randn(1, 3, 4, 4), calls), (8, 8))
+    waiting.softmax(1)
+    assert type(waiting) is Tensor
+    assert not calls.counts
+
+
+def test_named_heads() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 1))
+    sf.accelerate(model, heads=["1"])
+    assert sf.acceleration_report(model).patch_sized == ("1",)
+    assert isinstance(resized(model(torch.zeros(1, 3, 4, 4)), 8), Upsampled)
+    with pytest.raises(AttributeError):
+        sf.accelerate(model, heads=["head"])
