@@ -211,7 +211,7 @@ def plan(
     if arch.startswith("sm_"):
         # Triton 3.6 needs more for 16 x 16 pixels of few classes, and on sm_80 of many.
         wider = TRITON_3_6 and tiles.block_y * tiles.block_x == 256 and (tiles.block_c < 256 or arch == "sm_80")
-        arguments["maxnreg"] = 255 if not lean or arguments["WIDE"] else 208 if wider else 168
+        arguments["maxnreg"] = 255 if not lean or arguments["WIDE"] else 224 if wider else 168
     return Plan(splits, launched, arguments)
 
 
