@@ -224,7 +224,7 @@ def launch_config(
     few, many = _HALF[row, head_dim > 64]
     if TRITON_3_6 and (row, head_dim > 64) == ("sm_80", True):
         few = many = Tiles(32, 64, 4, 2), few[1]
-    if TRITON_3_6 and (row, head_dim) == ("sm_100", 32):
+    if TRITON_3_6 and head_dim == 32 and row in ("sm_80", "sm_100"):
         many = many[0], many[1]._replace(num_stages=2)
     queries, keys = (fills(seq_len, rows, heads, processors) for rows in (many[0].block_m, many[1].block_n))
     return (many if queries else few)[0], (many if keys else few)[1]

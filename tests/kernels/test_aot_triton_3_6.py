@@ -36,10 +36,6 @@ if __name__ == "__main__":
 """
 
 
-# Measured on a GPU as it is, with the spills that this version makes of it.
-SPILLS = ("sm_90", "cross_entropy K=150 P=16")
-
-
 def hold(parts: list[tuple[str, str]], tmp_path: Path) -> int:
     """Build all launches whose names begin as ``parts`` say; return their number."""
     (program := tmp_path / "builds.py").write_text(PROGRAM)  # a file, because builds run in processes of their own
@@ -50,8 +46,7 @@ def hold(parts: list[tuple[str, str]], tmp_path: Path) -> int:
     assert done.returncode == 0, done.stderr
     version, count, defects = json.loads(done.stdout.splitlines()[-1])
     assert version.startswith("3.6.")
-    arch, part = SPILLS
-    assert not [one for one in defects if not (one.startswith(part) and f" on {arch}: " in one)]
+    assert not defects
     return count
 
 
