@@ -37,6 +37,7 @@ class Graphs:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._lock = threading.Lock()
         self._pool: Any = None
+        self._capturing: torch.cuda.Stream | None = None  # one for all: memory is reused within a stream alone
         self._stream: torch.cuda.Stream | None = None  # of the last replay
         self._taken: torch.cuda.Event | None = None  # its result
 
@@ -81,16 +82,16 @@ class Graphs:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _capture(self, function: Callable[[Tensor], Tensor], images: Tensor) -> _Graph:
-        """Graph of ``function``, captured on a stream of its own of the current device."""
+        """Graph of ``function``, captured on a stream of the current device that nothing else uses."""
         fixed = torch.empty_like(images)
         fixed.copy_(images)
-        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        if self._capturing is None:
+            self._capturing, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+        current, stream = torch.cuda.current_stream(), self._capturing
         stream.wait_stream(current)
         with torch.cuda.stream(stream):
             for _ in range(3):  # compiles, tunes and fills the allocator before anything is captured
                 function(fixed)
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate and synchronise during the capture.
         with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):

@@ -142,7 +142,7 @@ class Stepper:
         trained = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in trained])  # type: ignore[misc]
         norm = norm.full_tensor() if self.sharded else norm  # type: ignore[attr-defined]
-        summed = torch.stack([loss, loss.new_tensor(float(request.signal is not None))])
+        summed = torch.stack([loss, torch.full_like(loss, float(request.signal is not None))])
         if self.world.size > 1:
             dist.all_reduce(summed)
         loss_value, stops, norm_value, factor = torch.cat([summed, torch.stack([norm.float(), scale])]).tolist()

@@ -106,7 +106,7 @@ def test_activation_checkpointing_gives_the_gradients_with_less_memory() -> None
         found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
         model.zero_grad(set_to_none=True)
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
-    assert memory[1] < 0.7 * memory[0]
+    assert memory[1] < 0.85 * memory[0]
 
 
 @pytest.fixture

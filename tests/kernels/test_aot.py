@@ -99,7 +99,8 @@ def test_builds_are_what_launches_bind(arch, monkeypatch) -> None:
         binder = create_function_from_signature(kernel.signature, kernel.params, backend)
         values, specialization, options = binder(**arguments)
         options, *build = kernel._pack_args(backend, arguments, values, specialization, options)
-        given = (arguments[name] for name in ("maxnreg",) if name in arguments)
+        given = [arguments[name] for name in ("maxnreg",) if name in arguments]
+        given += [] if arguments.get("enable_fp_fusion", True) else [False]
         bound.setdefault(kernel.__name__, []).append((*build, options.num_warps, options.num_stages, *given))
         return run(kernel, *args, **kwargs)
 

@@ -177,14 +177,14 @@ CLASS_LOOPS = {
     "votes of two lattices, K=150, 512 x 512": 25,
 }
 # By problem and kernel: instruction of the products in the main loop, tiles that are on their way while it waits, and
-# the most registers of a thread. Class scores have 32 patches to a tile and a second program to wait for.
+# the most registers of a thread. Class scores have 32 patches to a tile; products that are not fused take registers.
 PRODUCTS = {
     "attention": {"attention_forward_kernel": ("HGMMA", 1, 128)},
     "attention backward": {
         "attention_backward_queries_kernel": ("HGMMA", 1, 128),
         "attention_backward_keys_kernel": ("HGMMA", 1, 168),  # room for three programs of 4 warps
     },
-    "mask scores, K=150": {"mask_scores_kernel": ("HMMA", 0, 128)},
+    "mask scores, K=150": {"mask_scores_kernel": ("HMMA", 0, 168)},
 }
 
 
