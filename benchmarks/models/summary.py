@@ -64,7 +64,9 @@ def case_name(case: dict[str, Any], first: dict[str, Any]) -> str:
 
 def speed(row: Row) -> str:
     """Images/s, or the reason for none in a word."""
-    return f"{row.images_s:.3g}" if row.images_s else row.status
+    if not row.images_s:
+        return row.status
+    return f"{row.images_s:.0f}" if row.images_s >= 1000 else f"{row.images_s:.3g}"
 
 
 def gain(ours: Row, other: Row) -> str:

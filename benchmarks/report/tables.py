@@ -34,6 +34,8 @@ OP_ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ),
     ("`upsample_softmax`", "upsample_softmax", SMOOTH | {"pass": "forward"}),
     ("`upsample_softmax`, forward and backward", "upsample_softmax", SMOOTH | {"pass": "forward+backward"}),
+    ("`mask_scores`", "mask_scores", {"classes": 150, "pass": "forward"}),
+    ("`mask_scores`, forward and backward", "mask_scores", {"classes": 150, "pass": "forward+backward"}),
     ("`attention`", "attention", {"tokens": 1025, "pass": "forward", "dtype": "float32"}),
     ("`attention`", "attention", {"tokens": 1025, "pass": "forward", "dtype": "bfloat16"}),
 )
@@ -84,7 +86,21 @@ def _gpu_figures(results: Path) -> str:
 
 - Images per second, relative to the official arithmetic: {official}.
 - Relative to the same model compiled by PyTorch, with its fused attention: {best}.
-- Memory beyond the weights, official arithmetic / ours: {held} MiB."""
+- Memory beyond the weights, official arithmetic / ours: {held} MiB.
+{_training_figures(path.with_name("training.json"))}""".rstrip()
+    return ""
+
+
+def _training_figures(path: Path) -> str:
+    """A line on the training step of GPU_HEADLINE against PyTorch's autocast, where it was measured."""
+    for case, rows in read(path).cases if path.exists() else []:
+        by_name = {row.variant: row for row in rows}
+        eager, ours = by_name.get("eager AMP"), by_name.get(OURS)
+        wanted = {"model": "seg_b_mask", "patch": 16, "classes": 150}
+        if case.items() >= wanted.items() and eager and ours and eager.timing and ours.timing:
+            times = f"{eager.timing.median_ms:.0f} / {ours.timing.median_ms:.1f} ms, {memory((eager, ours), ' / ')} MiB"
+            step = f"A training step of {case['batch']} images, replayed as a CUDA graph"
+            return f"- {step}, official arithmetic under autocast / ours: {times}."
     return ""
 
 
