@@ -15,12 +15,9 @@ import segmenter_fast as sf
 from segmenter_fast.accelerate import match, separate
 from segmenter_fast.accelerate.match import match_modules
 from segmenter_fast.kernels.cpu import attention
-from support.huggingface import MODELS, build, transformers
+from support.huggingface import build, transformers
 from support.other_models import assert_left, outputs_and_gradients
 
-DPT = {"backbone_out_indices": [0, 1, 2, 3], "num_hidden_layers": 4, "neck_hidden_sizes": [8, 8, 16, 16]}
-MODELS["dpt"] = ("DPTForSemanticSegmentation", "DPTConfig", {**DPT, "fusion_hidden_size": 8})
-MODELS["beit"] = ("BeitModel", "BeitConfig", {"use_absolute_position_embeddings": True})
 NAMES = ["vit", "deit", "dinov2", "dinov2_registers", "dinov3", "dinov3_gated", "dpt", "beit"]
 
 

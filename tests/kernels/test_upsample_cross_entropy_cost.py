@@ -71,7 +71,7 @@ def test_more_programs_than_a_grid_can_have() -> None:
 
     size = (4096, 4096)
     with pytest.raises(ValueError, match=r"masks of shape \(1024, 2, 4096, 4096\) need \(4294967296,\) programs"):
-        plan((1024, 2, *size), size, ((0,) * 4,), size, False, "sm_90", True)
+        plan((1024, 2, *size), size, ((0,) * 4,), size, False, "sm_90", True, False)
 
 
 MEASURE = """

@@ -29,11 +29,17 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", {"num_register_tokens": 3, "rope_theta": 50.0}),
     "dinov3_gated": ("DINOv3ViTModel", "DINOv3ViTConfig", {"use_gated_mlp": True, "hidden_act": "silu"}),
 }
+# Those that are accelerated but not read.
+DPT = {"backbone_out_indices": [0, 1, 2, 3], "num_hidden_layers": 4, "neck_hidden_sizes": [8, 8, 16, 16]}
+OTHERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "dpt": ("DPTForSemanticSegmentation", "DPTConfig", {**DPT, "fusion_hidden_size": 8}),
+    "beit": ("BeitModel", "BeitConfig", {"use_absolute_position_embeddings": True}),
+}
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, **fields: Any) -> nn.Module:
     """A model in evaluation mode in which no parameter is trivial."""
-    cls, config, own = MODELS[name]
+    cls, config, own = (MODELS | OTHERS)[name]
     model = getattr(transformers, cls)(getattr(transformers, config)(**{**SMALL, **own, **fields}))
     with torch.no_grad():
         for parameter in model.parameters():
