@@ -102,6 +102,7 @@ def accelerate(model: Model, heads: Collection[str] = ()) -> Model:
 
     if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must be a torch.nn.Module that is not TorchScript, got {type(model).__name__}")
+    heads = (heads,) if isinstance(heads, str) else heads
     unmark_heads(model)
     replaced, left = [], []
     for name, module, match in list(match_modules(model)):

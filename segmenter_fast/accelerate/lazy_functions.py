@@ -97,4 +97,5 @@ def destination(
         return None
     elif function is Tensor.cpu:
         device = torch.device("cpu")
-    return (device, dtype, function in _LAYOUTS) if has_kernel(device, dtype) else None
+    rounds = dtype.itemsize < scores.dtype.itemsize  # rounded logits have other labels than rounded scores
+    return (device, dtype, function in _LAYOUTS) if has_kernel(device, dtype) and not rounds else None

@@ -201,3 +201,11 @@ def test_named_heads() -> None:
     assert isinstance(resized(model(torch.zeros(1, 3, 4, 4)), 8), Upsampled)
     with pytest.raises(AttributeError):
         sf.accelerate(model, heads=["head"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_labels_of_rounded_logits(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 40, 4, stride=4), nn.Upsample(scale_factor=4, mode="bilinear")).eval()
+    images = torch.randn(2, 3, 64, 64)
+    expected = model(images).to(dtype).argmax(1)
+    assert torch.equal(sf.accelerate(model, heads="0")(images).to(dtype).argmax(1), expected)
