@@ -24,6 +24,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import zipfile
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -213,7 +214,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: damaged, of a newer version, or no checkpoint of a training run.
     """
     try:
+        with path.open("rb") as file:
+            damaged = zipfile.ZipFile(file).testzip()  # torch.load would take changed weights for the right ones
+        if damaged:
+            raise CheckpointError(f"{path} is damaged: {damaged} has another checksum")
         content = read_torch(path)
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
     except OSError as error:  # a folder, a link to nothing, no permission
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(content, dict) or not set(content) >= set(_KINDS):

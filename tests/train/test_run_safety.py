@@ -76,13 +76,18 @@ def test_a_second_training_on_one_folder_is_refused(tmp_path: Path) -> None:
     assert run(tmp_path / "run", RECIPE.replace(steps=2)).finished
 
 
-@pytest.mark.parametrize("damage", ["half", "folder", "link", "list", "step", "optimizer", "model"])
+@pytest.mark.parametrize("damage", ["half", "bytes", "folder", "link", "list", "step", "optimizer", "model"])
 def test_a_damaged_latest_checkpoint_gives_way_and_is_kept_aside(damage: str, out: Path) -> None:
     wanted, newest = weights(out), checkpoint_path(out, 6)
     whole = newest.read_bytes()
     newest.unlink()
     if damage == "half":
         newest.write_bytes(whole[: len(whole) // 2])
+    elif damage == "bytes":  # of a tensor, in a file that is whole otherwise
+        middle = len(whole) // 2
+        newest.write_bytes(
+            whole[:middle] + bytes([byte ^ 0xFF for byte in whole[middle : middle + 64]]) + whole[middle + 64 :]
+        )
     elif damage == "folder":
         newest.mkdir()
         (newest / "x").touch()

@@ -57,6 +57,7 @@ class PairedFiles:
     def identity(self, index: int) -> str:
         """Return the name with the size and a checksum of the end of the image file, for ``fingerprint``."""
         try:
+            check_regular(self.pairs[index].image)
             with self.pairs[index].image.open("rb") as file:
                 size = file.seek(0, os.SEEK_END)
                 file.seek(max(size - 4096, 0))
@@ -142,6 +143,7 @@ def read_values(path: Path) -> np.ndarray:
 def orientation(path: Path) -> int:
     """Return the EXIF orientation of an image file, 1 to 8; 1, upright, where there is none."""
     try:
+        check_regular(path)
         with Image.open(path) as opened:
             found = opened.getexif().get(ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):

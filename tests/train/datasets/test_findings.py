@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 from segmenter_fast.train.datasets import SampleError, open_dataset
 from segmenter_fast.train.datasets.findings import sample_warnings
 from segmenter_fast.train.datasets.layouts import open_files
+from segmenter_fast.train.datasets.pairs import orientation, read_pixels, read_values
 from support.folders import HEIGHT, WIDTH, write_folder, write_pair
 from support.predict import call
 
@@ -122,11 +123,11 @@ def test_grey_of_few_bits_gives_the_stored_values(bits: int, tmp_path: Path) -> 
     assert np.array_equal(open_dataset(root).read(0)[1], values)
 
 
-def turned(path: Path, orientation: int) -> None:
+def turned(path: Path, tag: int) -> None:
     with Image.open(path) as opened:
         pixels = np.asarray(opened)
     exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
+    exif[ExifTags.Base.Orientation] = tag
     Image.fromarray(pixels).save(path, exif=exif)
 
 
@@ -161,3 +162,12 @@ def test_pipes_and_dangling_links_are_problems(tmp_path: Path) -> None:
     problems = "\n".join(check(root, tmp_path / "x.json")["train"]["problems"])
     assert "labels/train/b.png cannot be read: it is no regular file" in problems
     assert "images/train/z.png does not exist" in problems
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "a.png"
+    os.mkfifo(pipe)
+    assert orientation(pipe) == 1
+    for read in (read_pixels, read_values):
+        with pytest.raises(SampleError, match="no regular file"):
+            read(pipe)
