@@ -156,10 +156,7 @@ def open_run(
 
 
 def require_room(run: Path, recipe: Recipe, parameters: int, trained: int) -> None:
-    """Require that the disk has room for the checkpoints that are still to come.
-
-    Args:
-        parameters, trained: how many the model has, and how many of them are trained.
+    """Require room on the disk for the checkpoints to come, of ``parameters`` of which some are ``trained``.
 
     Raises:
         OSError: there is too little room; gives what is free and what is needed.
@@ -214,10 +211,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         CheckpointError: damaged, of a newer version, or no checkpoint of a training run.
     """
     try:
-        with path.open("rb") as file:
-            damaged = zipfile.ZipFile(file).testzip()  # torch.load would take changed weights for the right ones
-        if damaged:
-            raise CheckpointError(f"{path} is damaged: {damaged} has another checksum")
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch.load would take changed weights for the right ones
+                raise CheckpointError(f"{path} is damaged: {damaged} has another checksum")
         content = read_torch(path)
     except zipfile.BadZipFile as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
