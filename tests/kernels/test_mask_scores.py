@@ -49,8 +49,9 @@ def test_norms_of_embeddings(backend: Backend, norm: float) -> None:
 
 
 @given(st.integers(1, 3), st.integers(1, 40), st.integers(3, 40), st.integers(8, 40))
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_shape(backend: Backend, b: int, n: int, k: int, dim: int) -> None:
+    torch.manual_seed(0)  # makes every example independent of the others
     check(inputs(b, n, k, dim, torch.float32, backend.device))
 
 
