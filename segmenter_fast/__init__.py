@@ -11,6 +11,7 @@ if not os.path.isdir(os.path.join(os.path.dirname(__file__), "kernels")):
 # Imported here, because the package `accelerate` would later take the function's place. None of it imports PyTorch.
 from .accelerate import AccelerationReport, accelerate, acceleration_report, made_full_size, restore
 from .config import VARIANTS, SegmenterConfig
+from .token_merging import TokenMerging
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = [
     "Prediction",
     "Segmenter",
     "SegmenterConfig",
+    "TokenMerging",
     "accelerate",
     "acceleration_report",
     "create_model",

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
-from .field_types import require_types
+from .field_types import did_you_mean, require_types
+from .token_merging import TokenMerging
 
 Pair = tuple[int, int]
 Triple = tuple[float, float, float]
@@ -70,6 +69,8 @@ class SegmenterConfig:
     """Stochastic depth of the last encoder layer; it rises linearly from 0 at the first."""
     head_classes: int = 0
     """Classes of the unused classification heads in official checkpoints; 0 for none."""
+    merging: TokenMerging | None = None
+    """Merging of patch tokens that are alike; also given as ``TokenMerging.of`` takes it. None: exact."""
 
     decoder: str = "mask"
     """Decoder: "mask" (mask transformer) or "linear"."""
@@ -96,6 +97,8 @@ class SegmenterConfig:
     """RGB per class, 0 to 255; empty where unknown."""
 
     def __post_init__(self) -> None:
+        if self.merging is not None:
+            object.__setattr__(self, "merging", TokenMerging.of(self.merging, self.depth))
         require_types(self)
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
@@ -148,8 +151,8 @@ class SegmenterConfig:
         return self.from_dict({**vars(self), **fields})
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready fields."""
-        return dataclasses.asdict(self)
+        """JSON-ready fields; without ``merging`` where there is none."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if (name, value) != ("merging", None)}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> SegmenterConfig:
@@ -264,9 +267,3 @@ def variant_config(name: str) -> SegmenterConfig:
         hint = did_you_mean(name, VARIANTS) or f"; known are {', '.join(VARIANTS)}"
         raise ValueError(f"unknown variant {name!r}{hint}")
     return VARIANTS[name]
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean ...?" with the known name most similar to ``name``, or nothing where none is."""
-    similar = get_close_matches(name, known, n=1, cutoff=0.75)
-    return f"; did you mean {similar[0]}?" if similar else ""

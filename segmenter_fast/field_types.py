@@ -1,11 +1,13 @@
-"""Types of the fields of a dataclass, checked: a file may hold anything in their place."""
+"""Types of the fields of a dataclass, checked: a file may hold anything in their place; names, corrected."""
 
 from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
+from difflib import get_close_matches
 from numbers import Integral, Real
+from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 _WORDS = {int: "an integer", float: "a finite number", str: "a text", bool: "true or false", type(None): "null"}
@@ -31,7 +33,7 @@ def require_types(instance: Any) -> None:
 def _is(value: object, kind: Any) -> bool:
     """Return whether a value has a type; an integer is a number, too, and a bool is neither."""
     parts = get_args(kind)
-    if type(None) in parts:
+    if isinstance(kind, UnionType):
         return any(_is(value, part) for part in parts)
     if parts:
         parts = parts[:1] * len(value) if isinstance(value, tuple) and Ellipsis in parts else parts
@@ -49,6 +51,12 @@ def _in_words(kind: Any) -> str:
     parts = get_args(kind)
     if Ellipsis in parts:
         return f"a list, each of it {_in_words(parts[0])}"
-    if type(None) in parts:
+    if isinstance(kind, UnionType):
         return " or ".join(map(_in_words, parts))
-    return f"({', '.join(map(_in_words, parts))})" if parts else _WORDS[kind]
+    return f"({', '.join(map(_in_words, parts))})" if parts else _WORDS.get(kind) or f"a {kind.__name__}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the known name most similar to ``name``, or nothing where none is."""
+    similar = get_close_matches(name, known, n=1, cutoff=0.75)
+    return f"; did you mean {similar[0]}?" if similar else ""

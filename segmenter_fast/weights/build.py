@@ -100,7 +100,7 @@ def build(model_class: type[ModelT], saved: SavedModel, fields: Mapping[str, Any
         state[_POSITIONS] = resize_positions(state[_POSITIONS], before.grid, config.grid, config.pos_embed_mode)
     if config.num_classes != before.num_classes or not saved.has_decoder:
         with torch.device("cpu"):
-            random = model_class(config.replace(depth=1)).state_dict()
+            random = model_class(config.replace(depth=1, merging=None)).state_dict()
         if saved.has_decoder:
             renewed = [key for key in _CLASS_TENSORS if key in state and key in random]
             reason = f"has {before.num_classes} classes, not {config.num_classes}: {', '.join(renewed)} are"

@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 from huggingface_hub.errors import HfHubHTTPError
 from torch import Tensor
 
-from ..config import VARIANTS, SegmenterConfig, did_you_mean, variant_config
+from ..config import VARIANTS, SegmenterConfig, variant_config
+from ..field_types import did_you_mean
 from ..segmenter import Segmenter
 from . import distributed, hub, huggingface, mmseg, mmseg_config, official, timm
 from .build import SavedModel, build, load_strictly
