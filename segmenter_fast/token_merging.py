@@ -82,12 +82,13 @@ class TokenMerging:
                 raise ValueError(f"token merging must be {allowed}, got {merge!r}{did_you_mean(merge, known)}")
             return None if merge == "none" else MERGING[merge] if depth == 12 else MERGING[merge]._scaled(depth)
         if isinstance(merge, Mapping):
-            if unknown := sorted(merge.keys() - cls.__dataclass_fields__.keys()):
-                known = cls.__dataclass_fields__
-                raise ValueError(f"unknown field of token merging {', '.join(unknown)}; known are {', '.join(known)}")
+            names = cls.__dataclass_fields__
+            if unknown := sorted(merge.keys() - names.keys()):
+                raise ValueError(f"unknown field of token merging {', '.join(unknown)}; known are {', '.join(names)}")
             if "layers" not in merge:
                 raise ValueError(f"token merging needs layers, got {dict(merge)}")
-            merge = cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in merge.items()})
+            fields: Any = {name: tuple(value) if isinstance(value, list) else value for name, value in merge.items()}
+            merge = cls(**fields)
         if merge is not None and not isinstance(merge, TokenMerging):
             raise ValueError(f"token merging must be a TokenMerging, its fields or a name, got {merge!r}")
         if merge is not None and merge.layers and merge.layers[-1] >= depth:
