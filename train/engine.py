@@ -17,7 +17,7 @@ import torch
 from ..inference.settings import Settings
 from ..processes import StopRequest, World, process_group
 from ..segmenter import Segmenter
-from . import run_folder
+from . import ownership, run_folder
 from .datasets.base import SegmentationDataset
 from .evaluation import Scores, evaluate, sample_pictures
 from .logs import RunLog
@@ -134,7 +134,7 @@ class _Run:
 
     def go(self, resume: bool, overwrite: bool) -> TrainResult:
         """Train from the start, or from the last checkpoint, to the end or until a signal."""
-        lock = self.world.in_first(run_folder.lock, self.out)
+        lock = self.world.in_first(ownership.lock, self.out)
         try:
             return self._locked(resume, overwrite)
         finally:

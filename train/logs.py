@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from ..io.atomic import atomic_path, write_png
 from .evaluation import Scores
+from .ownership import record as record_files
 
 LOG = "log.jsonl"
 SAMPLES = "samples"
@@ -71,6 +72,7 @@ class RunLog:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
+        record_files(folder, LOG, f"{TENSORBOARD}/events.out.tfevents.*")
         if (folder / LOG).exists():
             kept = [record for record in read_log(folder) if record["step"] <= resumed_step] if resumed_step else []
             if not evaluated:
@@ -173,7 +175,9 @@ class RunLog:
         for name, image in images.items():
             # a sample's name may be a path
             file = "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in name).strip(".")
-            write_png(image, self.folder / SAMPLES / f"{step:07}" / f"{file}.png")
+            place = f"{SAMPLES}/{step:07}/{file}.png"
+            record_files(self.folder, place)
+            write_png(image, self.folder / place)
             if self._tensorboard is not None:
                 self._tensorboard.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
 

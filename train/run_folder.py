@@ -5,6 +5,7 @@ checkpoints/   step-0001000.pt and so on
 last/, best/   the model at the last checkpoint and at the best evaluation, for ``segmenter_fast.load``
 scores.json    step and mIoU of the last and of the best evaluation
 log.jsonl, tensorboard/, samples/   see ``logs``
+.written       names of all these files, see ``ownership``
 
 A checkpoint is one dict, readable with ``weights_only=True``:
 
@@ -30,21 +31,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from ..config import SegmenterConfig
 from ..io.atomic import atomic_files, atomic_path, write_json
 from ..segmenter import Segmenter
 from ..version import __version__
-from ..weights.hub import write_folder
+from ..weights.hub import CONFIG, WEIGHTS, write_folder
 from ..weights.reading import CheckpointError, read_mapping, read_torch
-from .logs import LOG, SAMPLES, TENSORBOARD
+from .logs import LOG, SAMPLES, TENSORBOARD, read_log
+from .ownership import SAVING, record, recorded, remove
 from .presets import Recipe
 from .same_run import check_fits, check_same
 from .stepping import FORMAT_VERSION
 
 RUN, SCORES, LAST, BEST, CHECKPOINTS = "run.json", "scores.json", "last", "best", "checkpoints"
-LOCK = ".lock"
 _OWN = (RUN, SCORES, LAST, BEST, CHECKPOINTS, LOG, TENSORBOARD, SAMPLES)
 _NAME = re.compile(r"step-(\d{7,})\.pt")
 _KINDS: dict[str, type | tuple[type, ...]] = {
@@ -68,23 +68,6 @@ class EvaluationSummary:
         return EvaluationSummary(step, miou, *best)
 
 
-def lock(run: Path) -> FileLock:
-    """Make the run's folder and lock it for this process; the lock goes with the process, however it ends.
-
-    Raises:
-        OSError: another training writes there, or the folder cannot be made.
-    """
-    held = FileLock(run / LOCK, timeout=0)
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        held.acquire()
-    except Timeout:
-        raise OSError(f"another training writes to {run}: wait for its end, or choose another --out") from None
-    except OSError as error:
-        raise OSError(f"the run's folder {run} cannot be written: {error.strerror or error}") from error
-    return held
-
-
 def open_run(
     run: Path,
     recipe: Recipe,
@@ -98,20 +81,19 @@ def open_run(
 
     Args:
         data: of ``same_run.fingerprint``.
-        overwrite: delete the run that is there.
+        overwrite: delete what a run is recorded to have written there. A run that took no step yet needs none.
 
     Returns:
         The last readable checkpoint, None for a new run; events for the log, kind and message.
 
     Raises:
         FileExistsError: the folder holds a run and neither ``resume`` nor ``overwrite`` is set, or it has no checkpoint
-            to go on from.
+            to go on from; or there are files to overwrite that no run wrote.
         ValueError: the run there has another recipe, model or data, or no checkpoint of it can be read.
         OSError: the folder cannot be written, or has too little room.
     """
-    if overwrite:
-        for path in (run / name for name in _OWN):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    if overwrite or (not resume and _is_empty(run)):
+        remove(run, _OWN)
     steps, config, events = checkpoint_steps(run), model.config, list[tuple[str, str]]()
     there = [name for name in _OWN if name != CHECKPOINTS and os.path.lexists(run / name)]
     if steps and not resume:
@@ -131,11 +113,12 @@ def open_run(
         check_fits(content, model)
     try:
         for folder in (run / CHECKPOINTS, run, run / LAST, run / BEST):
-            for left in folder.glob(".saving-*"):  # of a process that was killed
+            for left in folder.glob(f"{SAVING}*"):  # of a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
         (run / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         for path, reason in unread:
             aside = path.with_name(f"{path.name}.unreadable")
+            record(run, f"{CHECKPOINTS}/{aside.name}")
             os.replace(path, aside)
             events.append(("warning", f"an earlier checkpoint is used, as {reason}; it is now {aside.name}"))
         description = {
@@ -145,6 +128,7 @@ def open_run(
             "samples": samples,
             "data": data,
         }
+        record(run, RUN)
         write_json(run / RUN, description, indent=2)
     except OSError as error:
         raise OSError(f"the run's folder {run} cannot be written: {error.strerror or error}") from error
@@ -153,6 +137,12 @@ def open_run(
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     require_room(run, recipe, sum(size for size, _ in sizes), sum(size for size, trains in sizes if trains))
     return content, events
+
+
+def _is_empty(run: Path) -> bool:
+    """Return whether a run began here, by its record, but took no step that was logged or saved."""
+    names = {name.partition("/")[0] for name in recorded(run)}
+    return bool(names) and names <= {RUN, LOG, TENSORBOARD} and all(line["kind"] != "step" for line in read_log(run))
 
 
 def require_room(run: Path, recipe: Recipe, parameters: int, trained: int) -> None:
@@ -192,6 +182,7 @@ def save_checkpoint(run: Path, content: dict[str, Any]) -> Path:
     """
     path = checkpoint_path(run, content["step"])
     try:
+        record(run, f"{CHECKPOINTS}/{path.name}")
         with atomic_path(path) as temporary:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
@@ -245,7 +236,10 @@ def read_latest(run: Path) -> tuple[dict[str, Any] | None, list[tuple[Path, str]
             problems.append((path, str(error)))
     if problems:
         reasons = "; ".join(reason for _, reason in problems)
-        raise CheckpointError(f"no checkpoint in {run / CHECKPOINTS} can be read: {reasons}")
+        raise CheckpointError(
+            f"no checkpoint in {run / CHECKPOINTS} can be read: {reasons}. To train anew, choose another --out "
+            f"(--pretrained {run / LAST} starts from its last model), or delete the run by --overwrite"
+        )
     return None, []
 
 
@@ -266,16 +260,20 @@ def prune(run: Path, keep: int, best_step: int) -> None:
 def export_last(run: Path, config: SegmenterConfig, content: dict[str, Any]) -> None:
     """Write the model of a checkpoint, the averaged one where there is one, as ``last``."""
     state = content["model"] if content["ema"] is None else content["ema"]["model"]
+    record(run, f"{LAST}/{CONFIG}", f"{LAST}/{WEIGHTS}")
     with atomic_files(run / LAST) as temporary:
         write_folder(temporary, config, state)
 
 
 def save_scores(run: Path, summary: EvaluationSummary, keep: int) -> None:
     """Write ``scores.json``, after a copy of ``last`` to ``best`` if it is the best; delete older checkpoints."""
+    record(run, SCORES)
     if summary.best_step == summary.last_step:
+        names = [file.name for file in (run / LAST).iterdir() if file.name in (CONFIG, WEIGHTS)]
+        record(run, *(f"{BEST}/{name}" for name in names))
         with atomic_files(run / BEST) as temporary:
-            for file in (run / LAST).iterdir():
-                shutil.copy(file, temporary)
+            for name in names:
+                shutil.copy(run / LAST / name, temporary)
     write_json(run / SCORES, asdict(summary), indent=2)
     prune(run, keep, summary.best_step)
 

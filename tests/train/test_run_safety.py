@@ -15,12 +15,14 @@ import torch
 from PIL import Image
 
 from segmenter_fast.train import run_folder
+from segmenter_fast.train.datasets.base import SampleError
 from segmenter_fast.train.datasets.layouts import open_dataset
 from segmenter_fast.train.datasets.shapes import make_folder
 from segmenter_fast.train.engine import TrainResult, train
 from segmenter_fast.train.logs import RunLog, read_log
+from segmenter_fast.train.ownership import lock
 from segmenter_fast.train.presets import Recipe
-from segmenter_fast.train.run_folder import checkpoint_path, checkpoint_steps, lock
+from segmenter_fast.train.run_folder import checkpoint_path, checkpoint_steps
 from segmenter_fast.train.same_run import fingerprint
 from segmenter_fast.weights.reading import CheckpointError
 from support.training import RECIPE, Squares, small_model, weights
@@ -66,6 +68,57 @@ def test_overwrite_starts_a_new_run(out: Path) -> None:
     assert (out / "notes.txt").read_text() == "mine"
     with pytest.raises(ValueError, match="resume a run or overwrite it, not both"):
         run(out, resume="auto", overwrite=True)
+
+
+def test_overwrite_removes_nothing_that_no_run_wrote(out: Path, tmp_path: Path) -> None:
+    mine = ("best/notes.txt", "samples/photo.png", "checkpoints/mine.pt", "tensorboard/x")
+    for name in mine:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(FileExistsError, match=r"best/notes.txt, checkpoints/mine.pt, samples/photo.png and 1 more, wh"):
+        run(out, overwrite=True)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file() and path.name != ".lock"} == {
+        path: content for path, content in before.items() if path.name != ".lock"
+    }
+    for name in mine:
+        (out / name).unlink()
+    assert run(out, RECIPE.replace(steps=2), overwrite=True).finished
+    (tmp_path / "folder/best").mkdir(parents=True)  # of a user, in a folder without a run
+    (tmp_path / "folder/best/model.safetensors").write_text("mine")
+    with pytest.raises(FileExistsError, match="holds best/model.safetensors, which no run is recorded"):
+        run(tmp_path / "folder", overwrite=True)
+
+
+def test_overwrite_removes_the_files_behind_a_link_to_a_folder(out: Path, tmp_path: Path) -> None:
+    shutil.move(out / "checkpoints", tmp_path / "disk")
+    (out / "checkpoints").symlink_to(tmp_path / "disk")
+    left = out / "last/.saving-x"
+    left.mkdir()
+    (left / "model.safetensors").touch()  # of a process that was killed
+    run(out, RECIPE.replace(steps=2), overwrite=True)
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["step-0000002.pt"]
+
+
+class Unreadable(Squares):
+    def __init__(self, reads: int) -> None:
+        super().__init__()
+        self.__dict__["left"] = reads
+
+    def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        self.__dict__["left"] -= 1
+        if self.__dict__["left"] < 0:
+            raise SampleError("x.png cannot be read")
+        return super().read(index)
+
+
+def test_a_first_training_that_failed_before_its_first_step_needs_no_overwrite(tmp_path: Path) -> None:
+    for reads in (0, 4):  # a step takes four
+        with pytest.raises(SampleError):
+            run(tmp_path, data=Unreadable(reads))
+    with pytest.raises(FileExistsError, match=r"holds run.json, log.jsonl, .* but no checkpoint"):
+        run(tmp_path)
+    assert run(tmp_path, RECIPE.replace(steps=2), overwrite=True).finished
 
 
 def test_a_second_training_on_one_folder_is_refused(tmp_path: Path) -> None:
