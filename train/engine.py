@@ -46,6 +46,8 @@ class TrainResult:
     summary: EvaluationSummary
     scores: Scores | None
     """Scores of the last evaluation of this call."""
+    started: int = 0
+    """Optimizer steps that earlier calls did."""
 
 
 def train(
@@ -153,12 +155,12 @@ class _Run:
             stepper.load_state_dict(content)
             read = self.world.in_first(run_folder.read_scores, self.out, stepper.steps)
             self.summary = self.world.broadcast(read) or self.summary
-        folder = self.out if self.world.rank == 0 else None
-        evaluated = self.summary.last_step == stepper.steps
-        log = RunLog(folder, self.total_steps, recipe.batch_size, stepper.steps, evaluated, self.world.device)
+        folder, started = self.out if self.world.rank == 0 else None, stepper.steps
+        evaluated = self.summary.last_step == started
+        log = RunLog(folder, self.total_steps, recipe.batch_size, started, evaluated, self.world.device)
         with log as self.log, recomputed(stepper.model) if recipe.activation_checkpointing else nullcontext():
-            if stepper.steps:
-                log.event("resumed", f"from the checkpoint of step {stepper.steps}")
+            if started:
+                log.event("resumed", f"from the checkpoint of step {started}")
             for kind, message in events:
                 log.event(kind, message)
             try:
@@ -167,7 +169,7 @@ class _Run:
                 finished = False
             if not finished:
                 log.event("stopped", f"by a signal after step {stepper.steps}; all of it is saved")
-        return TrainResult(stepper.steps, finished, self.skipped, self.summary, self.scores)
+        return TrainResult(stepper.steps, finished, self.skipped, self.summary, self.scores, started)
 
     def _loop(self) -> bool:
         """Take all steps that are left; return False where a signal ended them."""

@@ -11,7 +11,7 @@ mean accuracy over those that occur in the labels. Pixels labelled ``ignore_inde
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -92,7 +92,7 @@ def evaluate(
                 if progress is not None:
                     progress(done, len(share))
     matrix.all_reduce()
-    return matrix.scores()
+    return matrix.scores(getattr(dataset, "absent", ()))
 
 
 def segment(model: Model, image: np.ndarray, size: Pair, resize: int, settings: Settings) -> Tensor:
@@ -228,7 +228,7 @@ class Scores:
     aacc: float
     """Share of all labelled pixels that is right."""
     iou: tuple[float | None, ...]
-    """Intersection over union of each class; None where it occurs neither in labels nor in predictions."""
+    """IoU of each class; None where it occurs neither in labels nor in predictions, or no class of the data is it."""
     accuracy: tuple[float | None, ...]
     """Share of each class's labelled pixels that is right; None where it does not occur in the labels."""
     pixels: int
@@ -275,8 +275,12 @@ class ConfusionMatrix:
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(self.counts)
 
-    def scores(self) -> Scores:
+    def scores(self, absent: Collection[int] = ()) -> Scores:
         """Return the scores of all that was counted.
+
+        Args:
+            absent: classes that the data cannot have, which get no IoU, and so do not count in its mean; a pixel that
+                is given one of them is wrong all the same.
 
         Raises:
             ValueError: not a single labelled pixel was counted.
@@ -290,7 +294,7 @@ class ConfusionMatrix:
         right, labelled = counts.diagonal(), counts.sum(1)
         union = labelled + counts.sum(0) - right
         iou, accuracy = (
-            [None if math.isnan(value) else value for value in values.tolist()]
+            [None if math.isnan(value) or index in absent else value for index, value in enumerate(values.tolist())]
             for values in (right / union, right / labelled)
         )
         miou, macc = (

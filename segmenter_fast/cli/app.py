@@ -214,5 +214,10 @@ def stages() -> Iterator[Callable[[str], object]]:
         yield lambda stage: status.update(f"{stage} ...")
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """(1, "image") -> "1 image"; (2, "image") -> "2 images"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 def say(message: str, color: str | None = None) -> None:
     typer.secho(message, fg=color, err=True)

@@ -49,9 +49,14 @@ def convert(
     from .. import load
     from ..weights import hub, official
 
+    if out.exists() and not out.is_dir():
+        raise FileExistsError(f"{out} is a file; OUT is the folder to write")
     files = {Format.ours: (hub.CONFIG, hub.WEIGHTS), Format.official: (official.VARIANT, official.WEIGHTS)}
-    for name in files[to]:
-        check_new(out / name, overwrite)
+    written = [out / name for name in files[to]]
+    if any(map(Path.exists, written)) and Path(source).resolve() in map(Path.resolve, (out, *written)):
+        raise ValueError(f"{out} is the checkpoint that is read; choose another folder as OUT")
+    for path in written:
+        check_new(path, overwrite)
     with short_warnings():
         model = load(source)
     for other, names in files.items():

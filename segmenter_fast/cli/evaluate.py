@@ -25,6 +25,7 @@ from .app import (
     app,
     check_new,
     check_windows,
+    counted,
     default_batch_size,
     load_for_inference,
     parse_scales,
@@ -93,8 +94,10 @@ def evaluate(
     for name, *values in zip(dataset.class_names, scores.iou, scores.accuracy, strict=True):
         table.add_row(name, *("-" if value is None else f"{value:.4f}" for value in values))
     Console().print(table)
+    if absent := [dataset.class_names[index] for index in sorted(getattr(dataset, "absent", ()))]:
+        typer.echo(f"not in the means, as no class of the data is mapped to them: {', '.join(absent)}")
     totals = f"mIoU {scores.miou:.4f}, mAcc {scores.macc:.4f}, aAcc {scores.aacc:.4f}"
-    typer.echo(f"{totals}; {len(dataset):,} images, {scores.pixels:,} labelled pixels")
+    typer.echo(f"{totals}; {counted(len(dataset), 'image')}, {counted(scores.pixels, 'labelled pixel')}")
     if out is not None:
         content = {
             **inputs,

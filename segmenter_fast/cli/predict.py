@@ -116,10 +116,12 @@ def predict(
             batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
             settings = Settings.of(segmenter.config, window, stride, factors, flip, batch_size)
             run = describe_run(segmenter, settings)
-            remaining, report.restarts = unfinished(jobs, run, resume, overwrite)
-            report.skipped = len(jobs) - len(remaining)
+            remaining, report.restarts, report.failures = unfinished(jobs, run, resume, overwrite)
+            refused = len(report.failures)
+            report.skipped = len(jobs) - len(remaining) - refused
             make_writable(out, overlay)
-            done, total = world.count(total=len(remaining)) or (0, len(remaining))
+            total = len(remaining) + refused
+            done, total = world.count(refused, total) or (refused, total)
             segment_all = functools.partial(run_all, segmenter, remaining, settings, run=run, resume=resume)
             start = time.perf_counter()
             bars = Progress(
@@ -129,7 +131,7 @@ def predict(
             )
             bars.add_task("segmenting", completed=done, total=total, unit="images/s")
             bars.add_task("", total=None, visible=False, unit="windows/s")
-            _segment_all(remaining, segment_all, report, world, bars)
+            _segment_all(jobs, segment_all, report, world, bars)
         except KeyboardInterrupt as interrupt:
             if leads:
                 done = report.written + len(report.failures)
@@ -144,11 +146,21 @@ def predict(
 
 def _known_window(model: str) -> int | None:
     """Return the window of a variant, or of a checkpoint whose configuration is a file of its own; else None."""
-    if model in VARIANTS and not Path(model).exists():
+    path = Path(model)
+    if model in VARIANTS and not path.exists():
         return VARIANTS[model].window_size
+    folder = path.parent if path.name in ("model.safetensors", "checkpoint.pth") else path
     try:
-        found = json.loads((Path(model) / "config.json").read_text(encoding="utf-8"))["window_size"]
-    except (OSError, ValueError, KeyError, TypeError):
+        if (folder / "variant.yml").exists():  # of the official program
+            from ..weights.reading import read_mapping
+
+            described = read_mapping(folder / "variant.yml")
+            side = described["net_kwargs"]["image_size"]
+            sizes = {"window_size": side if isinstance(side, int) else side[0], **described.get("inference_kwargs", {})}
+        else:
+            sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        found = sizes["window_size"]
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
     return found if isinstance(found, int) and found > 0 else None
 
@@ -169,6 +181,7 @@ def _segment_all(
     """Segment the images of this rank, and complete the report: on rank 0 by those of all ranks.
 
     Args:
+        jobs: all images of this rank, those that need nothing included.
         segment_all: ``run_all`` for ``begin`` and ``end``.
         bars: the display, with a bar of the images and one of an image's windows.
     """
@@ -187,7 +200,7 @@ def _segment_all(
             report.written += 1
             report.restarts += [(source, restarted)] if restarted else []
         bars.update(windows, visible=False)
-        done, total = world.count(done=1) or (report.written + len(report.failures), len(jobs))
+        done, total = world.count(done=1) or (report.written + len(report.failures), bars.tasks[0].total)
         bars.update(images, completed=done, total=total)
 
     with bars:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..train.presets import CHOICES, PRESETS, field_help
-from .app import ClassMapOption, Device, DeviceOption, OverwriteOption, app, check_new, say, short_warnings
+from .app import ClassMapOption, Device, DeviceOption, OverwriteOption, app, check_new, counted, say, short_warnings
 
 if TYPE_CHECKING:
     from .. import Segmenter
@@ -93,8 +94,11 @@ def train(
     if World.from_environment().rank == 0:
         best = result.summary
         if best.best_step >= 0:
-            typer.echo(f"best mIoU {best.best_miou:.4f} after {best.best_step} steps: {out / 'best'}")
-        typer.echo(f"{result.steps} steps done, {result.skipped} skipped in this call; the last model: {out / 'last'}")
+            typer.echo(f"best mIoU {best.best_miou:.4f} after step {best.best_step}: {out / 'best'}")
+        taken = result.steps - result.started
+        call = f", {taken or 'none'} in this call" if result.started else ""
+        call += f", {result.skipped} skipped in this call" if taken else ""
+        typer.echo(f"{counted(result.steps, 'step')} done{call}; the last model: {out / 'last'}")
     if not result.finished:
         say("stopped by a signal; the same command with --resume auto goes on", "yellow")
         raise typer.Exit(STOPPED)
@@ -103,41 +107,51 @@ def train(
 def _model(
     variant: str, pretrained: str | None, new_classes: bool, class_map: list[str] | None, **fields: Any
 ) -> Segmenter:
-    """Create a model to train, from a checkpoint of other classes only with ``new_classes``.
+    """Create a model to train; the classes of a checkpoint keep their weights where they match the data's.
+
+    With a class map the others start from random weights, with ``new_classes`` all do.
 
     Raises:
-        ValueError: the checkpoint has another number of classes, or other names, and no class map matches them.
+        ValueError: classes do not match, and neither of the two options is given.
     """
     from .. import create_model
     from ..train.datasets.matching import match_names
-    from ..weights.build import renew_classes, reorder_classes
+    from ..weights.build import SavedModel, take_classes
     from ..weights.load import read_checkpoint
     from ..weights.reading import CheckpointError
 
-    order, other, names = list[int](), False, fields["class_names"]
+    saved: SavedModel | None = None
     if pretrained and Path(pretrained).exists():
         with contextlib.suppress(CheckpointError):  # weights of an encoder have no classes
             saved = read_checkpoint(Path(pretrained), {})
-            have, wanted, own = saved.config.num_classes, fields["num_classes"], saved.config.class_names
-            if have != wanted and not new_classes and saved.has_decoder:
-                raise ValueError(
-                    f"{pretrained} has {have} classes, the data {wanted}: "
-                    "--new-classes starts from random class weights"
-                )
-            other = have == wanted and bool(own) and own != names
-    if other and not new_classes:
-        try:
-            order = match_names(own, names, class_map or ())
-            if -1 in order:
-                raise ValueError("a class that does not count cannot be trained; take it out of the class list")
-        except ValueError as error:
-            raise ValueError(f"{pretrained}: {error}; --new-classes starts from random class weights") from None
+    saved = saved if saved is not None and saved.has_decoder else None
+    if class_map and saved is None:
+        raise ValueError("--class-map matches the classes of a checkpoint with a decoder: give one as --pretrained")
+    names, places = fields["class_names"], list[int]()
+    if saved is not None:
+        own, have, wanted = saved.config.class_names, saved.config.num_classes, len(names)
+        other = have != wanted or (bool(own) and own != names)
+        if new_classes:
+            places = [-1] * wanted if other else []
+        elif class_map or (own and other):
+            try:
+                places = match_names(own or tuple(map(str, range(have))), names, class_map or (), not class_map)
+            except ValueError as error:
+                remedy = "with --class-map classes without a match start from random weights, with --new-classes all"
+                raise ValueError(f"{pretrained}: {error}; {remedy}") from None
+        elif have != wanted:
+            raise ValueError(
+                f"{pretrained} has {have} classes, the data {wanted}: --new-classes starts from random class weights"
+            )
     with short_warnings():
+        if places:
+            warnings.filterwarnings("ignore", ".*random now and need training")
         model = create_model(variant, pretrained, **fields)
-    if other and new_classes:
-        renew_classes(model, create_model(model.config))
-    elif order:
-        reorder_classes(model, order)
+    if saved is not None and places:
+        take_classes(model, create_model(model.config), saved.state, places)
+        if random := [name for name, place in zip(names, places, strict=True) if place < 0]:
+            kept = f"; the other {len(names) - len(random)} keep their weights" if len(random) < len(names) else ""
+            say(f"warning: random now and need training: the weights of {', '.join(random)}{kept}", "yellow")
     return model
 
 
@@ -154,8 +168,10 @@ def plot(
     check_new(out, overwrite, drawn_from(out) == [run.name for run in curves])
     draw_curves(curves, out)
     for run in curves:
-        loss = f"{len(run.loss)} losses, last {list(run.loss.values())[-1]:.4g}; " if run.loss else ""
+        loss = (
+            f"{counted(len(run.loss), 'loss', 'losses')}, last {list(run.loss.values())[-1]:.4g}; " if run.loss else ""
+        )
         best = max(run.miou, key=lambda step: run.miou[step], default=None)
         reached = f", best mIoU {run.miou[best]:.4f} at step {best}" if best is not None else ""
-        typer.echo(f"{run.name}: {loss}{len(run.miou)} evaluations{reached}")
+        typer.echo(f"{run.name}: {loss}{counted(len(run.miou), 'evaluation')}{reached}")
     typer.echo(f"written: {out}")

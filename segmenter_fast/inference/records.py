@@ -20,7 +20,7 @@ from .batches import side_threads
 from .folders import Job
 from .resume import differing, record_of
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG, _TIFF = b"\x89PNG\r\n\x1a\n", (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 Reasons = list[tuple[str, str]]
 """Inputs, and why their outputs are made again."""
 
@@ -34,7 +34,7 @@ def read_record(path: Path) -> tuple[dict[str, Any] | None, bool]:
     with path.open("rb") as file:
         start = file.read(len(_PNG))
         text, complete = _read_png(file) if start == _PNG else ("", False)
-    if start[:2] in (b"II", b"MM"):
+    if start[:4] in _TIFF:
         text, complete = _read_tiff(path)
     try:
         record = json.loads(text)
@@ -43,7 +43,9 @@ def read_record(path: Path) -> tuple[dict[str, Any] | None, bool]:
     return record if isinstance(record, dict) else None, complete
 
 
-def unfinished(jobs: Sequence[Job], run: dict[str, Any], resume: bool, overwrite: bool) -> tuple[list[Job], Reasons]:
+def unfinished(
+    jobs: Sequence[Job], run: dict[str, Any], resume: bool, overwrite: bool
+) -> tuple[list[Job], Reasons, Reasons]:
     """Return the jobs to do: all, or with ``resume`` those without complete outputs of this run and of these images.
 
     Args:
@@ -51,14 +53,18 @@ def unfinished(jobs: Sequence[Job], run: dict[str, Any], resume: bool, overwrite
         overwrite: allow that files are replaced which were not written for the same input.
 
     Returns:
-        The jobs; the inputs whose outputs are there, but of another model, with other options, or damaged, and why.
+        The jobs; the inputs whose outputs are there, but of another model, with other options, or damaged, and why;
+        with ``resume`` the inputs that are left out, as a file in the place of their output is cut off and has lost
+        its record, if it had one.
 
     Raises:
-        FileExistsError: such a file is in the place of an output, and ``overwrite`` is False.
+        FileExistsError: another file is in the place of an output, and ``overwrite`` is False.
     """
     with ThreadPoolExecutor(side_threads()) as pool:
         found = list(pool.map(lambda job: _examine(job, run), jobs))
-    foreign = [path for paths, _ in found for path in paths]
+    cut = {index: paths[0] for index, (paths, _) in enumerate(found) if paths and all(map(_is_cut, paths))}
+    cut = cut if resume and not overwrite else {}
+    foreign = [path for index, (paths, _) in enumerate(found) if index not in cut for path in paths]
     if foreign and not overwrite:
         more = f" and {len(foreign) - 1} more files are" if len(foreign) > 1 else " is"
         raise FileExistsError(
@@ -66,9 +72,15 @@ def unfinished(jobs: Sequence[Job], run: dict[str, Any], resume: bool, overwrite
             "for these inputs (earlier versions wrote none); choose another --out, or replace them by --overwrite"
         )
     if not resume:
-        return list(jobs), []
-    left = [(job, reason) for job, (_, reason) in zip(jobs, found, strict=True) if reason is not None]
-    return [job for job, _ in left], [(str(job.source), reason) for job, reason in left if reason]
+        return list(jobs), [], []
+    reason = "is cut off, and no record in it says who wrote it; delete it, or replace it by --overwrite"
+    refused = [(str(jobs[index].source), f"{path} {reason}") for index, path in cut.items()]
+    left = [
+        (job, reason)
+        for index, (job, (_, reason)) in enumerate(zip(jobs, found, strict=True))
+        if reason is not None and index not in cut
+    ]
+    return [job for job, _ in left], [(str(job.source), reason) for job, reason in left if reason], refused
 
 
 def _examine(job: Job, run: dict[str, Any]) -> tuple[list[Path], str | None]:
@@ -98,6 +110,16 @@ def _examine(job: Job, run: dict[str, Any]) -> tuple[list[Path], str | None]:
     return foreign, reason
 
 
+def _is_cut(path: Path) -> bool:
+    """Return whether a file begins as an output does, but ends before its record and its pixels do."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(len(_PNG))
+    begun = start and (_PNG.startswith(start) or start[:4] in _TIFF)
+    return bool(begun) and read_record(path) == (None, False)
+
+
 def _read_png(file: Any) -> tuple[str, bool]:
     """Return the text of the record, and whether all chunks are whole; ``file`` stands behind the signature."""
     text = ""
@@ -124,5 +146,5 @@ def _read_tiff(path: Path) -> tuple[str, bool]:
             page: Any = tiff.pages[0]
             ends = [at + count for at, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
             return str(page.software).removeprefix(f"{RECORD} "), max(ends, default=0) <= path.stat().st_size
-    except (tifffile.TiffFileError, ValueError, IndexError, struct.error):
+    except (tifffile.TiffFileError, ValueError, IndexError, TypeError, struct.error):
         return "", False

@@ -119,7 +119,7 @@ def resume_files(output: Path) -> tuple[Path, Path]:
 def differing(found: dict[str, Any], run: dict[str, Any]) -> str:
     """Name the parts of a run that a description has otherwise; empty for none."""
     other = [part for part, value in run.items() if found.get(part) != value]
-    return f"another {', '.join(other)}" if other else ""
+    return " and ".join("other options" if part == "options" else f"another {part}" for part in other)
 
 
 def _difference(description: Path, run: dict[str, Any]) -> str | None:

@@ -44,21 +44,20 @@ class SavedModel:
 
 
 @torch.no_grad()
-def reorder_classes(model: nn.Module, order: Sequence[int]) -> None:
-    """Give each class of a model the weights of the class that ``order`` names."""
-    for name, tensor in model.named_parameters():
-        if name in _CLASS_TENSORS:
-            dim = 1 if name == "decoder.cls_emb" else 0
-            tensor.copy_(tensor.index_select(dim, torch.tensor(order, device=tensor.device)))
+def take_classes(model: nn.Module, fresh: nn.Module, state: Mapping[str, Tensor], places: Sequence[int]) -> None:
+    """Give each class of a model the weights of the class of a state dict that ``places`` names.
 
-
-@torch.no_grad()
-def renew_classes(model: nn.Module, fresh: nn.Module) -> None:
-    """Give the classes of a model the weights of those of another one."""
+    Args:
+        fresh: a model of the same configuration, whose weights the classes of place -1 get.
+    """
     parameters = dict(fresh.named_parameters())
+    given = torch.tensor(places)
+    kept = (given >= 0).nonzero()[:, 0]
     for name, tensor in model.named_parameters():
         if name in _CLASS_TENSORS:
             tensor.copy_(parameters[name])
+            dim = 1 if name == "decoder.cls_emb" else 0
+            tensor.index_copy_(dim, kept, state[name].index_select(dim, given[kept]).to(tensor))
 
 
 def build(model_class: type[ModelT], saved: SavedModel, fields: Mapping[str, Any]) -> ModelT:

@@ -81,6 +81,21 @@ def test_refusals_are_one_line_and_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_out_that_is_a_file_or_the_checkpoint_itself_is_refused(tmp_path: Path) -> None:
+    small_model().save_pretrained(tmp_path / "c1")
+    (tmp_path / "file").write_text("mine")
+    before = (tmp_path / "c1/model.safetensors").read_bytes()
+    for source in (tmp_path / "c1", tmp_path / "c1/model.safetensors"):
+        assert f"{tmp_path / 'c1'} is the checkpoint that is read" in call("convert", source, tmp_path / "c1").stderr
+    result = call("convert", tmp_path / "c1", tmp_path / "file")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"error: {tmp_path / 'file'} is a file; OUT is the folder to write\n",
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+    assert (tmp_path / "c1/model.safetensors").read_bytes() == before
+
+
 def test_push_uploads_the_model_with_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = RecordingHub(tmp_path)
     monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", hub)

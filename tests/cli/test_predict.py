@@ -171,13 +171,20 @@ def test_an_overlap_is_checked_against_the_window_before_anything_is_read(tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("named", ["variant", "folder"])
+@pytest.mark.parametrize("named", ["variant", "folder", "official", "official with windows", "checkpoint.pth"])
 def test_an_overlap_is_checked_against_the_model_s_window_before_its_weights_are_read(
     named: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "config.json").write_text('{"window_size": 512}')
+    if named == "folder":
+        (tmp_path / "config.json").write_text('{"window_size": 512}')
+    else:
+        windows = "\ninference_kwargs: {window_size: 512}" if named == "official with windows" else ""
+        side = 300 if windows else 512
+        text = f"net_kwargs:\n  image_size: !!python/tuple\n  - {side}\n  - {side}{windows}"
+        (tmp_path / "variant.yml").write_text(text)
+    model = {"variant": "seg_t_mask_16", "checkpoint.pth": tmp_path / "checkpoint.pth"}.get(named, tmp_path)
     arguments = (photo(tmp_path / "x.png"), "--out", tmp_path / "out", "--overlap", 512)
-    result = call("predict", *arguments, "--model", "seg_t_mask_16" if named == "variant" else tmp_path)
+    result = call("predict", *arguments, "--model", model)
     assert result.exit_code == 2
     assert "below the window of 512 pixels, got 512" in " ".join(result.stderr.replace("│", "").split())
     assert "RANDOM" not in result.stderr

@@ -120,7 +120,7 @@ def test_other_options_restart_an_interrupted_image_and_say_so(tmp_path: Path) -
     rows[1].write_text('{"model": {}}')
     result = predict(source, "--out", tmp_path / "out", "--format", "tiff", "--resume")
     assert result.exit_code == 0
-    expected = f"restarted: {source}: the interrupted run had another model, options, image\n"
+    expected = f"restarted: {source}: the interrupted run had another model and other options and another image\n"
     assert result.stderr.endswith(expected)
     assert np.array_equal(labels(tmp_path / "out")["x.tif"], sf.predict(sf.load(MODEL), source).labels)
 

@@ -95,7 +95,7 @@ def test_resume_renews_what_is_damaged_or_of_another_run_and_says_so(tmp_path: P
         assert (out / "labels/a.png").read_bytes() == same
     output = resumed("--dtype", "bfloat16", "--flip")
     assert "2 written" in output
-    assert f"restarted: {folder / 'a.png'} and 1 more: its output had another model, options" in output
+    assert f"restarted: {folder / 'a.png'} and 1 more: its output had another model and other options" in output
     fields = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(fields | {"mean": [0.4, 0.4, 0.4]}))
     output = resumed("--dtype", "bfloat16", "--flip")
@@ -150,6 +150,25 @@ def test_a_tiff_has_its_record_and_a_damaged_one_is_renewed(tmp_path: Path) -> N
     assert read_record(path) == (record, False)
     assert "its output is damaged" in predict(*options, "--resume").output
     assert np.array_equal(labels(out)["x.tif"], whole)
+
+
+@pytest.mark.parametrize("options", [(), ("--format", "tiff")])
+def test_an_output_that_is_cut_above_its_record_stops_no_other_image(options: tuple[str, ...], tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    for name in ("a.png", "b.png"):
+        photo(folder / name)
+    arguments = (folder, "--out", out, "--no-overlay", *options)
+    assert predict(folder / "a.png", *arguments[1:]).exit_code == 0
+    [path] = (out / "labels").iterdir()
+    os.truncate(path, 33)
+    result = predict(*arguments, "--resume")
+    assert result.exit_code == 1
+    assert "1 written" in result.output
+    assert "0 skipped, 1 failed" in result.output
+    assert f"failed: {folder / 'a.png'}: {path} is cut off, and no record in it says who wrote it" in result.stderr
+    assert path.stat().st_size == 33
+    assert predict(*arguments).exit_code == 2
+    assert "2 written" in predict(*arguments, "--overwrite").output
 
 
 def test_without_a_model_no_folder_is_made(tmp_path: Path) -> None:

@@ -91,7 +91,8 @@ def test_a_signal_ends_with_the_code_that_help_tells(tmp_path: Path, squares: di
     assert stopped.exit_code == 75, stopped.output
     assert "--resume auto goes on" in stopped.output
     squares["train"] = Squares()
-    assert run(tmp_path, "--resume", "auto").exit_code == 0
+    assert "2 steps done, 1 in this call, 0 skipped in this call; " in run(tmp_path, "--resume", "auto").output
+    assert "2 steps done, none in this call; " in run(tmp_path, "--resume", "auto").output
     assert [record["step"] for record in read_log(tmp_path) if record["kind"] == "step"] == [1, 2]
     assert "75" in CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output
 
@@ -144,6 +145,7 @@ def test_mistakes_are_one_line(tmp_path: Path, squares: dict[str, Any]) -> None:
         ("--variant", "seg_x"): "error: unknown variant 'seg_x'",
         ("--pretrained", str(tmp_path / "nothing")): "nothing",
         ("--accumulate", "3"): "error: accumulate must be at most 2",
+        ("--class-map", "ground=x"): "error: --class-map matches the classes of a checkpoint with a decoder",
     }.items():
         failed = run(tmp_path / "run", *options)
         assert failed.exit_code == 2, options

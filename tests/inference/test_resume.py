@@ -50,7 +50,7 @@ def test_a_row_cut_short_does_not_count(tmp_path: Path) -> None:
     ("run", "reason"),
     [
         ({"model": 0, "options": 2, "image": 3}, "the interrupted run had another model"),
-        ({"model": 1, "options": 0, "image": 0}, "the interrupted run had another options, image"),
+        ({"model": 1, "options": 0, "image": 0}, "the interrupted run had other options and another image"),
     ],
 )
 def test_another_run_starts_with_no_rows_and_says_why(run: dict[str, object], reason: str, tmp_path: Path) -> None:

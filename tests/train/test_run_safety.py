@@ -86,7 +86,7 @@ def test_overwrite_removes_nothing_that_no_run_wrote(out: Path, tmp_path: Path) 
     assert run(out, RECIPE.replace(steps=2), overwrite=True).finished
     (tmp_path / "folder/best").mkdir(parents=True)  # of a user, in a folder without a run
     (tmp_path / "folder/best/model.safetensors").write_text("mine")
-    with pytest.raises(FileExistsError, match="holds best/model.safetensors, which no run is recorded"):
+    with pytest.raises(FileExistsError, match=r"holds best/model\.safetensors, which no run is recorded"):
         run(tmp_path / "folder", overwrite=True)
 
 
