@@ -276,11 +276,9 @@ class ConfusionMatrix:
             dist.all_reduce(self.counts)
 
     def scores(self, absent: Collection[int] = ()) -> Scores:
-        """Return the scores of all that was counted.
+        """Return the scores of all that was counted; no IoU of the classes ``absent``, which the data cannot have.
 
-        Args:
-            absent: classes that the data cannot have, which get no IoU, and so do not count in its mean; a pixel that
-                is given one of them is wrong all the same.
+        A pixel that is given an absent class is wrong all the same.
 
         Raises:
             ValueError: not a single labelled pixel was counted.
@@ -288,9 +286,7 @@ class ConfusionMatrix:
         counts = self.counts.cpu().double()
         pixels = int(self.counts.sum())
         if not pixels:
-            raise ValueError(
-                f"scores need at least one labelled pixel; all were {self.ignore_index}, or there were none"
-            )
+            raise ValueError(f"scores need at least one labelled pixel; all were {self.ignore_index}, or there is none")
         right, labelled = counts.diagonal(), counts.sum(1)
         union = labelled + counts.sum(0) - right
         iou, accuracy = (
