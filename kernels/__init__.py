@@ -5,13 +5,17 @@ if __name__ != "kernels":  # in a checkout, libraries that look for another pack
     from .ops.attention import attention
     from .ops.lattice import lattice_argmax, lattice_softmax
     from .ops.mask_scores import mask_scores
+    from .ops.tokens import best_match, bipartite_groups, merge_tokens
     from .ops.upsample import upsample_argmax, upsample_cross_entropy, upsample_softmax
 
     __all__ = [
         "attention",
+        "best_match",
+        "bipartite_groups",
         "lattice_argmax",
         "lattice_softmax",
         "mask_scores",
+        "merge_tokens",
         "reference",
         "upsample_argmax",
         "upsample_cross_entropy",

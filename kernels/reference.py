@@ -10,12 +10,55 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .registry import statistics_dtype
 
-def attention(qkv: Tensor, scale: float | None = None) -> Tensor:
-    """``(B, N, 3, H, D)`` -> ``(B, N, H, D)``: softmax(q k^T * scale) v for every head."""
+
+def attention(qkv: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
+    """``(B, N, 3, H, D), (B, N)`` -> ``(B, N, H, D)``: softmax(q k^T * scale + bias) v for every head."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
-    return ((q @ k.mT * scale).softmax(-1) @ v).transpose(1, 2)
+    scores = q @ k.mT * scale
+    if bias is None:
+        return (scores.softmax(-1) @ v).transpose(1, 2)
+    scores = scores + bias[:, None, None].to(scores.dtype)
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    return (scores.softmax(-1).masked_fill(nothing, 0) @ v).transpose(1, 2)
+
+
+def best_match(a: Tensor, b: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``(B, S, D), (B, T, D)`` -> the largest scalar product of each row of ``a`` and its row of ``b``, ``(B, S)``."""
+    dtype = statistics_dtype(a.dtype)
+    scores = a.to(dtype) @ b.mT.to(dtype)
+    left_out = scores.isnan()
+    if lengths is not None:
+        left_out = left_out | (torch.arange(b.shape[1], device=b.device) >= lengths[:, None, None])
+    value, match = scores.masked_fill(left_out, -torch.inf).max(-1)
+    return value, match
+
+
+def bipartite_groups(
+    value: Tensor, match: Tensor, tokens: int, merged: int | None, prefix: int = 0, threshold: float | None = None
+) -> Tensor:
+    """``(B, S), (B, S)`` -> ``(B, prefix + tokens)`` groups: tokens at odd positions merge into those at even ones."""
+    merges = value > (torch.inf if threshold is None else threshold)
+    if threshold is None:
+        merges.scatter_(1, torch.argsort(-value, dim=1, stable=True)[:, :merged], True)
+    kept = value.new_ones((len(value), prefix + tokens), dtype=torch.bool)
+    kept[:, prefix + 1 :: 2] = ~merges
+    index = kept.cumsum(1) - 1
+    odd = index[:, prefix + 1 :: 2]
+    odd[merges] = index[:, prefix::2].gather(1, match)[merges]
+    return index
+
+
+def merge_tokens(tokens: Tensor, index: Tensor, groups: int, weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``(B, M, D), (B, M)`` -> weighted means of groups ``(B, groups, D)`` and sums of the weights ``(B, groups)``."""
+    dtype = statistics_dtype(tokens.dtype)
+    members = F.one_hot(index, groups).mT.to(dtype)  # (B, groups, M)
+    members = members if weights is None else members * weights.to(dtype)[:, None]
+    sizes = members.sum(-1)
+    shares = members / torch.where(sizes == 0, 1, sizes)[..., None]
+    return (shares @ tokens.to(dtype)).to(tokens.dtype), sizes
 
 
 def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:

@@ -12,6 +12,7 @@ processor MKL leaves AVX512 unused, and oneDNN's products by blocks win: see ``_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
@@ -34,20 +35,30 @@ _BLOCK_SCORES = 1 << 21
 _BLOCK_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` and the log-sum-exp ``(B, H, N)``, empty if not ``with_lse``."""
+def attention_forward(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` and the log-sum-exp ``(B, H, N)``, empty if not ``with_lse``.
+
+    ``bias`` ``(B, N)`` is added to the scores of each key.
+    """
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each, views
+    mask = None if bias is None else bias[:, None, None]
     if qkv.numel() == 0 or qkv.device.type != "cpu":
         scores = (q @ k.mT).to(statistics_dtype(qkv.dtype)) * scale
+        if mask is not None:
+            scores = scores + mask
         lse = scores.logsumexp(-1)
+        if mask is not None:  # zeros where every score is -inf
+            lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         out = (scores - lse.unsqueeze(-1)).exp().to(qkv.dtype) @ v
     elif not with_lse and blocks_win(qkv.shape[1], qkv.dtype):
-        return _by_blocks(qkv, scale), qkv.new_empty(0, dtype=torch.float32)
+        return _by_blocks(qkv, scale, bias), qkv.new_empty(0, dtype=torch.float32)
     elif not with_lse and (whole := _whole_blocks(qkv)):
-        parts = (_flash(part, k, v, scale=scale)[0].transpose(1, 2) for part in (q[:, :, :whole], q[:, :, whole:]))
-        return torch.cat(list(parts), 1), qkv.new_empty(0, dtype=statistics_dtype(qkv.dtype))
+        parts = (_flash(part, k, v, attn_mask=mask, scale=scale)[0] for part in (q[:, :, :whole], q[:, :, whole:]))
+        return torch.cat([part.transpose(1, 2) for part in parts], 1), qkv.new_empty(
+            0, dtype=statistics_dtype(qkv.dtype)
+        )
     else:
-        out, lse = _flash(q, k, v, scale=scale)
+        out, lse = _flash(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).contiguous(), lse.contiguous() if with_lse else lse.new_empty(0)
 
 
@@ -84,7 +95,7 @@ def _whole_blocks(qkv: Tensor) -> int:
     return n - n % block if few and b * heads % torch.get_num_threads() else 0
 
 
-def _by_blocks(qkv: Tensor, scale: float) -> Tensor:
+def _by_blocks(qkv: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` by oneDNN's float32 products, head by head, some queries at a time.
 
     Two cores of an AMD EPYC (Zen 5), float32, heads of 64, this and the flash kernel: 1025 tokens 3.0 and 5.1 ms (3
@@ -96,19 +107,25 @@ def _by_blocks(qkv: Tensor, scale: float) -> Tensor:
     out = qkv.new_empty(b, n, heads, dim)
     blocks = -(-n // min(_BLOCK, max(_BLOCK_SCORES // n, 1)))
     size = -(-n // blocks)
-    for image, result in zip(qkv.float(), out, strict=True):
+    biases: Sequence[Tensor | None] = [None] * b if bias is None else bias.contiguous().unbind()
+    for image, result, added in zip(qkv.float(), out, biases, strict=True):
+        if added is not None and bool((added == -torch.inf).all()):
+            result.zero_()
+            continue
         for head in range(heads):
             q, k = image[:, 0, head] * scale, image[:, 1, head].contiguous()
             values = image[:, 2, head].T.contiguous()
             if blocks >= _PACKED_FROM:
                 k, values = pack(k, size), pack(values, size)
             for rows, into in zip(q.split(size), result[:, head].split(size), strict=True):
-                scores = product(rows, k, None, "none", [], "")
+                scores = product(rows, k, added, "none", [], "")
                 into.copy_(product(torch.softmax(scores, 1, out=scores), values, None, "none", [], ""))
     return out
 
 
-def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+def attention_backward(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
     """Gradient of ``qkv`` as one packed ``(B, N, 3, H, D)`` buffer."""
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     short = qkv.dtype == torch.bfloat16 and qkv.shape[1] <= _WIDEN_BFLOAT16_UP_TO
@@ -116,13 +133,15 @@ def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, 
         grad_out, qkv, out = grad_out.float(), qkv.float(), out.float()
     q, k, v = qkv.permute(2, 0, 3, 1, 4)
     grad_out, out = grad_out.transpose(1, 2), out.transpose(1, 2)
+    mask = None if bias is None else bias[:, None, None]
     if qkv.numel() == 0 or qkv.device.type != "cpu":
-        p = ((q @ k.mT).to(lse.dtype) * scale - lse.unsqueeze(-1)).exp()
+        scores = (q @ k.mT).to(lse.dtype) * scale
+        p = ((scores if mask is None else scores + mask) - lse.unsqueeze(-1)).exp()
         delta = (grad_out * out).to(lse.dtype).sum(-1, keepdim=True)
         grad_scores = (p * ((grad_out @ v.mT).to(lse.dtype) - delta) * scale).to(qkv.dtype)
         grads = (grad_scores @ k, grad_scores.mT @ q, p.to(qkv.dtype).mT @ grad_out)
     else:
-        grads = _flash_backward(grad_out, q, k, v, out, lse, 0.0, False, scale=scale)
+        grads = _flash_backward(grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale)
     for index, grad in enumerate(grads):
         grad_qkv[:, :, index] = grad.transpose(1, 2)
     return grad_qkv

@@ -57,18 +57,19 @@ def test_two_programs_of_the_keys_share_a_multiprocessor() -> None:
 def test_gpus_before_ampere_take_the_kernel_of_pytorch(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 ) -> None:
-    calls: list[torch.Size] = []
+    calls: list[tuple[torch.Size, torch.Size | None]] = []
 
-    def pytorch(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        calls.append(q.shape)
+    def pytorch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        calls.append((q.shape, None if mask is None else mask.shape))
         return torch.empty(q.shape)
 
     monkeypatch.setattr(module, "_capability", lambda device: capability)
     monkeypatch.setattr(F, "scaled_dot_product_attention", pytorch)
     with FakeTensorMode():
-        out = attention(torch.empty(2, 5, 3, 4, 16, device="cuda", dtype=torch.float16))
-    assert out.shape == (2, 5, 4, 16)
-    assert calls == ([(2, 4, 5, 16)] if capability < (8, 0) else [])
+        qkv, bias = torch.empty(2, 5, 3, 4, 16, device="cuda", dtype=torch.float16), torch.empty(2, 5, device="cuda")
+        shapes = [attention(qkv, bias=given).shape for given in (None, bias)]
+    assert shapes == [(2, 5, 4, 16)] * 2
+    assert calls == ([((2, 4, 5, 16), None), ((2, 4, 5, 16), (2, 1, 5, 5))] if capability < (8, 0) else [])
 
 
 def test_the_choice_of_the_kernel_is_a_constant_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:

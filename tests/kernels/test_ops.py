@@ -25,12 +25,20 @@ def lattices(classes: int = 7) -> tuple[Tensor, ...]:
     return torch.randn(5, classes), rows, torch.rand(2, 5), cols, torch.rand(2, 6)
 
 
+MERGED = torch.arange(40).reshape(2, 20) ** 2 % 7
 TARGET = torch.arange(2 * 13 * 17).reshape(2, 13, 17) % 3
 OPERATORS = {
     "attention": lambda: (ops.attention, (draw(2, 5, 3, 2, 16), 0.25, True)),
     "attention without grad": lambda: (ops.attention, (draw(2, 5, 3, 2, 16, grad=False), 0.25, False)),
+    "attention with a bias": lambda: (ops.attention, (draw(2, 5, 3, 2, 16), 0.25, True, draw(2, 5, grad=False))),
+    "best_match": lambda: (
+        ops.best_match,
+        (draw(2, 5, 8, grad=False), draw(2, 6, 8, grad=False), torch.tensor([6, 3])),
+    ),
+    "bipartite_groups": lambda: (ops.bipartite_groups, (torch.rand(2, 4), torch.randint(5, (2, 4)), 9, 2, 1, None)),
     "lattice_argmax": lambda: (ops.lattice_argmax, lattices()),
     "lattice_softmax": lambda: (ops.lattice_softmax, lattices()),
+    "merge_tokens": lambda: (ops.merge_tokens, (draw(2, 5, 8), torch.randint(3, (2, 5)), 3, torch.rand(2, 5))),
     "mask_scores": lambda: (ops.mask_scores, (draw(2, 5, 8), draw(2, 3, 8), draw(3), draw(3), 1e-5)),
     "upsample_argmax": lambda: (ops.upsample_argmax, (draw(2, 3, 4, 5, grad=False), [16, 20], [13, 17], False)),
     "upsample_softmax": lambda: (ops.upsample_softmax, (draw(2, 3, 4, 5), [16, 20], [13, 17], False)),
@@ -65,6 +73,11 @@ def cross_entropy(reduction: str) -> Callable[[Tensor], Tensor]:
 # Differentiable public ops and the shapes of their inputs.
 DIFFERENTIABLE = {
     "attention": (kernels.attention, [(2, 65, 3, 2, 32)]),
+    "attention with a bias": (
+        lambda qkv: kernels.attention(qkv, bias=qkv.detach()[:, :, 0, 0, 0]),
+        [(2, 65, 3, 2, 32)],
+    ),
+    "merge_tokens": (lambda x: kernels.merge_tokens(x, MERGED.to(x.device), 7)[0], [(2, 20, 32)]),
     "mask_scores": (kernels.mask_scores, [(2, 100, 32), (2, 19, 32), (19,), (19,)]),
     "upsample_softmax": (lambda masks: kernels.upsample_softmax(masks, (6, 9), (5, 9)), [(2, 3, 2, 3)]),
     "upsample_cross_entropy mean": (cross_entropy("mean"), [(1, 3, 2, 3)]),
