@@ -62,7 +62,7 @@ def _best_of_image(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 @cache
 def _multiplies_bfloat16() -> bool:
     """True if the CPU has bfloat16 matrix products and oneDNN uses them."""
-    features = getattr(torch.cpu, "get_capabilities", dict)()
+    features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
     units = bool(features.get("amx_tile") or features.get("avx512_bf16"))
     return units and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
