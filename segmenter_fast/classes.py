@@ -20,6 +20,12 @@ class ClassList:
     palette: tuple[Color, ...]
     values: tuple[int, ...] = ()
     """Value of each class in label files, where the data set's layout does not say."""
+    labels_may_be_colors: bool = False
+    """The palette says what the colours of label images mean."""
+    ignored_colors: tuple[Color, ...] = ()
+    """Colours of pixels that do not count."""
+    reduce_zero_label: bool = False
+    """Value 0 of label files does not count, and k is class k - 1."""
 
 
 _ADE20K = """

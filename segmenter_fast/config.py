@@ -95,6 +95,8 @@ class SegmenterConfig:
     class_names: tuple[str, ...] = ()
     palette: tuple[tuple[int, int, int], ...] = ()
     """RGB per class, 0 to 255; empty where unknown."""
+    label_values: tuple[int, ...] = ()
+    """Value of each class in label files, 0 to 255; empty where it is the class itself."""
 
     def __post_init__(self) -> None:
         if self.merging is not None:
@@ -124,9 +126,11 @@ class SegmenterConfig:
         _require(fits, "window_size, window_stride", given, f"at least one patch of {self.patch_size}, and at least 1")
         _require(len(self.mean) == len(self.std) == 3, "mean, std", (self.mean, self.std), "three numbers each")
         _require(min(self.std) > 0, "std", self.std, "positive")
-        for name in ("class_names", "palette"):
+        for name in ("class_names", "palette", "label_values"):
             fits = len(getattr(self, name)) in (0, self.num_classes)
             _require(fits, name, f"{len(getattr(self, name))} entries", f"empty or num_classes={self.num_classes} long")
+        fits = len(set(self.label_values) & set(range(256))) == len(self.label_values)
+        _require(fits, "label_values", self.label_values, "different numbers, each 0 to 255")
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -141,13 +145,13 @@ class SegmenterConfig:
     def replace(self, **fields: Any) -> SegmenterConfig:
         """Return a copy with other values for some fields.
 
-        An int ``image_size`` is a square. A new class count drops class names and palette.
+        An int ``image_size`` is a square. A new class count drops class names, palette and label values.
 
         Raises:
             TypeError: an unknown field.
         """
         if fields.get("num_classes", self.num_classes) != self.num_classes:
-            fields = {"class_names": (), "palette": (), **fields}
+            fields = {"class_names": (), "palette": (), "label_values": (), **fields}
         return self.from_dict({**vars(self), **fields})
 
     def to_dict(self) -> dict[str, Any]:

@@ -119,6 +119,25 @@ def label_image(labels: np.ndarray, palette: Sequence[Color]) -> Image.Image:
     return image
 
 
+def stored_labels(
+    labels: np.ndarray, palette: Sequence[Color], names: Sequence[str], values: Sequence[int] = ()
+) -> tuple[np.ndarray, tuple[Color, ...], tuple[str, ...]]:
+    """Return labels as they stand in files, with colours and names in the order of the values there.
+
+    Args:
+        values: of each class; empty where classes stand for themselves. Other values are black and without a name.
+    """
+    if not values:
+        return labels, tuple(palette), tuple(names)
+    places = {value: place for place, value in enumerate(values)}
+    filled = [places.get(value) for value in range(max(values) + 1)]
+    return (
+        np.asarray(values, np.uint8)[labels],
+        tuple((0, 0, 0) if place is None else palette[place] for place in filled),
+        tuple("" if place is None else names[place] for place in filled),
+    )
+
+
 def _check_labels(labels: np.ndarray, palette: Sequence[Color]) -> None:
     if labels.ndim != 2 or not labels.size:
         raise ValueError(f"labels must be (H, W) with at least one pixel, got {labels.shape}")

@@ -18,6 +18,7 @@ from ..inference.settings import Settings
 from ..processes import StopRequest, World, process_group
 from ..segmenter import Segmenter
 from . import ownership, run_folder
+from .class_weights import FREQUENCY, class_weights, given_weights, kept_weights
 from .datasets.base import SegmentationDataset
 from .evaluation import Scores, evaluate, sample_pictures
 from .logs import RunLog
@@ -133,6 +134,9 @@ class _Run:
         self.summary = EvaluationSummary()
         self.scores: Scores | None = None
         self.skipped = self.bad_in_a_row = 0
+        self.weights = list[float]()
+        if recipe.class_weights not in ("", FREQUENCY):
+            given_weights(recipe.class_weights, dataset.class_names)  # an early error
 
     def go(self, resume: bool, overwrite: bool) -> TrainResult:
         """Train from the start, or from the last checkpoint, to the end or until a signal."""
@@ -144,9 +148,11 @@ class _Run:
                 lock.release()
 
     def _open(self, resume: bool, overwrite: bool) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:
-        data = fingerprint(self.dataset)
+        data, recipe = fingerprint(self.dataset), self.recipe
         model = self.stepper.model
-        return run_folder.open_run(self.out, self.recipe, model, self.length, resume, data, overwrite)
+        kept = [] if overwrite else kept_weights(self.out, model.config.num_classes)
+        self.weights = kept or class_weights(recipe.class_weights, self.dataset, recipe.broken == "skip")
+        return run_folder.open_run(self.out, recipe, model, self.length, resume, data, overwrite, self.weights)
 
     def _locked(self, resume: bool, overwrite: bool) -> TrainResult:
         stepper, recipe = self.stepper, self.recipe
@@ -155,12 +161,17 @@ class _Run:
             stepper.load_state_dict(content)
             read = self.world.in_first(run_folder.read_scores, self.out, stepper.steps)
             self.summary = self.world.broadcast(read) or self.summary
+        self.weights = self.world.broadcast(self.weights)
+        stepper.weigh(self.weights)
         folder, started = self.out if self.world.rank == 0 else None, stepper.steps
         evaluated = self.summary.last_step == started
         log = RunLog(folder, self.total_steps, recipe.batch_size, started, evaluated, self.world.device)
         with log as self.log, recomputed(stepper.model) if recipe.activation_checkpointing else nullcontext():
             if started:
                 log.event("resumed", f"from the checkpoint of step {started}")
+            elif self.weights:
+                named = zip(self.dataset.class_names, self.weights, strict=True)
+                log.event("class weights", ", ".join(f"{name} {weight:.4g}" for name, weight in named))
             for kind, message in events:
                 log.event(kind, message)
             try:

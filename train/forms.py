@@ -15,12 +15,16 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..config import VARIANTS
+from ..classes import ClassList, Color
+from ..config import VARIANTS, SegmenterConfig
 from ..inference.folders import LABELS, plan
 from ..inference.predict import class_table, predict
 from ..segmenter import Segmenter
 from .datasets.base import IGNORE
-from .datasets.pairs import INVALID, Pair, PairedFiles, read_pixels
+from .datasets.class_lists import ReadOptions, color_table
+from .datasets.colors import named_colors
+from .datasets.layouts import LAYOUTS, value_table
+from .datasets.pairs import Pair, PairedFiles, read_pixels
 from .evaluation import ConfusionMatrix, Scores, side_by_side
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -84,11 +88,16 @@ class Form:
         return self.against_float32.scores()
 
 
-def find_photos(inputs: Sequence[Path], labels: Path | None, num_classes: int) -> PairedFiles:
+def find_photos(
+    inputs: Sequence[Path], labels: Path | None, config: SegmenterConfig, options: ReadOptions | None = None
+) -> PairedFiles:
     """List images as ``plan`` does, with the paths of their labels, PNG files of the same names that may be missing.
 
-    Pixels of label files are classes from 0 on, or 255, which does not count. A single input with the folders
-    ``images`` and ``labels`` names both.
+    Pixels of label files are the model's label values, by default classes from 0 on, or 255, which does not count; or
+    colours of its palette. A single input with the folders ``images`` and ``labels`` names both.
+
+    Args:
+        config: of the model.
 
     Raises:
         FileNotFoundError: an input or the folder of labels does not exist.
@@ -107,10 +116,17 @@ def find_photos(inputs: Sequence[Path], labels: Path | None, num_classes: int) -
         pairs.append(Pair(str(name), job.source, next(filter(Path.is_file, files), files[0])))
     if labels is not None and not any(pair.labels.is_file() for pair in pairs):
         raise ValueError(f"no image has labels: expected files such as {pairs[0].labels}")
-    table = np.full(256, INVALID, np.int16)
-    table[:num_classes] = np.arange(min(num_classes, 256))
-    table[IGNORE] = IGNORE
-    return PairedFiles(tuple(map(str, range(num_classes))), (), tuple(pairs), (), {}, table)
+    options, names = options or ReadOptions(), class_table(config)[0][:IGNORE]  # 255 is no class in label files
+    palette, ignored = config.palette, list[Color]()
+    if options.palette:
+        given, ignored = named_colors(options.palette, names)
+        palette = tuple(given)
+    reduced = options.reduce_zero_label or config.label_values == tuple(range(1, len(names) + 1))
+    values, colored = () if reduced else config.label_values, len(palette) == len(names)
+    classes = ClassList(names, palette, values, colored, tuple(ignored), reduced)
+    table = value_table(LAYOUTS["folder"], classes)
+    colors = color_table(classes, table)
+    return PairedFiles(names, palette, tuple(pairs), (), {}, table, colors=colors, page=options.page)
 
 
 def compare_forms(
@@ -132,7 +148,9 @@ def compare_forms(
     forms, seen = [Form(name, model) for name in FORMS], 0
     for index, pair in enumerate(photos.pairs):
         try:
-            pixels, target = photos.read(index) if pair.labels.is_file() else (read_pixels(pair.image), None)
+            pixels, target = (
+                photos.read(index) if pair.labels.is_file() else (read_pixels(pair.image, photos.page or 0), None)
+            )
         except OSError as error:
             if broken is None or (not seen and index + 1 == len(photos)):
                 raise

@@ -65,6 +65,9 @@ class Recipe:
     clip: Annotated[float, "Largest norm of the gradient; 0: any."] = 0.0
     ema: Annotated[float, "Decay of an exponential moving average of the weights, such as 0.999; 0: none."] = 0.0
     label_smoothing: Annotated[float, "As in torch.nn.functional.cross_entropy."] = 0.0
+    class_weights: Annotated[
+        str, "Weights in the loss: one a class, 1,2,0.5; by name, sky=2,sea=0.5; frequency: from the data's pixels."
+    ] = ""
 
     resize: Annotated[int, "Pixels that the smaller side of an image is resized to, before the random factor."] = 512
     crop: Annotated[int, "Side in pixels of the training crops, and of the model's position embedding."] = 512
@@ -155,7 +158,10 @@ def field_help() -> dict[str, tuple[type, str]]:
     for name, default in vars(Recipe()).items():
         values = {preset: getattr(recipe, name) for preset, recipe in PRESETS.items()}
         others = "".join(f", {preset} {value}" for preset, value in values.items() if value != default)
-        described[name] = (hints[name].__origin__, f"{hints[name].__metadata__[0]} Default: {default}{others}.")
+        described[name] = (
+            hints[name].__origin__,
+            f"{hints[name].__metadata__[0]} Default: {default if default != '' else 'none'}{others}.",
+        )
     return described
 
 

@@ -1,6 +1,6 @@
 """The folder of a run: recipe, checkpoints, models to load, scores. Every file is whole or not there.
 
-run.json       recipe, configuration of the model, classes and number of samples: all that must not change in a run
+run.json       recipe, configuration of the model, number of samples, class weights: all that must not change in a run
 checkpoints/   step-0001000.pt and so on
 last/, best/   the model at the last checkpoint and at the best evaluation, for ``segmenter_fast.load``
 scores.json    step and mIoU of the last and of the best evaluation
@@ -76,12 +76,14 @@ def open_run(
     resume: bool,
     data: str | None = None,
     overwrite: bool = False,
+    class_weights: list[float] | None = None,
 ) -> tuple[dict[str, Any] | None, list[tuple[str, str]]]:
     """Make the folder of a new run, or open that of one to go on with.
 
     Args:
         data: of ``same_run.fingerprint``.
         overwrite: delete what a run is recorded to have written there. A run that took no step yet needs none.
+        class_weights: kept in ``run.json``.
 
     Returns:
         The last readable checkpoint, None for a new run; events for the log, kind and message.
@@ -121,13 +123,8 @@ def open_run(
             record(run, f"{CHECKPOINTS}/{aside.name}")
             os.replace(path, aside)
             events.append(("warning", f"an earlier checkpoint is used, as {reason}; it is now {aside.name}"))
-        description = {
-            "package_version": __version__,
-            "recipe": asdict(recipe),
-            "model": config.to_dict(),
-            "samples": samples,
-            "data": data,
-        }
+        parts = {"recipe": asdict(recipe), "model": config.to_dict(), "samples": samples, "data": data}
+        description = {"package_version": __version__, **parts, "class_weights": class_weights or []}
         record(run, RUN)
         write_json(run / RUN, description, indent=2)
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ def fingerprint(dataset: SegmentationDataset) -> str:
     """Return a digest of the samples in their order: names, and of images in files size and end, too."""
     identity = getattr(dataset, "identity", dataset.name)
     with ThreadPoolExecutor(8) as pool:
-        return hashlib.sha256("\n".join(pool.map(identity, range(len(dataset)))).encode()).hexdigest()
+        lines = [*pool.map(identity, range(len(dataset))), *filter(None, [getattr(dataset, "reading", "")])]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def check_same(
@@ -40,11 +42,14 @@ def check_same(
     if not isinstance(old_fields, dict) or not isinstance(old, dict):
         raise CheckpointError(f"{description} is no description of a run: model and recipe must be mappings")
     try:
-        total = Recipe(**old).total_steps(samples)
+        old_recipe = Recipe(**old)  # with defaults for fields that it did not have
+        total = old_recipe.total_steps(samples)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{description} is no description of a run: {error}") from error
     longer = recipe.total_steps(samples) > total and last >= total
-    kept = {**old, "epochs": recipe.epochs, "steps": recipe.steps} if longer else old
+    kept = asdict(old_recipe) | ({"epochs": recipe.epochs, "steps": recipe.steps} if longer else {})
+    defaults = json.loads(json.dumps(SegmenterConfig().to_dict())) | {"label_values": now["label_values"]}
+    old_fields = defaults | old_fields
     different = recipe.differences(kept)
     different += [
         f"the model's {name} is {now[name]}, was {old_fields.get(name)}"

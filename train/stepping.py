@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,9 +39,15 @@ class SummedLoss(nn.Module):
     def __init__(self, model: Segmenter, ignore_index: int, label_smoothing: float) -> None:
         super().__init__()
         self.model, self.ignore_index, self.label_smoothing = model, ignore_index, label_smoothing
+        self.weight: Tensor | None = None
+        """``(K,)`` float32 weights of the classes."""
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
-        options = {"ignore_index": self.ignore_index, "label_smoothing": self.label_smoothing}
+        options = {
+            "ignore_index": self.ignore_index,
+            "label_smoothing": self.label_smoothing,
+            "weight": self.weight,
+        }
         return self.model.loss(images, target, reduction="sum", **options)  # type: ignore[arg-type]
 
 
@@ -65,7 +72,8 @@ class Stepper:
 
     The gradient is that of the mean loss over the labelled pixels of the whole batch. Pixels count alike however the
     images are spread over processes and parts: every part's loss is a sum, divided by the number of labelled pixels of
-    the whole batch, which the processes add up first.
+    the whole batch, which the processes add up first. With weights of the classes a pixel counts by that of its class,
+    in both.
 
     Raises:
         ValueError: the recipe freezes everything, or more layers than there are.
@@ -85,7 +93,8 @@ class Stepper:
             for tensor in (*model.parameters(), *model.buffers()):
                 dist.broadcast(tensor.detach(), src=0)
         self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)) if recipe.ema else None
-        self.module: nn.Module = SummedLoss(model, ignore_index, recipe.label_smoothing)
+        self.loss = SummedLoss(model, ignore_index, recipe.label_smoothing)
+        self.module: nn.Module = self.loss
         if recipe.compile:
             self.module.compile()
         self.sharded = world.size > 1 and recipe.parallel == "fsdp"
@@ -100,6 +109,10 @@ class Stepper:
         self.schedule = make_schedule(self.optimizer, recipe, total_steps)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
 
+    def weigh(self, weights: Sequence[float]) -> None:
+        """Weigh the classes in the loss, before the first step; no weights weigh them alike."""
+        self.loss.weight = torch.tensor(weights, device=self.world.device) if weights else None
+
     def step(self, images: Tensor, labels: Tensor, request: StopRequest) -> StepResult:
         """Take one step on this process's ``(B, 3, h, w)`` images and ``(B, h, w)`` labels.
 
@@ -111,10 +124,16 @@ class Stepper:
         torch.manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
         images = images.to(world.device, non_blocking=True, memory_format=self.layout)
         labels = labels.to(world.device, non_blocking=True)
-        labelled = (labels != self.ignore_index).sum().double()
+        counted = labels != self.ignore_index
+        if self.loss.weight is None:
+            labelled = counted.sum().double()
+        else:
+            labelled = (self.loss.weight[labels.where(counted, 0)] * counted).sum(dtype=torch.float64)
         if world.size > 1:
             dist.all_reduce(labelled)
-        share = (world.size / labelled.clamp(min=1)).float()  # times size, as the processes' gradients are averaged
+        share = (
+            world.size / labelled.where(labelled > 0, 1)
+        ).float()  # times size, as the processes' gradients are averaged
         total = torch.zeros((), device=world.device)
         parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
         for number, (part, target) in enumerate(parts, 1):

@@ -87,6 +87,8 @@ class Dtype(str, Enum):
 COMPILE_FROM = 10_000
 """Images of a job from which on a minute or two of compilation is worth its time."""
 
+_WARNINGS = 10
+
 CheckpointArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint: folder, file or hub id.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or a variant's name.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU where there is one.")]
@@ -110,6 +112,14 @@ class InferenceOptions:
     stride = typer.Option(help="Pixels from window to window. Default: the model's.")
     batch_size = typer.Option(help="Windows, or images that one window covers, at once. Default: 2, on a GPU 16.")
     optimize = typer.Option(help="Use the inference form of the model, or the plain one in the same dtype.")
+
+
+class DataOptions:
+    """Options of ``ReadOptions``."""
+
+    palette = typer.Option(metavar="FILE", help="Colours of label images: a line NAME,R,G,B for each class.")
+    reduce_zero_label = typer.Option("--reduce-zero-label", help="Label 0 does not count, k is class k - 1.")
+    page = typer.Option(min=0, help="Page of image files with several, from 0 on. Default: the first.")
 
 
 def _version(wanted: bool) -> None:
@@ -162,12 +172,14 @@ def default_batch_size(model: Model) -> int:
 
 @contextmanager
 def short_warnings(show: bool = True) -> Iterator[None]:
-    """Print the warnings of a block in one line each, or drop them."""
+    """Print the first warnings of a block in one line each, and count the others; or drop all."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    for warning in caught if show else []:
+    for warning in caught[:_WARNINGS] if show else []:
         say(f"warning: {warning.message}", "yellow")
+    if show and len(caught) > _WARNINGS:
+        say(f"and {len(caught) - _WARNINGS} more warnings", "yellow")
 
 
 def parse_scales(text: str) -> tuple[float, ...]:

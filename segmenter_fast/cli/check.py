@@ -10,7 +10,18 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .app import Device, DeviceOption, Dtype, ModelArgument, OverwriteOption, app, check_new, load_model, say
+from .app import (
+    DataOptions,
+    Device,
+    DeviceOption,
+    Dtype,
+    ModelArgument,
+    OverwriteOption,
+    app,
+    check_new,
+    load_model,
+    say,
+)
 
 
 @app.command()
@@ -21,8 +32,11 @@ def check(
         typer.Argument(metavar="PHOTOS", help="Image files and folders; or a folder with images/ and labels/."),
     ],
     labels: Annotated[
-        Path | None, typer.Option(help="Folder of label PNGs named as the images: class indices; 255 does not count.")
+        Path | None, typer.Option(help="Folder of label PNGs named as the images: label values; 255 does not count.")
     ] = None,
+    palette: Annotated[Path | None, DataOptions.palette] = None,
+    reduce_zero_label: Annotated[bool, DataOptions.reduce_zero_label] = False,
+    page: Annotated[int | None, DataOptions.page] = None,
     min_agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Share of float32's labels that the recommended form keeps.")
     ] = 0.99,
@@ -38,14 +52,18 @@ def check(
     The last line of the report makes the fastest form that keeps enough labels, in Python.
     """
     from ..io.atomic import write_png
+    from ..train.datasets.class_lists import ReadOptions
+    from ..train.datasets.findings import warn_of_pages
     from ..train.forms import compare_forms, find_photos, python_line
 
     if out is not None:
         if out.suffix != ".png":
-            raise ValueError(f"--out must be a new .png file, got {out}")
+            raise ValueError(f"--out must be a .png file, a new one or with --overwrite, got {out}")
         check_new(out, overwrite)
     segmenter = load_model(model, device, Dtype.float32)
-    found = find_photos(photos, labels, segmenter.config.num_classes)
+    found = find_photos(photos, labels, segmenter.config, ReadOptions(palette, reduce_zero_label, page))
+    for warning in warn_of_pages(found, found.pairs):
+        say(f"warning: {warning}", "yellow")
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("checking", total=len(found))
         broken: list[Exception] = []

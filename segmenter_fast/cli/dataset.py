@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .app import OverwriteOption, app, check_new, say
+from .app import DataOptions, OverwriteOption, app, check_new, say
 
 dataset = typer.Typer(help="Images with labels, to train on.", no_args_is_help=True)
 app.add_typer(dataset, name="dataset")
@@ -23,12 +23,16 @@ def check(
     kind: Annotated[
         str, typer.Option(help="ade20k, cityscapes, pascal_context, folder, or auto: by content.")
     ] = "auto",
+    palette: Annotated[Path | None, DataOptions.palette] = None,
+    reduce_zero_label: Annotated[bool, DataOptions.reduce_zero_label] = False,
+    page: Annotated[int | None, DataOptions.page] = None,
     show: Annotated[int, typer.Option(min=1, help="Most problems to print.")] = 100,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="File for all figures.")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Read every file of a data set; report files, classes, values, sizes and problems. Exit code 1: problems."""
     from ..io.atomic import write_json
+    from ..train.datasets.class_lists import ReadOptions
     from ..train.datasets.findings import Findings, check_files
     from ..train.datasets.layouts import LAYOUTS, SPLITS, kind_of, open_files
 
@@ -37,11 +41,11 @@ def check(
         raise ValueError(f"--kind must be auto or one of {', '.join(LAYOUTS)}, got {kind!r}")
     if out is not None:
         check_new(out, overwrite)
-    found: dict[str, Findings] = {}
+    options, found = ReadOptions(palette, reduce_zero_label, page), dict[str, Findings]()
     problems: list[str] = []
     for split in SPLITS:
         try:
-            found[split] = Findings(open_files(folder, kind, split))
+            found[split] = Findings(open_files(folder, kind, split, options))
         except (OSError, ValueError) as error:
             problems.append(str(error))
     if not found:

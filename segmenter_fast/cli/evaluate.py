@@ -16,6 +16,7 @@ from .. import SegmenterConfig
 from .app import (
     CheckpointArgument,
     ClassMapOption,
+    DataOptions,
     Device,
     DeviceOption,
     Dtype,
@@ -40,6 +41,9 @@ def evaluate(
         "auto"
     ),
     split: Annotated[str, typer.Option(help="val or train.")] = "val",
+    palette: Annotated[Path | None, DataOptions.palette] = None,
+    reduce_zero_label: Annotated[bool, DataOptions.reduce_zero_label] = False,
+    page: Annotated[int | None, DataOptions.page] = None,
     class_map: ClassMapOption = None,
     multiscale: Annotated[bool, typer.Option("--multiscale", help="The paper's six scales, mirrored, too.")] = False,
     scales: Annotated[str | None, InferenceOptions.scales] = None,
@@ -62,6 +66,7 @@ def evaluate(
     from ..io.atomic import write_json
     from ..processes import process_group
     from ..train.datasets import open_dataset
+    from ..train.datasets.class_lists import ReadOptions
     from ..train.datasets.matching import match_classes
     from ..train.evaluation import MULTISCALE, check_classes
     from ..train.evaluation import evaluate as scores_of
@@ -72,7 +77,7 @@ def evaluate(
     if out is not None:
         check_new(out, overwrite, _inputs(out) == inputs)
     with process_group(device.value) as world:
-        dataset = open_dataset(data, kind, split)
+        dataset = open_dataset(data, kind, split, ReadOptions(palette, reduce_zero_label, page))
         segmenter = load_for_inference(model, device, dtype, optimize, len(dataset) // world.size)
         dataset = match_classes(segmenter.config, dataset, class_map or ())
         check_classes(segmenter, dataset)

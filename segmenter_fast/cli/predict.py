@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import signal
@@ -20,6 +21,7 @@ from rich.text import Text
 
 from .. import VARIANTS
 from .app import (
+    DataOptions,
     Device,
     DeviceOption,
     Dtype,
@@ -71,6 +73,7 @@ def predict(
     batch_size: Annotated[int | None, InferenceOptions.batch_size] = None,
     optimize: Annotated[bool, InferenceOptions.optimize] = True,
     overlay: Annotated[bool, typer.Option(help="Write overlays.")] = True,
+    page: Annotated[int | None, DataOptions.page] = None,
     overwrite: OverwriteOption = False,
     root: Annotated[
         Path | None, typer.Option(help="Folder that holds all inputs; outputs keep the path below it.")
@@ -106,7 +109,7 @@ def predict(
             jobs = plan(inputs, out, overlay, format.value, root=root, keep_suffix=keep_suffix)
         world = world.for_prediction()
         leads = world.rank == 0 or world.store is None  # a rank that no store connects to others reports on its own
-        jobs = jobs[world.rank :: world.size]
+        jobs = [dataclasses.replace(job, page=page) for job in jobs[world.rank :: world.size]]
         done, total = 0, len(jobs)
         report = PredictionReport()
         try:
@@ -116,6 +119,7 @@ def predict(
             batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
             settings = Settings.of(segmenter.config, window, stride, factors, flip, batch_size)
             run = describe_run(segmenter, settings)
+            run["options"] |= {"page": page} if page else {}
             remaining, report.restarts, report.failures = unfinished(jobs, run, resume, overwrite)
             refused = len(report.failures)
             report.skipped = len(jobs) - len(remaining) - refused
@@ -131,7 +135,8 @@ def predict(
             )
             bars.add_task("segmenting", completed=done, total=total, unit="images/s")
             bars.add_task("", total=None, visible=False, unit="windows/s")
-            _segment_all(jobs, segment_all, report, world, bars)
+            with short_warnings():
+                _segment_all(jobs, segment_all, report, world, bars)
         except KeyboardInterrupt as interrupt:
             if leads:
                 done = report.written + len(report.failures)

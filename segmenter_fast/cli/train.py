@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..train.presets import CHOICES, PRESETS, field_help
-from .app import ClassMapOption, Device, DeviceOption, OverwriteOption, app, check_new, counted, say, short_warnings
+from .app import (
+    ClassMapOption,
+    DataOptions,
+    Device,
+    DeviceOption,
+    OverwriteOption,
+    app,
+    check_new,
+    counted,
+    say,
+    short_warnings,
+)
 
 if TYPE_CHECKING:
     from .. import Segmenter
@@ -61,6 +72,9 @@ def train(
         bool,
         typer.Option("--new-classes", help="Start from random class weights where the checkpoint has other classes."),
     ] = False,
+    palette: Annotated[Path | None, DataOptions.palette] = None,
+    reduce_zero_label: Annotated[bool, DataOptions.reduce_zero_label] = False,
+    page: Annotated[int | None, DataOptions.page] = None,
     class_map: ClassMapOption = None,
     resume: Annotated[Resume, typer.Option(help="auto: go on from the last checkpoint in OUT, if any.")] = Resume.never,
     overwrite: OverwriteOption = False,
@@ -73,6 +87,7 @@ def train(
 
     from ..processes import World
     from ..train.datasets import open_dataset
+    from ..train.datasets.class_lists import ReadOptions
     from ..train.datasets.findings import sample_warnings
     from ..train.datasets.pairs import PairedFiles
     from ..train.engine import train as run
@@ -81,16 +96,17 @@ def train(
     if "epochs" in given:
         given = {"steps": 0, **given}  # a preset that counts steps must not overrule it
     recipe = PRESETS[preset.value].replace(**given)
-    dataset, val_dataset = (open_dataset(data, kind or preset.value, split) for split in ("train", "val"))
+    options = ReadOptions(palette, reduce_zero_label, page)
+    dataset, val_dataset = (open_dataset(data, kind or preset.value, split, options) for split in ("train", "val"))
     if World.from_environment().rank == 0 and isinstance(dataset, PairedFiles):
         for warning in sample_warnings(dataset):
             say(f"warning: {warning}", "yellow")
     torch.manual_seed(recipe.seed)
     classes: dict[str, Any] = {"class_names": dataset.class_names, "palette": dataset.palette}
-    classes |= {"num_classes": len(dataset.class_names)}
+    classes |= {"num_classes": len(dataset.class_names), "label_values": getattr(dataset, "label_values", ())}
     model = _model(variant, pretrained, new_classes, class_map, **classes, **recipe.model_fields())
-    options: dict[str, Any] = {"resume": resume.value, "overwrite": overwrite, "device": device.value}
-    result = run(model, dataset, val_dataset, recipe, out, **options, timeout=timeout)
+    run_options: dict[str, Any] = {"resume": resume.value, "overwrite": overwrite, "device": device.value}
+    result = run(model, dataset, val_dataset, recipe, out, **run_options, timeout=timeout)
     if World.from_environment().rank == 0:
         best = result.summary
         if best.best_step >= 0:

@@ -39,6 +39,8 @@ class Job:
     """PNG, or TIFF for the format "tiff"; with "auto" a large image has ``tiled`` instead."""
     overlay: Path | None
     format: LabelFormat = "auto"
+    page: int | None = None
+    """Of the input, from 0 on; None: the first, with a warning if there are others."""
 
     @property
     def tiled(self) -> Path:
@@ -181,10 +183,14 @@ def run_by_rows(
             rows.append(band)
     if job.overlay is not None:
         write_png(visualize.reduced_overlay(raster, rows.read, palette, OVERLAY_SIDE), job.overlay, record)
+    values = model.config.label_values
     if labels.suffix == ".tif":
-        write_label_tiff(labels, rows.bands(), size, palette, names, record)
+        bands = (visualize.stored_labels(band, palette, names, values)[0] for band in rows.bands())
+        _, colors, words = visualize.stored_labels(rows.read(0, 1), palette, names, values)
+        write_label_tiff(labels, bands, size, colors, words, record)
     else:
-        write_png(visualize.label_image(rows.read(0, size[0]), palette), labels, record)
+        whole, colors, _ = visualize.stored_labels(rows.read(0, size[0]), palette, names, values)
+        write_png(visualize.label_image(whole, colors), labels, record)
     rows.remove()
     return rows.restarted
 

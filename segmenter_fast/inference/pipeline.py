@@ -57,7 +57,7 @@ def run_all(
 
     def opened() -> Iterator[tuple[Job, Raster]]:
         nonlocal held, largest
-        for job, reading in read_ahead(jobs, lambda job: images.open_raster(job.source), threads, room):
+        for job, reading in read_ahead(jobs, lambda job: images.open_raster(job.source, job.page), threads, room):
             try:
                 raster = reading.result()
             except FAILURES as error:

@@ -38,6 +38,8 @@ class Prediction:
     """One name per class; "class 0", "class 1", ... where the model has none."""
     palette: tuple[Color, ...]
     """RGB per class, the model's own or ``visualize.default_palette``."""
+    values: tuple[int, ...] = ()
+    """Value of each class in label files; empty where it is the class itself."""
 
     @property
     def image(self) -> np.ndarray:
@@ -49,8 +51,9 @@ class Prediction:
         return visualize.overlay(self.image, self.labels, self.palette, alpha)
 
     def label_image(self) -> Image.Image:
-        """An image whose pixel values are the class indices: mode P up to 256 classes, 16-bit grey above."""
-        return visualize.label_image(self.labels, self.palette)
+        """An image whose pixels are ``values``, or class indices: mode P up to 256 classes, 16-bit grey above."""
+        labels, palette, _ = visualize.stored_labels(self.labels, self.palette, self.class_names, self.values)
+        return visualize.label_image(labels, palette)
 
     def share_by_class(self) -> dict[str, float]:
         """Share of the pixels, in (0, 1], of each class that occurs, largest first; classes of one name are summed."""
@@ -163,14 +166,14 @@ def predict_raster(model: Model, raster: Raster, settings: Settings, progress: P
     labels = np.empty((raster.height, raster.width), np.uint8 if model.config.num_classes <= 256 else np.int32)
     for top, band in label_bands(model, raster, settings, progress=progress):
         labels[top : top + len(band)] = band
-    return Prediction(labels, raster, *class_table(model.config))
+    return Prediction(labels, raster, *class_table(model.config), model.config.label_values)
 
 
 def predict_batch(model: Model, rasters: Sequence[Raster]) -> list[Prediction]:
     """Labels of open images of one size that one window covers, see ``one_window``; the same as those of each alone."""
     with evaluation_mode(model):
         labels = segment_images(model, [_whole(model, raster) for raster in rasters]).cpu().numpy()
-    table = class_table(model.config)
+    table = *class_table(model.config), model.config.label_values
     return [Prediction(own, raster, *table) for own, raster in zip(labels, rasters, strict=True)]
 
 

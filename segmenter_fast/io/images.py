@@ -21,6 +21,8 @@ ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 LARGE_PIXELS = 1 << 26
 """Images with more pixels, 8192 x 8192, are read by rows, and their labels are written as tiled TIFF."""
 
+_PAGED = ("GIF", "PNG", "TIFF", "WEBP")
+_SUBFILE, _REDUCED_OR_MASK = 254, 5
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 # Errors of Pillow on files that are cut short or no images.
 _UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
@@ -51,12 +53,15 @@ class Pixels:
         return self.pixels[top:bottom]
 
 
-def open_raster(image: ImageSource) -> Raster:
+def open_raster(image: ImageSource, page: int | None = None) -> Raster:
     """Open an image with the pixels of ``read_image``, by rows where its file is large and its format allows it.
 
     Above ``LARGE_PIXELS`` a TIFF is read by tifffile, tile by tile or strip by strip, and any other file, or a TIFF
     that tifffile cannot decode by rows, by libvips; formats without random access (JPEG, PNG) libvips decodes once to
     a temporary file. Where neither is installed Pillow holds the whole image, up to its own limit.
+
+    Args:
+        page: of a file, from 0 on, as Pillow and tifffile count; None: the first, with a warning if there are others.
 
     Raises:
         TypeError, ValueError, OSError: as ``read_image``, and a file larger than what is installed can read.
@@ -68,43 +73,46 @@ def open_raster(image: ImageSource) -> Raster:
     _register_heif(path)
     with open(path, "rb") as file:
         is_tiff = file.read(4) in _TIFF_STARTS
+    if page is None and (pages := count_pages(path)) > 1:
+        warnings.warn(f"{path} has {pages} pages; the first is read, --page 1 is the second", stacklevel=2)
+    page = page or 0
     if is_tiff:
         try:
-            raster = TiffRaster(path)
+            raster = TiffRaster(path, page)
             if raster.height * raster.width > LARGE_PIXELS:
                 return raster
         except NotByRowsError as reason:
             reasons.append(str(reason))
     with warnings.catch_warnings():  # a warning below Pillow's limit is about attacks, but the file is the user's
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        if not _is_large(path):
-            return Pixels(read_image(path))
+        if not _is_large(path, page):
+            return Pixels(read_image(path, page))
         try:
-            return VipsRaster(path)
+            return VipsRaster(path, page)
         except NotByRowsError as reason:
             reasons.append(str(reason))
         try:
-            return Pixels(read_image(path))
+            return Pixels(read_image(path, page))
         except (OSError, MemoryError) as error:
             install = "pip install 'segmenter-fast[large]' has what large images need"
             raise OSError(f"{error}; by rows: {'; '.join(reasons)}; {install}") from error
 
 
-def read_image(image: ImageSource) -> np.ndarray:
+def read_image(image: ImageSource, page: int = 0) -> np.ndarray:
     """Read the RGB pixels of an image: ``(H, W, 3)`` uint8.
 
     Files and PIL images are turned upright as their EXIF orientation says. Transparency is dropped, not blended, as
-    the official program does. 16-bit grey values (modes I;16 and I) are divided by 257 and rounded. Of a file with
-    several frames the first is taken.
+    the official program does. 16-bit grey values (modes I;16 and I) are divided by 257 and rounded.
 
     Args:
         image: a path, a PIL image, or a uint8 array ``(H, W, 3)``, ``(H, W, 1)`` or ``(H, W)``.
+        page: of a file: frame of an animation or page of a TIFF, from 0 on.
 
     Raises:
         TypeError: neither path, PIL image nor uint8 array.
         ValueError: no pixels, a wrong number of channels, a mode without a defined range (F), or 32-bit values outside
             16 bits.
-        OSError: a file that does not exist or cannot be decoded, naming it.
+        OSError: a file that does not exist, cannot be decoded or has no such page, naming it.
     """
     if isinstance(image, Image.Image):
         return _to_rgb(ImageOps.exif_transpose(image))
@@ -113,6 +121,7 @@ def read_image(image: ImageSource) -> np.ndarray:
         _register_heif(image)
         try:
             with Image.open(image) as opened:
+                seek_page(opened, page)
                 opened.load()
                 upright = ImageOps.exif_transpose(opened)
         except (FileNotFoundError, IsADirectoryError, PermissionError):
@@ -147,6 +156,36 @@ def normalise(pixels: np.ndarray, mean: Sequence[float], std: Sequence[float], d
     return images.div_(255).sub_(shift).div_(scale)
 
 
+def seek_page(opened: Image.Image, page: int) -> None:
+    """Go to a page of an open image.
+
+    Raises:
+        ValueError: it has no such page.
+    """
+    if page:
+        pages = getattr(opened, "n_frames", 1)
+        if not 0 < page < pages:
+            known = f"the pages 0 to {pages - 1}" if pages > 1 else "one page, 0,"
+            raise ValueError(f"it has {known} and no page {page}")
+        opened.seek(page)
+
+
+def count_pages(path: str | os.PathLike[str]) -> int:
+    """Return the frames of an animation or the pages of a TIFF, without thumbnails and masks; 1 for other files."""
+    try:
+        with warnings.catch_warnings(), Image.open(path) as opened:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            if opened.format not in _PAGED or not getattr(opened, "is_animated", False):
+                return 1
+            kinds = []  # of the pages of a TIFF
+            for page in range(opened.n_frames):  # type: ignore[attr-defined]
+                opened.seek(page)
+                kinds.append(getattr(opened, "tag_v2", {}).get(_SUBFILE, 0))
+            return sum(not kind & _REDUCED_OR_MASK for kind in kinds)
+    except (*_UNREADABLE, TypeError):
+        return 1  # the reader raises a better error
+
+
 def check_regular(path: str | os.PathLike[str]) -> None:
     """Refuse a pipe, a socket or a device: reading it could wait for ever."""
     if not os.path.isfile(path) and not os.path.isdir(path) and os.path.exists(path):
@@ -168,9 +207,10 @@ def _register_heif(path: str | os.PathLike[str]) -> None:
     pillow_heif.register_heif_opener()
 
 
-def _is_large(path: str) -> bool:
+def _is_large(path: str, page: int) -> bool:
     try:
         with Image.open(path) as opened:
+            seek_page(opened, page)
             return opened.width * opened.height > LARGE_PIXELS
     except Image.DecompressionBombError:
         return True

@@ -34,10 +34,10 @@ def to_eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 class TiffRaster:
-    """First page of a TIFF, upright and converted to RGB by Pillow's rules."""
+    """A page of a TIFF, upright and converted to RGB by Pillow's rules."""
 
-    def __init__(self, path: str) -> None:
-        """Open ``path``.
+    def __init__(self, path: str, number: int = 0) -> None:
+        """Open page ``number``, from 0 on, of ``path``.
 
         Raises:
             NotByRowsError: tifffile is not installed or lacks the codec, a strip or tile is too large, or pixels are
@@ -50,7 +50,7 @@ class TiffRaster:
         self.path, self._errors = path, (tifffile.TiffFileError, *_BROKEN)
         try:
             self._file = tifffile.TiffFile(path)
-            page: Any = self._file.pages[0]
+            page: Any = self._file.pages[number]
         except self._errors as error:
             raise NotByRowsError(f"tifffile cannot open it: {error}") from error
         self._page = page
@@ -200,8 +200,8 @@ class TiffRaster:
 class VipsRaster:
     """A file that libvips reads through pyvips, upright and as RGB."""
 
-    def __init__(self, path: str) -> None:
-        """Open ``path``.
+    def __init__(self, path: str, page: int = 0) -> None:
+        """Open a page, from 0 on, of ``path``.
 
         Raises:
             NotByRowsError: pyvips is not installed, or libvips knows no such pixels or format.
@@ -212,7 +212,8 @@ class VipsRaster:
             raise NotByRowsError("pyvips is not installed") from error
         self.path, self._error = path, pyvips.Error
         try:
-            self._image = pyvips.Image.new_from_file(path, access="random", fail_on="error").autorot()
+            options = {"page": page} if page else {}  # loaders of formats without pages know no such option
+            self._image = pyvips.Image.new_from_file(path, access="random", fail_on="error", **options).autorot()
         except pyvips.Error as error:
             raise NotByRowsError(f"libvips cannot open it: {_last_line(error)}") from error
         self.height, self.width = int(self._image.height), int(self._image.width)

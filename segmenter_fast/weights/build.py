@@ -85,7 +85,8 @@ def build(model_class: type[ModelT], saved: SavedModel, fields: Mapping[str, Any
             found = f"{value.dtype} ({'without values' if value.is_meta else value.layout})"
             raise CheckpointError(f"{saved.name}: {key} must be a dense floating point tensor, got {found}")
     # Names and shapes are compared before any memory is taken.
-    same = {name: getattr(before, name) for name in ("image_size", "num_classes", "class_names", "palette")}
+    classes = "num_classes", "class_names", "palette", "label_values"
+    same = {name: getattr(before, name) for name in ("image_size", *classes)}
     model = _empty(model_class, stored := config.replace(**same), saved)
     shapes = {key: value.to("meta") for key, value in saved.state.items()}
     if not saved.has_decoder:

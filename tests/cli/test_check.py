@@ -20,6 +20,7 @@ from segmenter_fast.train.forms import FORMS, compare_forms, find_photos, python
 from support.models import windowed
 from support.predict import call
 
+CONFIG = sf.SegmenterConfig(num_classes=5)
 SIZES = {"a": (32, 32), "sub/b": (40, 50), "sub/c": (20, 30)}
 
 
@@ -81,7 +82,8 @@ def _cells(line: str) -> list[str]:
 
 
 def test_figures_are_those_of_each_form(data: Path, checkpoint: str) -> None:
-    model, photos = sf.load(checkpoint), find_photos([data], None, 5)
+    model = sf.load(checkpoint)
+    photos = find_photos([data], None, model.config)
     done: list[int] = []
     forms = {form.name: form for form in compare_forms(model, photos, done.append)}
     assert done == [1, 2, 3]
@@ -117,20 +119,21 @@ def test_a_form_that_fails_while_it_runs_says_why(checkpoint: str, data: Path, m
     monkeypatch.setattr(forms, "predict", failing)
     monkeypatch.setattr(forms, "FORMS", {name: FORMS[name] for name in ("float32", "bfloat16")})
     monkeypatch.setattr("segmenter_fast.inference_segmenter.computes_slowly", lambda *_: False)
-    exact, failed = compare_forms(sf.load(checkpoint), find_photos([data / "images/a.jpg"], None, 5), lambda done: None)
+    photos = find_photos([data / "images/a.jpg"], None, CONFIG)
+    exact, failed = compare_forms(sf.load(checkpoint), photos, lambda done: None)
     assert (exact.scores.aacc, bool(exact.against_labels.counts.any())) == (1.0, False)
     assert (failed.runs, failed.remark) == (False, "no memory left")
 
 
 def test_labels_in_a_folder_of_their_own(data: Path, tmp_path: Path) -> None:
-    photos = find_photos([data / "images/sub"], data / "labels/sub", 5)
+    photos = find_photos([data / "images/sub"], data / "labels/sub", CONFIG)
     assert [pair.labels for pair in photos.pairs] == [data / "labels/sub/b.png", data / "labels/sub/c.png"]
-    photos = find_photos([data / "images/sub/b.jpg", data / "images/a.jpg"], data / "labels", 5)
+    photos = find_photos([data / "images/sub/b.jpg", data / "images/a.jpg"], data / "labels", CONFIG)
     assert [pair.labels.is_file() for pair in photos.pairs] == [True, True]
     with pytest.raises(FileNotFoundError, match=r"folder of labels .*nowhere does not exist"):
-        find_photos([data], tmp_path / "nowhere", 5)
+        find_photos([data], tmp_path / "nowhere", CONFIG)
     with pytest.raises(ValueError, match=r"no image has labels: expected files such as .*/a\.png"):
-        find_photos([data / "images"], tmp_path, 5)
+        find_photos([data / "images"], tmp_path, CONFIG)
 
 
 def test_wrong_input_is_one_line(data: Path, checkpoint: str, tmp_path: Path) -> None:
@@ -138,7 +141,10 @@ def test_wrong_input_is_one_line(data: Path, checkpoint: str, tmp_path: Path) ->
     Image.new("L", (32, 32), 77).save(tmp_path / "labels/a.png")
     for arguments, message in (
         ((tmp_path / "nowhere",), "nowhere does not exist"),
-        ((data / "images/a.jpg", "--out", "x.jpg"), "--out must be a new .png file, got x.jpg"),
+        (
+            (data / "images/a.jpg", "--out", "x.jpg"),
+            "--out must be a .png file, a new one or with --overwrite, got x.jpg",
+        ),
         ((data / "images/a.jpg", "--labels", tmp_path / "labels"), "77, but classes are 0 to 4"),
     ):
         result = call("check", checkpoint, *arguments, "--device", "cpu")

@@ -29,7 +29,7 @@ def squares(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """Data sets that the data option opens, by split, and the kind that was asked for."""
     opened: dict[str, Any] = {"train": Squares(), "val": Squares(2, 1)}
 
-    def open_dataset(data: str, kind: str, split: str) -> Any:
+    def open_dataset(data: str, kind: str, split: str, options: object) -> Any:
         opened["kind"] = kind
         return opened[split]
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from ...io.images import count_pages
 from ...io.walk import Ignored
 from .base import SampleError
-from .pairs import Pair, PairedFiles, differing_sizes, orientation, read_pixels, read_values
+from .colors import UnknownColorError
+from .pairs import Pair, PairedFiles, differing_sizes, orientation, read_pixels
 
 SAMPLE = 200
 """Label files that a training looks into before it starts."""
@@ -54,12 +56,12 @@ def _check(dataset: PairedFiles, pair: Pair) -> CheckedPair:
     problems = list[str]()
     image, values = None, None
     try:
-        image = read_pixels(pair.image)
+        image = read_pixels(pair.image, dataset.page or 0)
     except SampleError as error:
         problems.append(str(error))
     try:
-        values = read_values(pair.labels)
-    except SampleError as error:
+        values = dataset.values(pair)
+    except (SampleError, UnknownColorError) as error:
         problems.append(str(error))
     size = f"{image.shape[1]} x {image.shape[0]}" if image is not None else ""
     if values is None:
@@ -108,7 +110,8 @@ class Findings:
         """Return what is no error but rarely meant: classes without a pixel, images turned without their labels."""
         apart = sum(count for (image, labels), count in self.orientations.items() if image != labels)
         turned = f"EXIF turns {apart} image{'s' if apart > 1 else ''} another way than the labels: look at some of them"
-        return warn_of_classes(self.dataset.class_names, self.pixels, self.values) + ([turned] if apart else [])
+        found = warn_of_classes(self.dataset.class_names, self.pixels, self.values) + ([turned] if apart else [])
+        return found + warn_of_pages(self.dataset, self.dataset.pairs)
 
     def summary(self) -> dict[str, Any]:
         """Return all figures in values that JSON holds."""
@@ -129,6 +132,14 @@ class Findings:
         }
 
 
+def warn_of_pages(dataset: PairedFiles, pairs: Sequence[Pair]) -> list[str]:
+    """Return a warning about image files of several pages, if none is chosen; it names the first and counts them."""
+    counted = [(pair.image, count_pages(pair.image)) for pair in pairs if dataset.page is None]
+    several = [(path, pages) for path, pages in counted if pages > 1]
+    more = f" and {len(several) - 1} more images have several" if len(several) > 1 else ""
+    return [f"{path} has {pages} pages{more}; the first is read, --page 1 is the second" for path, pages in several[:1]]
+
+
 def warn_of_classes(names: Sequence[str], pixels: np.ndarray, values: Counter[int], where: str = "") -> list[str]:
     """Return a warning where classes have no pixel, or where there is one class only; it names the values found."""
     absent = [name for name, count in zip(names, pixels, strict=True) if not count]
@@ -146,18 +157,20 @@ def warn_of_classes(names: Sequence[str], pixels: np.ndarray, values: Counter[in
 
 
 def sample_warnings(dataset: PairedFiles) -> list[str]:
-    """Return the warnings of ``warn_of_classes`` for up to ``SAMPLE`` label files, evenly spread.
+    """Return the warnings of ``warn_of_classes`` and ``warn_of_pages`` for up to ``SAMPLE`` pairs, evenly spread.
 
     Where there are more files, a class may lie in the others: then only one or no class in the sample is worth a word.
     """
     pairs = dataset.pairs[:: -(-len(dataset) // SAMPLE)]
     pixels, values = np.zeros(len(dataset.class_names), np.int64), Counter[int]()
+    pages = warn_of_pages(dataset, pairs)
     for pair in pairs:
         try:
-            counted, _, found, _ = _count(dataset, read_values(pair.labels))
+            counted, _, found, _ = _count(dataset, dataset.values(pair))
         except SampleError:
             continue
         pixels, values = pixels + counted, values + found
     if len(pairs) < len(dataset) and (pixels > 0).sum() > 1:
-        return []
-    return warn_of_classes(dataset.class_names, pixels, values, f" in {len(pairs)} of {len(dataset)} label files")
+        return pages
+    where = f" in {len(pairs)} of {len(dataset)} label files"
+    return warn_of_classes(dataset.class_names, pixels, values, where) + pages

@@ -6,24 +6,21 @@ train ids of Cityscapes' label table.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from ...classes import DATASET_CLASSES, ClassList
 from ...io.walk import IMAGE_SUFFIXES, Ignored, describe_ignored, files_below, sort_out
-from ...visualize import default_palette
 from .base import IGNORE, SegmentationDataset
+from .class_lists import ReadOptions, color_table, read_classes
 from .pairs import INVALID, Pair, PairedFiles
 from .shapes import Shapes
 
 SPLITS = ("train", "val")
-CLASS_FILES = ("classes.json", "classes.txt")
 
 
 @dataclass(frozen=True)
@@ -101,17 +98,20 @@ LAYOUTS: dict[str, Layout] = {
 KINDS = ("auto", *LAYOUTS, "shapes")
 
 
-def open_dataset(data: str | Path, kind: str = "auto", split: str = "train") -> SegmentationDataset:
+def open_dataset(
+    data: str | Path, kind: str = "auto", split: str = "train", options: ReadOptions | None = None
+) -> SegmentationDataset:
     """Open a split, "train" or "val", of the data set in a folder, or of the procedural one.
 
     Args:
         data: a folder, or "shapes" or "shapes:SEED" for the procedural data set.
         kind: one of ``KINDS``; "auto" goes by the content of the folder.
+        options: for the files of a folder.
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: an unknown kind or split, a folder of another layout, a split without images, or a class list that
-            is missing or wrong; names what was looked for.
+        ValueError: an unknown kind or split, options that the kind does not have, a folder of another layout, a split
+            without images, or a class list that is missing or wrong; names what was looked for.
     """
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
@@ -121,9 +121,11 @@ def open_dataset(data: str | Path, kind: str = "auto", split: str = "train") -> 
     if kind == "shapes" or (kind == "auto" and shapes and not Path(data).exists()):
         if not shapes:
             raise ValueError(f"the shapes data set is 'shapes' or 'shapes:SEED', such as shapes:7, got {str(data)!r}")
+        if options and options != ReadOptions():
+            raise ValueError("the shapes data set has no files that a palette, pages or a reduced zero label is for")
         return Shapes.of_split(split, int(shapes[1] or 0))
     folder = Path(data)
-    return open_files(folder, kind_of(folder) if kind == "auto" else kind, split)
+    return open_files(folder, kind_of(folder) if kind == "auto" else kind, split, options)
 
 
 def kind_of(folder: Path) -> str:
@@ -141,7 +143,7 @@ def kind_of(folder: Path) -> str:
     return found
 
 
-def open_files(folder: Path, kind: str, split: str) -> PairedFiles:
+def open_files(folder: Path, kind: str, split: str, options: ReadOptions | None = None) -> PairedFiles:
     """Open a split of a data set in files.
 
     Raises:
@@ -149,11 +151,13 @@ def open_files(folder: Path, kind: str, split: str) -> PairedFiles:
         ValueError: another layout, no image in the split, or no class list; names what was looked for.
     """
     _require_folder(folder)
-    layout = LAYOUTS[kind]
+    layout, options = LAYOUTS[kind], options or ReadOptions()
+    if kind in DATASET_CLASSES and (options.palette or options.reduce_zero_label):
+        raise ValueError(f"a palette and a reduced zero label are for the kind folder; {kind} has labels of its own")
     root = layout.root(folder)
     if root is None or not (root / layout.images[split]).is_dir() or not (root / layout.labels[split]).is_dir():
         raise ValueError(f"{folder} has no {split} split of kind {kind}: looked for {layout.wanted(split)}")
-    classes = DATASET_CLASSES[kind] if kind in DATASET_CLASSES else read_classes(root)
+    classes = DATASET_CLASSES[kind] if kind in DATASET_CLASSES else read_classes(root, options)
     images, labels, strays = root / layout.images[split], root / layout.labels[split], list[Path]()
     ignored: Ignored = {}
     if layout.lists:
@@ -174,8 +178,17 @@ def open_files(folder: Path, kind: str, split: str) -> PairedFiles:
         ends = layout.image_end or " ".join(IMAGE_SUFFIXES)
         rest = f"; {describe_ignored(ignored)}" if ignored else ""
         raise ValueError(f"the {split} split is empty: no images in {images} that end in {ends}{rest}")
-    table = layout.table(len(classes.class_names), classes.values)
-    return PairedFiles(classes.class_names, classes.palette, pairs, tuple(strays), ignored, table)
+    table = value_table(layout, classes)
+    colors = color_table(classes, table)
+    named = classes.class_names, classes.palette
+    return PairedFiles(*named, pairs, tuple(strays), ignored, table, colors=colors, page=options.page)
+
+
+def value_table(layout: Layout, classes: ClassList) -> np.ndarray:
+    """Return the class of each value of label files, see ``Layout.table``."""
+    if classes.reduce_zero_label:
+        layout = replace(layout, first=1, ignored=(0, IGNORE))
+    return layout.table(len(classes.class_names), classes.values)
 
 
 def _by_name(paths: list[Path], folder: Path, end: str) -> list[tuple[str, Path]]:
@@ -194,55 +207,3 @@ def _require_folder(folder: Path) -> None:
         raise FileNotFoundError(
             f"the data folder {folder} does not exist" if not folder.exists() else f"{folder} is no folder"
         )
-
-
-def read_classes(root: Path) -> ClassList:
-    """Read ``classes.txt``, a name a line, or ``classes.json``, a list or ``{"classes": [...], "palette": [...]}``.
-
-    The names are in the order of the labels; ``"values"`` may name the value of each class in label files, such as
-    ``[0, 255]`` for binary masks. The palette has an ``[r, g, b]`` for each class, 0 to 255. Without one the
-    colours are ``default_palette``'s.
-
-    Raises:
-        ValueError: no such file, both, or one with other content; names the file.
-    """
-    paths = [root / name for name in CLASS_FILES if (root / name).is_file()]
-    if not paths:
-        raise ValueError(f"{root} has no class list: write the names, one a line, into {root / 'classes.txt'}")
-    if len(paths) > 1:
-        raise ValueError(f"{root} has two class lists, {' and '.join(CLASS_FILES)}: keep the one that holds")
-    (path,) = paths
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except ValueError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-    names: Any = [line.strip() for line in text.splitlines() if line.strip()]
-    palette: Any = None
-    values: Any = None
-    if path.suffix == ".json":
-        try:
-            names = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from error
-        if isinstance(names, dict):
-            names, palette, values = (names.get(key) for key in ("classes", "palette", "values"))
-    if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{path} must hold a list of class names")
-    if not 1 <= len(names) <= IGNORE:
-        raise ValueError(f"{path} must hold 1 to {IGNORE} classes ({IGNORE} is the ignored label), got {len(names)}")
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{path} names {', '.join(twice)} more than once")
-    values = [] if values is None else values
-    fits = isinstance(values, list) and all(type(value) is int and 0 <= value <= 255 for value in values)
-    if values and not (fits and len(set(values)) == len(values) == len(names)):
-        raise ValueError(f"{path}: values must be a list of {len(names)} different values, each 0 to 255")
-    if palette is None:
-        return ClassList(tuple(names), default_palette(len(names)), tuple(values))
-    if not (isinstance(palette, list) and len(palette) == len(names) and all(map(_is_color, palette))):
-        raise ValueError(f"{path}: palette must be a list of {len(names)} colours [r, g, b], each 0 to 255")
-    return ClassList(tuple(names), tuple((red, green, blue) for red, green, blue in palette), tuple(values))
-
-
-def _is_color(color: Any) -> bool:
-    channels = color if isinstance(color, list) else []
-    return len(channels) == 3 and all(type(channel) is int and 0 <= channel <= 255 for channel in channels)

@@ -11,9 +11,10 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ...classes import Color
-from ...io.images import check_regular, read_image
+from ...io.images import check_regular, read_image, seek_page
 from ...io.walk import Ignored
 from .base import IGNORE, SampleError
+from .colors import ColorTable, UnknownColorError
 
 INVALID = -1
 """Marks a value that is neither a class nor ignored in a table of values."""
@@ -46,6 +47,10 @@ class PairedFiles:
     table: np.ndarray
     """``(256,)`` int16: the class of each value of the label files, ``ignore_index`` or ``INVALID``."""
     ignore_index: int = IGNORE
+    colors: ColorTable | str = ""
+    """Values of label images of colours, or the reason why they cannot be read."""
+    page: int | None = None
+    """Page, from 0 on, of files that have several; None: the first, which a warning says."""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -53,6 +58,18 @@ class PairedFiles:
     def name(self, index: int) -> str:
         """Return the image's path below the folder of images, without suffix."""
         return self.pairs[index].name
+
+    @property
+    def label_values(self) -> tuple[int, ...]:
+        """Return the value of each class in label files; empty where it is the class itself."""
+        values = tuple(int(np.flatnonzero(self.table == place)[0]) for place in range(len(self.class_names)))
+        return () if values == tuple(range(len(values))) else values
+
+    @property
+    def reading(self) -> str:
+        """Return what changes pixels and labels beside the files, for ``fingerprint``."""
+        ignored = self.colors.ignored if isinstance(self.colors, ColorTable) else []
+        return f"{ignored} {self.page}" if self.page or ignored else ""
 
     def identity(self, index: int) -> str:
         """Return the name with the size and a checksum of the end of the image file, for ``fingerprint``."""
@@ -73,14 +90,23 @@ class PairedFiles:
             ValueError: a value of the label file is neither a class nor ignored.
         """
         pair = self.pairs[index]
-        values, image = read_values(pair.labels), read_pixels(pair.image)
-        if image.shape[:2] != values.shape:
-            raise SampleError(differing_sizes(pair, image, values))
+        classes, image = self.classes(pair), read_pixels(pair.image, self.page or 0)
+        if image.shape[:2] != classes.shape:
+            raise SampleError(differing_sizes(pair, image, classes))
+        return image, classes
+
+    def classes(self, pair: Pair) -> np.ndarray:
+        """Read ``(H, W)`` uint8 classes; errors as in ``read``."""
+        values = self.values(pair)
         counts = np.bincount(values.reshape(-1), minlength=len(self.table))
         if len(counts) > len(self.table) or counts[self.table == INVALID].any():
             hint = "segmenter-fast dataset check finds all such files"
             raise ValueError(f"labels {pair.labels} hold {self.invalid(counts)}; {hint}")
-        return image, self.table.astype(np.uint8)[values]
+        return self.table.astype(np.uint8)[values]
+
+    def values(self, pair: Pair) -> np.ndarray:
+        """Read the values of a label file, see ``read_values``."""
+        return read_values(pair.labels, self.colors, self.page or 0)
 
     def invalid(self, counts: np.ndarray) -> str:
         """Name the values that occur but are no classes, by the pixels of each value; empty if there are none."""
@@ -95,10 +121,10 @@ class PairedFiles:
         return f"{some}, but classes are {classes.min()} to {classes.max()}{rest}"
 
 
-def read_pixels(path: Path) -> np.ndarray:
+def read_pixels(path: Path, page: int = 0) -> np.ndarray:
     """Read an image as ``read_image`` does, with every failure a ``SampleError`` that names the file."""
     try:
-        return read_image(path)
+        return read_image(path, page)
     except FileNotFoundError:
         raise SampleError(f"image {path} does not exist") from None
     except ValueError as error:
@@ -107,21 +133,32 @@ def read_pixels(path: Path) -> np.ndarray:
         raise SampleError(str(error)) from error
 
 
-def read_values(path: Path) -> np.ndarray:
+def read_values(path: Path, colors: ColorTable | str = "", page: int = 0) -> np.ndarray:
     """Read the values of a label file as they are stored, turned upright by its own orientation: ``(H, W)``.
 
-    uint8 or int32. Grey of 2 and 4 bits gives the stored 0 to 3 and 0 to 15, not the shades.
+    uint8 or int32. Grey of 2 and 4 bits gives the stored 0 to 3 and 0 to 15, not the shades. A palette image gives its
+    indices; RGB, with or without alpha, the values that ``colors`` has for it.
+
+    Args:
+        colors: a table, or the reason why there is none.
+        page: of a file that has several; another one has its only page.
 
     Raises:
-        SampleError: missing, unreadable, or an image of colours; names the file.
+        SampleError: missing, unreadable, or an image of colours without a table; names the file.
+        ValueError: a colour that the table does not have.
     """
     try:
         check_regular(path)
         with Image.open(path) as opened:
+            if page and getattr(opened, "n_frames", 1) > 1:
+                seek_page(opened, page)
+            if opened.mode in ("RGB", "RGBA") and isinstance(colors, ColorTable):
+                upright = ImageOps.exif_transpose(opened)
+                return colors.read(np.asarray(upright.convert("RGB")), path)
             if opened.mode not in _INDEX_MODES:
                 raise SampleError(
                     f"labels {path} have mode {opened.mode}; one class index for each pixel is needed: "
-                    "a grey or palette PNG"
+                    f"a grey or palette PNG{f'; {colors}' if isinstance(colors, str) and colors else ''}"
                 )
             raw = opened.tile[0][3] if opened.tile else ""
             step = _SHADES.get(raw if isinstance(raw, str) else (raw or ("",))[0], 1)
@@ -129,7 +166,7 @@ def read_values(path: Path) -> np.ndarray:
             values = np.asarray(upright) // step if step > 1 else np.asarray(upright)
     except FileNotFoundError:
         raise SampleError(f"labels {path} do not exist") from None
-    except SampleError:
+    except (SampleError, UnknownColorError):
         raise
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise SampleError(f"labels {path} cannot be read: {error}") from error
