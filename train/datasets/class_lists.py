@@ -53,8 +53,8 @@ def read_classes(root: Path, options: ReadOptions | None = None) -> ClassList:
         raise ValueError(f"{root} has two class lists, {' and '.join(CLASS_FILES)}: keep the one that holds")
     path = paths[0] if paths else options.palette
     assert path is not None
-    found = _read(path) if paths else {"classes": [*read_palette(path)]}
-    names, palette, values, ignored, reduced = map(found.get, _KEYS)
+    found: dict[str, Any] = _read(path) if paths else {"classes": [*read_palette(path)]}
+    names, palette, values, ignored, reduced = (found.get(key) for key in _KEYS)
     if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
         raise ValueError(f"{path} must hold a list of class names")
     if reduced not in (None, False, True) or (values and (reduced or options.reduce_zero_label)):
