@@ -84,7 +84,7 @@ def test_pages_of_the_input(checkpoint: Path, tmp_path: Path) -> None:
     assert labels(tmp_path / "out")["x.png"].shape == (64, 64)
     assert "0 written, 1 skipped" in call(*arguments, "--resume").output
     done = call(*arguments, "--resume", "--page", 1)
-    assert "its output had another options" in done.stderr
+    assert "its output had other options" in done.stderr
     assert "pages;" not in done.stderr
     assert labels(tmp_path / "out")["x.png"].shape == (64, 70)
     assert read_record(tmp_path / "out/labels/x.png")[0]["options"]["page"] == 1
