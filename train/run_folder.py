@@ -198,6 +198,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: damaged, of a newer version, or no checkpoint of a training run.
     """
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} cannot be read: it is no regular file")
     try:
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():  # torch.load would take changed weights for the right ones

@@ -129,7 +129,7 @@ def test_a_second_training_on_one_folder_is_refused(tmp_path: Path) -> None:
     assert run(tmp_path / "run", RECIPE.replace(steps=2)).finished
 
 
-@pytest.mark.parametrize("damage", ["half", "bytes", "folder", "link", "list", "step", "optimizer", "model"])
+@pytest.mark.parametrize("damage", ["half", "bytes", "folder", "link", "pipe", "list", "step", "optimizer", "model"])
 def test_a_damaged_latest_checkpoint_gives_way_and_is_kept_aside(damage: str, out: Path) -> None:
     wanted, newest = weights(out), checkpoint_path(out, 6)
     whole = newest.read_bytes()
@@ -146,6 +146,8 @@ def test_a_damaged_latest_checkpoint_gives_way_and_is_kept_aside(damage: str, ou
         (newest / "x").touch()
     elif damage == "link":
         newest.symlink_to("nowhere")
+    elif damage == "pipe":
+        os.mkfifo(newest)
     elif damage == "list":
         torch.save([1, 2], newest)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import re
 import struct
@@ -27,6 +28,13 @@ READERS = (read_mapping, read_safetensors, read_torch)
 def test_a_missing_file_is_named(read, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="absent"):
         read(tmp_path / "absent")
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_a_pipe_is_not_waited_for(read, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(CheckpointError, match="pipe cannot be read: it is no regular file"):
+        read(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize(
