@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import tempfile
@@ -38,7 +39,12 @@ def atomic_files(folder: Path) -> Iterator[Path]:
         probe.touch()
         mode = probe.stat().st_mode
         probe.unlink()
-        yield temporary
+        try:
+            yield temporary
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:  # of a library
+                raise type(error)(error.errno, error.strerror, str(folder)) from error
+            raise
         for path in temporary.rglob("*"):
             if path.is_file():
                 path.chmod(mode)  # some libraries write for the owner alone

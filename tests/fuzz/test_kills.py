@@ -13,7 +13,7 @@ import pytest
 
 from support import killed
 
-CHAINS = max(int(os.environ.get("FUZZ_CASES", "200")) // 50, 4)
+CHAINS = max(int(os.environ.get("FUZZ_CASES", "150")) // 50, 3)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs processes that fork (Unix)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
@@ -101,3 +102,12 @@ def test_a_folder_that_takes_no_files_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr("tempfile.TemporaryDirectory", refuse)
     with pytest.raises(PermissionError, match=rf"Permission denied, nothing can be written there: '{tmp_path}'"):
         write_json(tmp_path / "new.json", {})
+
+
+def test_a_full_disk_names_the_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}'"),
+        atomic_path(tmp_path / "x.png"),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as Pillow, without a name
+    assert not list(tmp_path.iterdir())
