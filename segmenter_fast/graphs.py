@@ -86,7 +86,9 @@ class Graphs:
         fixed = torch.empty_like(images)
         fixed.copy_(images)
         if self._capturing is None:
-            self._capturing, self._pool = torch.cuda.Stream(), torch.cuda.graph_pool_handle()
+            self._capturing = torch.cuda.Stream()
+        if not self._graphs:  # the allocator gives up a pool with its last graph
+            self._pool = torch.cuda.graph_pool_handle()
         current, stream = torch.cuda.current_stream(), self._capturing
         stream.wait_stream(current)
         with torch.cuda.stream(stream):

@@ -80,6 +80,25 @@ def test_captures_are_on_the_images_device_in_one_pool(cuda: SimpleNamespace) ->
     assert cuda.captures[0].stream is cuda.captures[1].stream is not None  # a block serves one stream alone
 
 
+def test_a_capture_after_a_failed_one(cuda: SimpleNamespace) -> None:
+    """The allocator gives up a pool with its last graph and refuses it afterwards."""
+    ours, images, fails = Graphs(), torch.ones(4), iter([False] * 3 + [True] + [False] * 100)
+
+    def function(fixed: Tensor) -> Tensor:
+        doubled = 2 * fixed
+        if next(fails):
+            raise RuntimeError("out of memory")
+        return doubled
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ours.run("key", function, images)
+    for key in ("key", "other"):
+        assert torch.equal(ours.run(key, function, images), 2 * images)
+    first, second, third = cuda.captures
+    assert first.pool is not second.pool is third.pool
+    assert first.stream is second.stream is third.stream
+
+
 def test_predict_and_then_segment(cuda: SimpleNamespace) -> None:
     """A buffer that was made in inference mode could not be written to outside of it."""
     fast, plain = models()

@@ -93,7 +93,7 @@ def _has_kernel(x: Any) -> bool:
 def is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """True for a call with tokens and nothing else: no mask, not causal, no attention map returned."""
     options = (*args[1:], *kwargs.values())
-    return bool(args) and all(option is None or option is False for option in options) and _has_kernel(args[0])
+    return len(args) > 0 and all(option is None or option is False for option in options) and _has_kernel(args[0])
 
 
 def _is_dropout(module: nn.Module) -> bool:

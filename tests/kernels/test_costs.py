@@ -17,6 +17,9 @@ if INTERPRET:
 
 from segmenter_fast.benchmarks import tune
 from segmenter_fast.kernels import aot, costs, problems, sass, source
+from segmenter_fast.kernels.gpu.common import TRITON_3_6
+
+holds = pytest.mark.skipif(TRITON_3_6, reason="needs Triton 3.7: with 3.6, whose builds spill, some launches differ")
 
 SOURCE = """
 def kernel(n, near, BLOCK):
@@ -199,12 +202,14 @@ def loops(problem: dict[str, Any], kernel: str = "") -> list[dict[str, Any]]:
     return found
 
 
+@holds
 def test_bounds_hold(measured) -> None:
     found = {name: problems.issue_us(measured[name]) for name in BOUNDS}
     assert not {name: us for name, us in found.items() if us > BOUNDS[name]}
     assert not [name for name, problem in measured.items() if any(one["spills"] for one in problem["launches"])]
 
 
+@holds
 def test_no_class_loop_waits(measured) -> None:
     for name in CLASS_LOOPS:
         found = [loop for loop in loops(measured[name]) if "per_logit" in loop]

@@ -86,7 +86,7 @@ class FakeEvent:
 
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Replace what ``segmenter_fast.graphs`` takes from torch.cuda; the log lists captures, pools and devices."""
-    log = SimpleNamespace(captures=[], devices=[], local=threading.local(), graphs=[])
+    log = SimpleNamespace(captures=[], devices=[], local=threading.local(), pools={})
 
     def current_stream(*_: Any) -> FakeStream:
         if not hasattr(log.local, "stream"):
@@ -96,6 +96,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     class Capture(_Recorder):
         def __init__(self, graph: FakeGraph, pool: Any, stream: Any, capture_error_mode: str) -> None:
             super().__init__(graph)
+            # As PyTorch's allocator: a pool that has lost its last graph cannot be used again.
+            assert log.pools.get(pool, True), "use_count > 0"
+            log.pools.setdefault(pool, weakref.WeakSet()).add(graph)
             log.captures.append(
                 SimpleNamespace(pool=pool, stream=stream, mode=capture_error_mode, devices=[*log.devices])
             )
