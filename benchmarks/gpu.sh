@@ -23,7 +23,7 @@ stop() {
 device=${DEVICE:-cuda}
 out=${1:-${OUT:-}}
 budget=${2:-480}
-start=$SECONDS
+start=$(date +%s)
 failed=()
 case $device in
     cuda) ;;
@@ -49,8 +49,10 @@ trap 'rm -rf "$scratch"' EXIT
 export TORCHINDUCTOR_CACHE_DIR=$scratch/compiled
 mkdir "$TORCHINDUCTOR_CACHE_DIR"
 
-# part PERCENT: a part of the seconds that are left, less a quarter of a minute for the plots.
-part() { echo $(((budget - (SECONDS - start) - 15) * $1 / 100)); }
+elapsed() { echo $(($(date +%s) - start)); }
+
+# part PERCENT [RESERVE]: a part of the seconds that are left, less one in RESERVE of all for the profile and the plots.
+part() { echo $(((budget - $(elapsed) - budget / ${2:-8}) * $1 / 100)); }
 
 # step NAME LIMIT COMMAND...: runs the command for at most LIMIT seconds, keeps its output and remembers a failure.
 step() {
@@ -61,7 +63,7 @@ step() {
         failed+=("$name")
         return
     fi
-    echo "== $name (at $((SECONDS - start)) s, for $limit s)"
+    echo "== $name (at $(elapsed) s, for $limit s)"
     timeout --signal=INT --kill-after=10 "$limit" "$@" 2>&1 | tee "$results/$name.log"
     local code=${PIPESTATUS[0]}
     if [ "$code" -ne 0 ]; then
@@ -95,8 +97,8 @@ if [ "$device" = cuda ]; then
     mapfile -t tests < <(grep -rlwE 'mark\.gpu|backend' tests --include='test_*.py')
     tests+=(-m gpu)
     models=(--no-extras --seconds 1)
-    for variant in seg_b_mask_16 seg_s_mask_16 seg_l_mask_16 seg_t_mask_16 seg_b_mask_8; do models+=(--variant "$variant"); done
-    kernels=("${ops[@]}") training=() whole=()
+    for variant in seg_b_mask_16 seg_s_mask_16 seg_t_mask_16 seg_l_mask_16 seg_b_mask_8; do models+=(--variant "$variant"); done
+    kernels=("${ops[@]}") training=() whole=(--no-compile)
     most=$((memory < 12 ? memory : 12))
 else
     tests=(tests/benchmarks/test_compare.py)
@@ -110,7 +112,7 @@ fi
 processes=$((cores * 5 / 8 < most ? cores * 5 / 8 : most))
 processes=$((processes < 1 ? 1 : processes))
 
-limit=$(part 25)
+limit=$(part 30)
 if [ "$device" = cuda ]; then
     OMP_NUM_THREADS=1 timeout --signal=KILL "$limit" "$python" -m segmenter_fast.benchmarks.warm --device "$device" \
         --processes $((cores * 3 / 8 < 1 ? 1 : cores * 3 / 8)) >"$results/warm.log" 2>&1 &
@@ -121,14 +123,14 @@ wait
 # Choices of the compiler while the tests used the device; the timed runs choose again.
 find "$TORCHINDUCTOR_CACHE_DIR" -name '*.best_config' -delete
 
-timed kernels 27 "${bench[@]}" kernels "${kernels[@]}" --device "$device" --out "$out"
-if [ "$device" = cuda ]; then timed tune 20 "$python" -m segmenter_fast.benchmarks.tune "${ops[@]}"; fi
-timed throughput 50 "${bench[@]}" "${models[@]}" --device "$device" --out "$out"
-timed training 55 "${bench[@]}" train "${training[@]}" --device "$device" --out "$out"
-step profile "$(part 100)" "$python" -m segmenter_fast.benchmarks.profiler --device "$device" --out "$out" "${whole[@]}"
+timed kernels 20 "${bench[@]}" kernels "${kernels[@]}" --device "$device" --out "$out"
+if [ "$device" = cuda ]; then timed tune 13 "$python" -m segmenter_fast.benchmarks.tune "${ops[@]}"; fi
+timed throughput 68 "${bench[@]}" "${models[@]}" --device "$device" --out "$out"
+timed training 100 "${bench[@]}" train "${training[@]}" --device "$device" --out "$out"
+step profile "$(part 100 32)" "$python" -m segmenter_fast.benchmarks.profiler --device "$device" --out "$out" "${whole[@]}"
 step plots 30 "$python" -m segmenter_fast.benchmarks.plots "$results"
 
-echo "== results in $results after $((SECONDS - start)) s"
+echo "== results in $results after $(elapsed) s"
 ls -l "$results"
 if [ ${#failed[@]} -gt 0 ]; then
     echo "== failed: ${failed[*]}"

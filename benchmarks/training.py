@@ -90,7 +90,7 @@ def run_training(
     kind = training_dtype(dtype, device)
     steps = choose_steps(device, quick, models, patches, classes, size, batch)
     cases = [step_case(device, kind, step, compile) for step in steps]
-    runner = Runner.start(device, {torch.float32, kind}, out, quick, 1.0 if quick else 3.0)
+    runner = Runner.start(device, {torch.float32, kind}, out, quick, 1.0 if quick or device.type == "cuda" else 3.0)
     refused = runner.run(in_turns({OP: cases}, {OP: 1}), deadline)
     runner.draw((OP,))
     return refused

@@ -26,7 +26,7 @@ from .timing import own_stream
 from .training import OP as TRAINING
 from .training import choose_steps, step_case, training_dtype
 
-VARIANTS = tuple(f"seg_{size}_mask_16" for size in "bslt")
+VARIANTS = (*(f"seg_{size}_mask_16" for size in "bstl"), "seg_b_mask_8")
 BATCHES = (1, 32)
 
 
