@@ -16,6 +16,7 @@ Source: ``area_pixel_compute_source_index`` in PyTorch's UpSample.h, without its
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -23,6 +24,11 @@ import torch
 from torch import Tensor
 
 from .registry import widest
+
+
+def shape_on_grid(masks: Tensor, index: Tensor | None) -> Sequence[int]:
+    """``(B, K, h, w)`` of masks, or of masks ``(B, K, groups)`` and the ``(B, h, w)`` groups of the patches."""
+    return masks.shape if index is None else (*masks.shape[:2], *index.shape[1:])
 
 
 class Axis(NamedTuple):

@@ -19,6 +19,7 @@ class LossOptions(NamedTuple):
     label_smoothing: float
     reduction: str  # "mean", "sum" or "none"
     align_corners: bool
+    groups: Tensor | None = None  # (B, h, w), of the patches: the masks are those of groups
 
 
 def size_of_parts(batch: int, num_classes: int, height: int, width: int) -> int:

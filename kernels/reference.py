@@ -68,26 +68,44 @@ def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, 
     return F.layer_norm(patches @ classes.mT, weight.shape, weight, bias, eps)
 
 
-def upsample(masks: Tensor, size: tuple[int, int], crop: tuple[int, int] | None, align_corners: bool) -> Tensor:
+def on_grid(masks: Tensor, index: Tensor | None) -> Tensor:
+    """``(B, K, h, w)``: with an ``index`` ``(B, h, w)``, the scores of each patch's group in ``(B, K, M)`` masks."""
+    if index is None:
+        return masks
+    return masks.gather(2, index.flatten(1)[:, None].expand(-1, masks.shape[1], -1)).unflatten(2, index.shape[1:])
+
+
+def upsample(
+    masks: Tensor, size: tuple[int, int], crop: tuple[int, int] | None, align_corners: bool, index: Tensor | None = None
+) -> Tensor:
     """``(B, K, h, w)`` -> ``(B, K, H, W)`` logits at ``size``, of which the top-left ``crop`` is kept."""
     height, width = size if crop is None else crop
+    masks = on_grid(masks, index)
     logits = F.interpolate(masks, size=size, mode="bilinear", align_corners=align_corners)
     return logits[..., :height, :width]
 
 
 def upsample_argmax(
-    masks: Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None, align_corners: bool = False
+    masks: Tensor,
+    size: tuple[int, int],
+    crop: tuple[int, int] | None = None,
+    align_corners: bool = False,
+    index: Tensor | None = None,
 ) -> Tensor:
     """``(B, K, h, w)`` -> ``(B, H, W)`` labels, uint8 where K <= 256 and int32 otherwise."""
-    labels = upsample(masks, size, crop, align_corners).argmax(1)
+    labels = upsample(masks, size, crop, align_corners, index).argmax(1)
     return labels.to(torch.uint8 if masks.shape[1] <= 256 else torch.int32)
 
 
 def upsample_softmax(
-    masks: Tensor, size: tuple[int, int], crop: tuple[int, int] | None = None, align_corners: bool = False
+    masks: Tensor,
+    size: tuple[int, int],
+    crop: tuple[int, int] | None = None,
+    align_corners: bool = False,
+    index: Tensor | None = None,
 ) -> Tensor:
     """``(B, K, h, w)`` -> ``(B, K, H, W)`` probabilities over K."""
-    return upsample(masks, size, crop, align_corners).softmax(1)
+    return upsample(masks, size, crop, align_corners, index).softmax(1)
 
 
 def upsample_cross_entropy(
@@ -99,10 +117,11 @@ def upsample_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     align_corners: bool = False,
+    index: Tensor | None = None,
 ) -> Tensor:
     """Cross-entropy of ``(B, K, h, w)`` masks upsampled to ``size`` against a ``(B, H, W)`` target."""
     height, width = target.shape[1:]
-    logits = upsample(masks, size or (height, width), (height, width), align_corners)
+    logits = upsample(masks, size or (height, width), (height, width), align_corners, index)
     return F.cross_entropy(
         logits,
         target.long(),
@@ -113,21 +132,28 @@ def upsample_cross_entropy(
     )
 
 
-def lattice_logits(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+def lattice_logits(
+    scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None = None
+) -> Tensor:
     """``(N, K), (S, 2, H), (S, H), (S, 2, W), (S, W)`` -> ``(S, K, H, W)``: mixes of the points ``rows + cols``."""
     v, u = row_weights[:, :, None, None], col_weights[:, None, :, None]
     points = rows[:, :, None, :, None] + cols[:, None, :, None, :]  # (S, 2, 2, H, W)
+    points = points if index is None else index[points]
     top, bottom = (scores[points[:, i, 0].long()] * (1 - u) + scores[points[:, i, 1].long()] * u for i in range(2))
     return (top * (1 - v) + bottom * v).permute(0, 3, 1, 2)
 
 
-def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+def lattice_argmax(
+    scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None = None
+) -> Tensor:
     """``(H, W)`` labels of the mean softmax, uint8 where K <= 256 and int32 otherwise."""
-    logits = lattice_logits(scores, rows, row_weights, cols, col_weights)
+    logits = lattice_logits(scores, rows, row_weights, cols, col_weights, index)
     votes = logits[0] if len(logits) == 1 else logits.softmax(1).mean(0)  # the softmax is monotonic
     return votes.argmax(0).to(torch.uint8 if scores.shape[1] <= 256 else torch.int32)
 
 
-def lattice_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+def lattice_softmax(
+    scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None = None
+) -> Tensor:
     """``(K, H, W)``: the mean over S of the softmaxes."""
-    return lattice_logits(scores, rows, row_weights, cols, col_weights).softmax(1).mean(0)
+    return lattice_logits(scores, rows, row_weights, cols, col_weights, index).softmax(1).mean(0)

@@ -14,34 +14,40 @@ import torch
 from torch import Tensor
 
 from ..registry import widest
+from .groups import used_groups
 from .upsample_argmax import TILE, Cells, cell_labels, prunable
 
 _TILE = 1 << 20  # logits of a tile: 4 MB of float32, two cores' second-level caches
 _TILE_ROWS = 16  # fewer where there are too many classes
 
 
-def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+def lattice_argmax(
+    scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None = None
+) -> Tensor:
     """``(H, W)`` labels, uint8 where K <= 256 and int32 otherwise."""
     dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
     labels = scores.new_empty((rows.shape[2], cols.shape[2]), dtype=dtype)
     if len(rows) == 1:
         ys, xs = _Runs.grouped(rows[0], row_weights[0]), _Runs.grouped(cols[0], col_weights[0])
         cells = sum(len(y.lower) for y in ys) * sum(len(x.lower) for x in xs)
-        if prunable(scores, labels.numel() / cells):
+        used = scores if index is None else scores[: used_groups(index, len(scores))]
+        if prunable(used, labels.numel() / cells):
             for y in ys:
                 for x in xs:
-                    _prune(scores, y, x, labels)
+                    _prune(scores, index, y, x, labels)
             return labels
-    lattices = _Lattices(scores, rows, row_weights, cols, col_weights)
+    lattices = _Lattices(scores, rows, row_weights, cols, col_weights, index)
     for tile in lattices.tiles():
         votes = lattices.logits(0, tile) if len(rows) == 1 else lattices.probabilities(tile)
         labels[tile] = votes.max(1).indices  # faster than argmax
     return labels
 
 
-def lattice_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+def lattice_softmax(
+    scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None = None
+) -> Tensor:
     """``(K, H, W)``: the mean softmax over the lattices."""
-    lattices = _Lattices(scores, rows, row_weights, cols, col_weights)
+    lattices = _Lattices(scores, rows, row_weights, cols, col_weights, index)
     out = scores.new_empty((scores.shape[1], rows.shape[2], cols.shape[2]))
     for tile in lattices.tiles():
         out[(slice(None), *tile)] = lattices.probabilities(tile).transpose(0, 1)
@@ -50,11 +56,16 @@ def lattice_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Ten
 
 @dataclass(frozen=True)
 class _Lattices:
-    scores: Tensor  # (N, K)
+    scores: Tensor  # (N, K), or (groups, K)
     rows: Tensor  # (S, 2, H)
     row_weights: Tensor  # (S, H)
     cols: Tensor  # (S, 2, W)
     col_weights: Tensor  # (S, W)
+    index: Tensor | None  # (N,) groups of the points
+
+    def __post_init__(self) -> None:
+        if self.index is not None:
+            used_groups(self.index, len(self.scores))
 
     def tiles(self) -> Iterator[tuple[slice, slice]]:
         """Yield the rows and columns of each tile."""
@@ -78,7 +89,9 @@ class _Lattices:
         used_rows, row_of = self.rows[index, :, ys].unique(return_inverse=True)
         used_cols, col_of = self.cols[index, :, xs].unique(return_inverse=True)
         weight = self.col_weights[index, xs]
-        points = self.scores[used_rows[:, None] + used_cols].transpose(1, 2).contiguous()  # (rows, K, columns)
+        points = used_rows[:, None] + used_cols
+        points = self.scores[points if self.index is None else self.index[points]]
+        points = points.transpose(1, 2).contiguous()  # (rows, K, columns)
         wide = points[..., col_of[0]].mul_(1 - weight).addcmul_(points[..., col_of[1]], weight)
         logits = wide.new_empty((row_of.shape[1], *wide.shape[1:]))
         weights = self.row_weights[index, ys].tolist()
@@ -117,14 +130,15 @@ class _Runs:
         return (_Runs(*part) for part in zip(*parts, strict=True))
 
 
-def _prune(scores: Tensor, ys: _Runs, xs: _Runs, labels: Tensor) -> None:
+def _prune(scores: Tensor, index: Tensor | None, ys: _Runs, xs: _Runs, labels: Tensor) -> None:
     """Write the labels of all cells of these runs."""
     classes, rows, cols = scores.shape[1], ys.weights.shape[1], xs.weights.shape[1]
     most = max(TILE // max(rows * cols, classes), 1)
     for x in xs.split(most):
         for y in ys.split(max(most // len(x.lower), 1)):
-            points = [row[:, None] + column for row in (y.lower, y.upper) for column in (x.lower, x.upper)]
-            corners = scores[torch.stack(points).flatten(1)]  # (4, cells, K)
+            pairs = [row[:, None] + column for row in (y.lower, y.upper) for column in (x.lower, x.upper)]
+            points = torch.stack(pairs).flatten(1)
+            corners = scores[points if index is None else index[points]]  # (4, cells, K)
             across, right = len(x.lower), corners[0].numel()
             cells = Cells(corners.view(-1), across * classes, right, 2 * right, y.weights, x.weights)
             found = cell_labels(corners.amin(0), corners.amax(0), cells, labels.dtype)

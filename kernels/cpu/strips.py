@@ -12,7 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..bilinear import Axis
+from ..bilinear import Axis, shape_on_grid
+from .groups import used_groups
 
 _STRIP_ELEMENTS = 1 << 20  # logits of a strip: 4 MB of float32, two cores' second-level caches
 
@@ -30,12 +31,24 @@ class Strip:
 
 
 class Resize:
-    """Resize of ``(K, h, w)`` masks to ``size``, computed in ``dtype`` for the top-left ``kept``."""
+    """Resize of ``(B, K, h, w)`` masks to ``size``, computed in ``dtype`` for the top-left ``kept``.
+
+    With an ``index`` ``(B, h, w)`` the masks are those ``(B, K, groups)`` of groups.
+    """
 
     def __init__(
-        self, masks: Tensor, size: Sequence[int], kept: Sequence[int], align_corners: bool, dtype: torch.dtype
+        self,
+        masks: Tensor,
+        size: Sequence[int],
+        kept: Sequence[int],
+        align_corners: bool,
+        dtype: torch.dtype,
+        index: Tensor | None = None,
     ) -> None:
-        self.classes, *grid = masks.shape[-3:]
+        self.masks, self.index = masks, index
+        self.classes, *grid = shape_on_grid(masks, index)[-3:]
+        if index is not None:
+            used_groups(index, masks.shape[2])
         self.vertical, self.horizontal = (
             Axis.make(*axis, align_corners) for axis in zip(grid, size, kept, strict=True)
         )
@@ -73,12 +86,12 @@ class Resize:
         weights = torch.stack((1 - weight, weight)).to(self.dtype)
         return Strip(slice(start, stop), slice(first, last + 1), lower, upper, weights, int(lower[-1]) == 0)
 
-    def rows(self, masks: Tensor) -> Iterator[tuple[Strip, Tensor]]:
+    def rows(self, image: int) -> Iterator[tuple[Strip, Tensor]]:
         """Yield each strip and its ``(rows, K, W')`` logits, in one buffer that the caller may overwrite."""
-        inputs = None
+        masks, inputs = self.masks[image], None
         for strip in self.strips:
             if inputs != (inputs := strip.inputs):
-                wide = self._widen(masks[:, inputs])
+                wide = self._widen(masks[:, inputs if self.index is None else self.index[image, inputs]])
             if strip.one_cell:
                 lower, upper = wide[:1], wide[-1:]
             else:
@@ -95,10 +108,11 @@ class Resize:
 
 
 class Transpose:
-    """Transpose of ``Resize.rows``: adds the gradients of all strips, in order, to ``out`` ``(K, h, w)``."""
+    """Transpose of ``Resize.rows(image)``: adds the gradients of all strips, in order, to those of all masks."""
 
-    def __init__(self, resize: Resize, out: Tensor) -> None:
-        self.resize, self.out = resize, out
+    def __init__(self, resize: Resize, image: int, grad: Tensor) -> None:
+        self.resize, self.out = resize, grad[image]
+        self.index = None if resize.index is None else resize.index[image]
         longest = max(strip.inputs.stop - strip.inputs.start for strip in resize.strips)
         self.wide = resize.buffer.new_empty((longest, *resize.buffer.shape[1:]))
         self.inputs: slice | None = None  # input rows whose gradient is in ``wide``
@@ -126,5 +140,9 @@ class Transpose:
             narrow = wide.new_zeros((resize.horizontal.size_in, wide.shape[1]))
             narrow.index_add_(0, resize.left, wide * resize.left_weight[:, None])
             narrow.index_add_(0, resize.right, wide * resize.right_weight[:, None])
-            self.out[:, self.inputs] += narrow.T.unflatten(0, (-1, resize.classes)).transpose(0, 1)
+            found = narrow.T.unflatten(0, (-1, resize.classes)).transpose(0, 1)  # (K, n, w)
+            if self.index is None:
+                self.out[:, self.inputs] += found
+            else:
+                self.out.index_add_(1, self.index[self.inputs].flatten(), found.flatten(1))
             self.inputs = None

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bilinear import Axis
+from ..bilinear import Axis, shape_on_grid
 from ..registry import statistics_dtype, widest
+from .groups import used_groups
 
 # Corners, and pixels, of the cells that are treated at once; they fit the caches.
 TILE = 1 << 19
@@ -28,19 +29,23 @@ _UNPRUNED_CHUNK = 32 << 20
 _PAIR = 200
 
 
-def upsample_argmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool) -> Tensor:
-    """``(B, K, h, w)`` -> ``(B, H, W)``, uint8 where K <= 256 and int32 otherwise."""
-    _, num_classes, h, w = masks.shape
+def upsample_argmax(
+    masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool, index: Tensor | None = None
+) -> Tensor:
+    """``(B, K, h, w)``, or ``(B, K, groups)`` with an index -> ``(B, H, W)``, uint8 if K <= 256 and else int32."""
+    _, num_classes, h, w = shape_on_grid(masks, index)
     labels = masks.new_empty((masks.shape[0], *crop), dtype=torch.uint8 if num_classes <= 256 else torch.int32)
     if num_classes == 1:
         return labels.zero_()
     ys, xs = (Axis.make(*axis, align_corners) for axis in zip((h, w), size, crop, strict=True))
-    for image, out in zip(masks, labels, strict=True):
+    for image, groups, out in zip(masks, [None] * len(masks) if index is None else index, labels, strict=True):
+        if groups is not None:
+            image = image[:, : used_groups(groups, image.shape[1])]
         image = image.to(statistics_dtype(image.dtype))
         if prunable(image, ys.longest_cell * xs.longest_cell):
-            _pruned(image.permute(1, 2, 0), ys, xs, out)
+            _pruned(image.movedim(0, -1), groups, ys, xs, out)
         else:
-            _unpruned(image, size, align_corners, out)
+            _unpruned(image, groups, size, align_corners, out)
     return labels
 
 
@@ -50,24 +55,25 @@ def prunable(scores: Tensor, pixels: float) -> bool:
     return pixels >= 4 and bool(torch.maximum(-smallest, largest) < 1e38)  # False for NaN
 
 
-def _unpruned(image: Tensor, size: Sequence[int], align_corners: bool, out: Tensor) -> None:
+def _unpruned(image: Tensor, groups: Tensor | None, size: Sequence[int], align_corners: bool, out: Tensor) -> None:
     """Write the labels by PyTorch's resize, a few classes at a time: for NaN, infinities and cells of few pixels."""
     height, width = out.shape
     best = image.new_full((height, width), -torch.inf)
     out.zero_()
     step = max(_UNPRUNED_CHUNK // (size[0] * size[1]), 1)
     for first in range(0, len(image), step):
-        part = image[None, first : first + step].contiguous()
-        logits = F.interpolate(part, size=tuple(size), mode="bilinear", align_corners=align_corners)
+        part = image[first : first + step]
+        part = part[None] if groups is None else part[None, :, groups]
+        logits = F.interpolate(part.contiguous(), size=tuple(size), mode="bilinear", align_corners=align_corners)
         value, index = logits[0, :, :height, :width].max(0)
         wins = (value > best) | (value.isnan() & ~best.isnan())
         best = torch.where(wins, value, best)
         out.copy_(torch.where(wins, index + first, out))
 
 
-def _pruned(grid: Tensor, ys: Axis, xs: Axis, out: Tensor) -> None:
-    """Write the labels of ``(h, w, K)`` corners, tile by tile."""
-    num_classes = grid.shape[2]
+def _pruned(grid: Tensor, groups: Tensor | None, ys: Axis, xs: Axis, out: Tensor) -> None:
+    """Write the labels of ``(h, w, K)`` corners, or of ``(M, K)`` ones of groups, tile by tile."""
+    num_classes = grid.shape[-1]
     tile_cells = max(TILE // max(ys.longest_cell * xs.longest_cell, num_classes), 1)
     tile_x = min(tile_cells, xs.cells)
     tile_y = max(tile_cells // tile_x, 1)
@@ -77,7 +83,10 @@ def _pruned(grid: Tensor, ys: Axis, xs: Axis, out: Tensor) -> None:
         for x in across:
             if not (y.outputs and x.outputs):
                 continue
-            corners = grid.index_select(0, y.corners).index_select(1, x.corners)
+            if groups is None:
+                corners = grid.index_select(0, y.corners).index_select(1, x.corners)
+            else:
+                corners = grid[groups[y.corners[:, None], x.corners]]
             upper = torch.maximum(corners[1:], corners[:-1])
             upper = torch.maximum(upper[:, 1:], upper[:, :-1]).view(-1, num_classes)  # (cells, K)
             lower = torch.minimum(corners[1:], corners[:-1])

@@ -33,7 +33,7 @@ def upsample_cross_entropy(
     return loss, grad
 
 
-def scale_gradient(grad_loss: Tensor, grad_masks: Tensor, masks: Tensor) -> Tensor:
+def scale_gradient(grad_loss: Tensor, grad_masks: Tensor, masks: Tensor, index: Tensor | None = None) -> Tensor:
     """``grad_masks`` of the forward pass times the gradient of the loss, in the dtype of the masks."""
     return (grad_masks * grad_loss).to(masks.dtype)
 
@@ -48,11 +48,11 @@ def _by_strips(masks: Tensor, target: Tensor, options: LossOptions, grad_loss: T
     dtype, per_pixel = statistics_dtype(masks.dtype), options.reduction == "none"
     loss = masks.new_zeros(target.shape if per_pixel else (), dtype=dtype if per_pixel else widest(masks.device))
     grad = masks.new_zeros((0,) if grad_loss is None else masks.shape, dtype=dtype)
-    resize = Resize(masks, options.size, target.shape[1:], options.align_corners, dtype)
+    resize = Resize(masks, options.size, target.shape[1:], options.align_corners, dtype, options.groups)
     strip_loss = _StripLoss(masks.shape[1], options, dtype)
     for image in range(masks.shape[0]):
-        transpose = None if grad_loss is None else Transpose(resize, grad[image])
-        for strip, logits in resize.rows(masks[image]):
+        transpose = None if grad_loss is None else Transpose(resize, image, grad)
+        for strip, logits in resize.rows(image):
             losses = strip_loss.forward(logits, target[image, strip.rows])
             if per_pixel:
                 loss[image, strip.rows] = losses

@@ -11,26 +11,33 @@ from ..registry import statistics_dtype
 from .strips import Resize, Transpose
 
 
-def upsample_softmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool) -> Tensor:
-    """``(B, K, h, w)`` -> ``(B, K, H', W')``."""
+def upsample_softmax(
+    masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool, index: Tensor | None = None
+) -> Tensor:
+    """``(B, K, h, w)``, or ``(B, K, groups)`` with an index ``(B, h, w)`` -> ``(B, K, H', W')``."""
     out = masks.new_empty((*masks.shape[:2], *crop))
-    resize = Resize(masks, size, crop, align_corners, statistics_dtype(masks.dtype))
+    resize = Resize(masks, size, crop, align_corners, statistics_dtype(masks.dtype), index)
     for image in range(masks.shape[0]):
-        for strip, logits in resize.rows(masks[image]):
+        for strip, logits in resize.rows(image):
             exp = logits.sub_(logits.amax(1, keepdim=True)).exp_()
             torch.div(exp, exp.sum(1, keepdim=True), out=out[image, :, strip.rows].transpose(0, 1))  # (rows, K, W')
     return out
 
 
 def upsample_softmax_backward(
-    grad: Tensor, probabilities: Tensor, grid: Sequence[int], size: Sequence[int], align_corners: bool
+    grad: Tensor,
+    probabilities: Tensor,
+    grid: Sequence[int],
+    size: Sequence[int],
+    align_corners: bool,
+    index: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the masks: p (g - sum_k p g) through the transpose of the resize, ``(B, K, h, w)``."""
+    """Gradient of the masks ``(B, K, *grid)``: p (g - sum_k p g) through the transpose of the resize."""
     dtype = statistics_dtype(probabilities.dtype)
     grad_masks = probabilities.new_zeros((*probabilities.shape[:2], *grid), dtype=dtype)
-    resize = Resize(grad_masks, size, probabilities.shape[2:], align_corners, dtype)
+    resize = Resize(grad_masks, size, probabilities.shape[2:], align_corners, dtype, index)
     for image in range(grad_masks.shape[0]):
-        transpose = Transpose(resize, grad_masks[image])
+        transpose = Transpose(resize, image, grad_masks)
         for strip in resize.strips:
             p, grad_p = (tensor[image, :, strip.rows].transpose(0, 1) for tensor in (probabilities, grad))
             grad_logits = torch.mul(p, grad_p, out=resize.buffer[: len(p)])  # (rows, K, W')

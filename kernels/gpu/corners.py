@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..bilinear import shape_on_grid
 from ..loss_options import SEGMENT
 from .common import cdiv, next_power_of_2, programs
+from .groups import sum_groups
 
 
 @triton.jit
@@ -77,9 +80,10 @@ def sum_parts_kernel(
     tl.store(ptrs, grad.to(grad_ptr.dtype.element_ty), mask=mask_x & mask_k)
 
 
-def sum_parts(parts: Tensor, grad_loss: Tensor | None, grad: Tensor) -> Tensor:
-    """Sum of the parts for each input, with a ``grad_loss`` times it and the scale, written to ``(B, K, h, w)``."""
-    batch, num_classes, height, width = grad.shape
+def sum_parts(parts: Tensor, grad_loss: Tensor | None, masks: Tensor, index: Tensor | None = None) -> Tensor:
+    """Gradient of the masks: sum of the parts for each input, with a ``grad_loss`` times it and the scale."""
+    batch, num_classes, height, width = shape = shape_on_grid(masks, index)
+    grad = torch.empty_like(masks) if index is None else parts.new_empty(shape)
     block_k, block_x = 32, min(32, next_power_of_2(width))
     if batch:
         count = batch * height * cdiv(width, block_x) * cdiv(num_classes, block_k)
@@ -97,4 +101,4 @@ def sum_parts(parts: Tensor, grad_loss: Tensor | None, grad: Tensor) -> Tensor:
             BLOCK_X=block_x,
             num_warps=4,
         )
-    return grad
+    return grad if index is None else sum_groups(grad, index, masks.shape[2]).to(masks.dtype)

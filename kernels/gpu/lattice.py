@@ -186,9 +186,11 @@ def log_sum(lattice: Sequence[Tensor]) -> Tensor:
     return out
 
 
-def lattice_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+def lattice_softmax(
+    scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None = None
+) -> Tensor:
     """``(K, H, W)``: the mean over S of the softmaxes."""
-    lattice = scores, rows, row_weights, cols, col_weights
+    lattice = scores if index is None else scores[index], rows, row_weights, cols, col_weights
     out = scores.new_empty((scores.shape[1], rows.shape[2], cols.shape[2]))
     launch(lattice_softmax_kernel, lattice, launch_config(scores.shape[1]), log_sum_ptr=log_sum(lattice), out_ptr=out)
     return out

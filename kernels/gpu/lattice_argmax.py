@@ -123,9 +123,11 @@ def lattice_votes_kernel(
     tl.store(ptrs, label.to(labels_ptr.dtype.element_ty))
 
 
-def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+def lattice_argmax(
+    scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None = None
+) -> Tensor:
     """``(H, W)`` labels, uint8 where K <= 256 and int32 otherwise."""
-    lattice = scores, rows, row_weights, cols, col_weights
+    lattice = scores if index is None else scores[index], rows, row_weights, cols, col_weights
     num_classes = scores.shape[1]
     labels = scores.new_empty((rows.shape[2], cols.shape[2]), dtype=torch.uint8 if num_classes <= 256 else torch.int32)
     if len(rows) == 1:

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..bilinear import Axis
 from .cells import GEOMETRY, cell_start, geometry, tile_weights
 from .common import cdiv, launch_arguments, next_power_of_2, programs
+from .groups import on_grid
 
 FEW = tl.constexpr(8)  # classes of a tile that cost less than the bounds of its quarters
 LANES = tl.constexpr(32)  # classes of a step, one to each bit of a word
@@ -239,8 +240,11 @@ def _launch_sizes(
     return ys.cells * parts_y * xs.cells * parts_x, sizes | launch_arguments(tiles)
 
 
-def upsample_argmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool) -> Tensor:
-    """``(B, K, h, w)`` -> ``(B, H', W')``, uint8 where K <= 256 and int32 otherwise."""
+def upsample_argmax(
+    masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool, index: Tensor | None = None
+) -> Tensor:
+    """``(B, K, h, w)``, or ``(B, K, groups)`` with an index -> ``(B, H', W')``, uint8 if K <= 256 and else int32."""
+    masks = on_grid(masks, index)
     batch, num_classes, *grid = masks.shape
     labels = masks.new_empty((batch, *crop), dtype=torch.uint8 if num_classes <= 256 else torch.int32)
     if num_classes == 1 or batch == 0:

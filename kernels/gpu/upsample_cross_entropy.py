@@ -39,6 +39,7 @@ from .cells import (
 from .common import TRITON_3_6, cdiv, device_arch, launch_arguments, next_power_of_2, programs
 from .corners import sum_parts
 from .cross_entropy_tile import IGNORED, linear_terms, load_tile, read_target, tile_loss
+from .groups import on_grid
 
 
 @triton.jit(do_not_specialize=["batch", "num_classes", "ignore_index", "splits", *GEOMETRY])
@@ -219,6 +220,7 @@ def upsample_cross_entropy(
     masks: Tensor, target: Tensor, options: LossOptions, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss and, where asked for, the parts of the gradient of the masks with their scale; else an empty tensor."""
+    masks = on_grid(masks, options.groups)
     dtype, per_pixel = statistics_dtype(masks.dtype), options.reduction == "none"
     cells = _plan(masks, target, options)
     parts = masks.new_empty((size_of_parts(*masks.shape) if with_grad else 0,), dtype=dtype)
@@ -240,16 +242,17 @@ def upsample_cross_entropy(
     return loss, parts
 
 
-def scale_gradient(grad_loss: Tensor, parts: Tensor, masks: Tensor) -> Tensor:
+def scale_gradient(grad_loss: Tensor, parts: Tensor, masks: Tensor, index: Tensor | None = None) -> Tensor:
     """Gradient of the masks for a gradient of the loss, from what the forward pass left."""
-    return sum_parts(parts, grad_loss, torch.empty_like(masks))
+    return sum_parts(parts, grad_loss, masks, index)
 
 
 def pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     """Gradient of the masks for a loss gradient per pixel (reduction "none")."""
-    parts = masks.new_empty(size_of_parts(*masks.shape), dtype=statistics_dtype(masks.dtype))
-    _launch(_plan(masks, target, options, grad_loss), masks, target, grad_loss, None, parts, options)
-    return sum_parts(parts, None, torch.empty_like(masks))
+    grid = on_grid(masks, options.groups)
+    parts = masks.new_empty(size_of_parts(*grid.shape), dtype=statistics_dtype(masks.dtype))
+    _launch(_plan(grid, target, options, grad_loss), grid, target, grad_loss, None, parts, options)
+    return sum_parts(parts, None, masks, options.groups)
 
 
 def _plan(masks: Tensor, target: Tensor, options: LossOptions, *others: Tensor) -> Plan:

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..bilinear import Axis
 from .cells import DEEP, GEOMETRY, SAFE_SPREAD, aligned, geometry, mix, tile_of, tiles_of, upper_weight, wide
 from .common import LOG2_E, cdiv, device_arch, launch_arguments, next_power_of_2, programs
+from .groups import on_grid
 
 STRIDES = [f"stride_m{axis}" for axis in "bkhw"]
 SAFE_POWERS = tl.constexpr(80.0)  # spread of the corners at which no power of the exponentials leaves float32
@@ -204,8 +205,11 @@ def plan(shape: Sequence[int], strides: Sequence[int], ys: Axis, xs: Axis, dtype
     return Plan(programs(batch * tiles_y * cdiv(xs.kept, tiles.block_x), masks=shape), arguments)
 
 
-def upsample_softmax(masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool) -> Tensor:
-    """``(B, K, h, w)`` -> ``(B, K, H', W')``."""
+def upsample_softmax(
+    masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool, index: Tensor | None = None
+) -> Tensor:
+    """``(B, K, h, w)``, or ``(B, K, groups)`` with an index ``(B, h, w)`` -> ``(B, K, H', W')``."""
+    masks = on_grid(masks, index)
     batch, num_classes, *grid = masks.shape
     out = masks.new_empty((batch, num_classes, *crop))
     if batch:

@@ -22,6 +22,7 @@ from ..bilinear import Axis
 from ..registry import statistics_dtype
 from .cells import GEOMETRY, aligned, geometry, tile_of, tiles_of, upper_weight, wide
 from .common import cdiv, device_arch, launch_arguments, next_power_of_2, programs
+from .groups import sum_groups
 
 TILES = [f"{field}_{axis}" for axis in "yx" for field in ("first", "blocks", "tiles", "apart")]
 STRIDES = [f"stride_{tensor}{axis}" for tensor in "gp" for axis in "bky"]
@@ -239,9 +240,18 @@ def plan(
 
 
 def upsample_softmax_backward(
-    grad: Tensor, probabilities: Tensor, grid: Sequence[int], size: Sequence[int], align_corners: bool
+    grad: Tensor,
+    probabilities: Tensor,
+    grid: Sequence[int],
+    size: Sequence[int],
+    align_corners: bool,
+    index: Tensor | None = None,
 ) -> Tensor:
-    """Gradient of the masks, ``(B, K, h, w)``. Lanes read neighbours: a channels-last ``grad`` is copied first."""
+    """Gradient of the masks, ``(B, K, *grid)``. Lanes read neighbours: a channels-last ``grad`` is copied first."""
+    if index is not None:  # the gradients of patches, summed for each group
+        dtype = statistics_dtype(probabilities.dtype)
+        wide = upsample_softmax_backward(grad, probabilities, index.shape[1:], size, align_corners)
+        return sum_groups(wide.to(dtype), index, grid[0]).to(grad.dtype)
     grad = grad.contiguous() if grad.stride(3) > 1 else grad
     batch, num_classes, *crop = probabilities.shape
     grad_masks = probabilities.new_empty((batch, num_classes, *grid))

@@ -11,7 +11,9 @@ from ..registry import define, dtype_error, require_one_device
 _SCORES = (torch.float32, torch.float64)
 
 
-def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+def lattice_argmax(
+    scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None = None
+) -> Tensor:
     """Labels of pixels whose logits are bilinear mixes of four lattice points, for S lattices with one vote each.
 
     In lattice s the logits of pixel (y, x) are the mix of the points ``rows[s, i, y] + cols[s, j, x]``, i and j in
@@ -23,6 +25,8 @@ def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tens
         rows, cols: ``(S, 2, H)`` and ``(S, 2, W)`` int64, contiguous; each sum of both must be in [0, N), which is
             not checked.
         row_weights, col_weights: ``(S, H)`` and ``(S, W)`` in the dtype of ``scores``, contiguous.
+        index: ``(N,)`` int64, contiguous: point p has the scores ``scores[index[p]]``, and ``scores`` is
+            ``(groups, K)``. An index outside [0, groups) is an IndexError on the CPU, and is not checked on a GPU.
 
     Returns:
         ``(H, W)``, uint8 where K <= 256 and int32 otherwise. Ties go to the lowest class, a NaN wins. Not
@@ -31,19 +35,23 @@ def lattice_argmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tens
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is allowed.
     """
-    _check(scores, rows, row_weights, cols, col_weights)
+    _check(scores, rows, row_weights, cols, col_weights, index)
     tensors = scores, rows, row_weights, cols, col_weights
-    return torch.ops.segmenter_fast.lattice_argmax(*(tensor.detach() for tensor in tensors))
+    return torch.ops.segmenter_fast.lattice_argmax(*(tensor.detach() for tensor in tensors), index)
 
 
-def lattice_softmax(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> Tensor:
+def lattice_softmax(
+    scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None = None
+) -> Tensor:
     """Mean softmax over the lattices, ``(K, H, W)`` in the dtype of ``scores``; the rest as for ``lattice_argmax``."""
-    _check(scores, rows, row_weights, cols, col_weights)
+    _check(scores, rows, row_weights, cols, col_weights, index)
     tensors = scores, rows, row_weights, cols, col_weights
-    return torch.ops.segmenter_fast.lattice_softmax(*(tensor.detach() for tensor in tensors))
+    return torch.ops.segmenter_fast.lattice_softmax(*(tensor.detach() for tensor in tensors), index)
 
 
-def _check(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor) -> None:
+def _check(
+    scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, points: Tensor | None
+) -> None:
     if scores.dtype not in _SCORES:
         raise dtype_error("scores", scores, _SCORES)
     if scores.ndim != 2 or min(scores.shape) < 1 or not scores.is_contiguous():
@@ -59,19 +67,27 @@ def _check(scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_
             raise ValueError(f"{name}_weights must be {wanted}, {scores.dtype} and contiguous, got {given}")
     if len(rows) != len(cols):
         raise ValueError(f"rows and cols must have one entry for each lattice, got {len(rows)} and {len(cols)}")
-    require_one_device(scores=scores, rows=rows, row_weights=row_weights, cols=cols, col_weights=col_weights)
+    if points is not None:
+        if points.dtype != torch.int64:
+            raise dtype_error("index", points, (torch.int64,))
+        if points.ndim != 1 or len(points) < 1 or not points.is_contiguous():
+            raise ValueError(f"index must be (N,), not empty and contiguous, got {_described(points)}")
+    axes = dict(rows=rows, row_weights=row_weights, cols=cols, col_weights=col_weights)
+    require_one_device(scores=scores, **axes, index=points)
 
 
 def _described(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} with strides {tensor.stride()}"
 
 
-_ARGUMENTS = "(Tensor scores, Tensor rows, Tensor row_weights, Tensor cols, Tensor col_weights) -> Tensor"
+_ARGUMENTS = (
+    "(Tensor scores, Tensor rows, Tensor row_weights, Tensor cols, Tensor col_weights, Tensor? index=None) -> Tensor"
+)
 define(
     f"lattice_argmax{_ARGUMENTS}",
     triton=".gpu.lattice_argmax:lattice_argmax",
     plain=cpu.lattice_argmax,
-    fake=lambda scores, rows, row_weights, cols, col_weights: scores.new_empty(
+    fake=lambda scores, rows, row_weights, cols, col_weights, index=None: scores.new_empty(
         (rows.shape[2], cols.shape[2]), dtype=torch.uint8 if scores.shape[1] <= 256 else torch.int32
     ),
 )
@@ -79,7 +95,7 @@ define(
     f"lattice_softmax{_ARGUMENTS}",
     triton=".gpu.lattice:lattice_softmax",
     plain=cpu.lattice_softmax,
-    fake=lambda scores, rows, row_weights, cols, col_weights: scores.new_empty(
+    fake=lambda scores, rows, row_weights, cols, col_weights, index=None: scores.new_empty(
         (scores.shape[1], rows.shape[2], cols.shape[2])
     ),
 )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..bilinear import shape_on_grid
 from ..cpu import upsample_argmax as cpu_argmax
 from ..cpu import upsample_cross_entropy as cpu_cross_entropy
 from ..cpu import upsample_softmax as cpu_softmax
@@ -30,14 +31,25 @@ _REDUCTIONS = ("mean", "sum", "none")
 Size = Sequence[int]
 
 
-def _checked_sizes(masks: Tensor, size: Size, crop: Size | None, crop_name: str = "crop") -> tuple[Size, Size]:
+def _checked_sizes(
+    masks: Tensor, index: Tensor | None, size: Size, crop: Size | None, crop_name: str = "crop"
+) -> tuple[Size, Size]:
     """Check the arguments that all three ops have; return ``size`` and the size that is kept."""
-    if masks.ndim != 4:
-        raise ValueError(f"masks must be (B, K, h, w), got {tuple(masks.shape)}")
+    given = tuple(masks.shape)
+    if index is None and masks.ndim != 4:
+        raise ValueError(f"masks must be (B, K, h, w), got {given}; those of groups (B, K, M) need an index")
+    if index is not None and masks.ndim != 3:
+        raise ValueError(f"masks must be those of groups (B, K, M) where an index is given, got {given}")
     if masks.dtype not in FLOATS:
         raise dtype_error("masks", masks, FLOATS)
     if min(masks.shape[1:]) < 1:
-        raise ValueError(f"masks must have at least one class, row and column, got {tuple(masks.shape)}")
+        raise ValueError(f"masks must have at least one class, row and column, got {given}")
+    if index is not None:
+        if index.dtype != torch.int64:
+            raise dtype_error("index", index, (torch.int64,))
+        if index.ndim != 3 or len(index) != len(masks) or min(index.shape[1:]) < 1:
+            raise ValueError(f"index must be ({len(masks)}, h, w) for masks {given}, got {tuple(index.shape)}")
+        require_one_device(masks=masks, index=index)
     size = list(size)
     crop = size if crop is None else list(crop)
     if len(size) != 2 or min(size) < 1:
@@ -47,14 +59,22 @@ def _checked_sizes(masks: Tensor, size: Size, crop: Size | None, crop_name: str 
     return size, crop
 
 
-def upsample_argmax(masks: Tensor, size: Size, crop: Size | None = None, align_corners: bool = False) -> Tensor:
+def upsample_argmax(
+    masks: Tensor,
+    size: Size,
+    crop: Size | None = None,
+    align_corners: bool = False,
+    index: Tensor | None = None,
+) -> Tensor:
     """``interpolate(masks, size, mode="bilinear")[..., :crop].argmax(1)`` without the interpolated logits.
 
     Args:
-        masks: ``(B, K, h, w)`` floating point scores, any strides.
+        masks: ``(B, K, h, w)`` floating point scores, any strides. With an ``index`` ``(B, K, groups)``.
         size: ``(H, W)`` to resize to, any ratio.
         crop: ``(H', W')``, the top-left part that is kept; all of it if not given.
         align_corners: as in ``torch.nn.functional.interpolate``.
+        index: ``(B, h, w)`` int64, the group of each patch, in [0, groups). A group's patches share its scores; the
+            results are those of the gathered ``(B, K, h, w)``, which never exist.
 
     Returns:
         ``(B, H', W')`` labels, uint8 where K <= 256 and int32 otherwise. Ties go to the lowest class; a class that
@@ -62,61 +82,68 @@ def upsample_argmax(masks: Tensor, size: Size, crop: Size | None = None, align_c
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is allowed.
+        IndexError: an ``index`` outside [0, groups), on the CPU. A GPU does not check it.
     """
-    size, crop = _checked_sizes(masks, size, crop)
-    return torch.ops.segmenter_fast.upsample_argmax(masks.detach(), size, crop, align_corners)
+    size, crop = _checked_sizes(masks, index, size, crop)
+    return torch.ops.segmenter_fast.upsample_argmax(masks.detach(), size, crop, align_corners, index)
 
 
 define(
-    "upsample_argmax(Tensor masks, SymInt[] size, SymInt[] crop, bool align_corners) -> Tensor",
+    "upsample_argmax(Tensor masks, SymInt[] size, SymInt[] crop, bool align_corners, Tensor? index=None) -> Tensor",
     triton=".gpu.upsample_argmax:upsample_argmax",
     plain=cpu_argmax.upsample_argmax,
-    fake=lambda masks, size, crop, align_corners: masks.new_empty(
+    fake=lambda masks, size, crop, align_corners, index=None: masks.new_empty(
         (masks.shape[0], *crop), dtype=torch.uint8 if masks.shape[1] <= 256 else torch.int32
     ),
 )
 
 
-def upsample_softmax(masks: Tensor, size: Size, crop: Size | None = None, align_corners: bool = False) -> Tensor:
+def upsample_softmax(
+    masks: Tensor,
+    size: Size,
+    crop: Size | None = None,
+    align_corners: bool = False,
+    index: Tensor | None = None,
+) -> Tensor:
     """``interpolate(masks, size, mode="bilinear")[..., :crop].softmax(1)`` in one pass; differentiable once.
 
     Arguments and errors are those of ``upsample_argmax``. Returns ``(B, K, H', W')`` probabilities in the dtype of
     ``masks``; float32 under autocast, as ``torch.softmax``.
     """
-    size, crop = _checked_sizes(masks, size, crop)
+    size, crop = _checked_sizes(masks, index, size, crop)
     if forward_ad.unpack_dual(masks).tangent is not None:
         raise derivative_error("upsample_softmax", "forward-mode")
     if autocast_dtype(masks):
         masks = masks.float()
-    return torch.ops.segmenter_fast.upsample_softmax(masks, size, crop, align_corners)
+    return torch.ops.segmenter_fast.upsample_softmax(masks, size, crop, align_corners, index)
 
 
 def _setup_softmax(ctx: Any, inputs: Any, output: Tensor) -> None:
-    masks, ctx.size, _, ctx.align_corners = inputs
+    masks, ctx.size, _, ctx.align_corners, index = inputs
     ctx.grid = masks.shape[2:]
-    ctx.save_for_backward(output)
+    ctx.save_for_backward(output, index)
 
 
-def _softmax_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-    (probabilities,) = ctx.saved_tensors
-    arguments = (grad, probabilities, ctx.grid, ctx.size, ctx.align_corners)
-    return torch.ops.segmenter_fast.upsample_softmax_backward(*arguments), None, None, None
+def _softmax_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    probabilities, index = ctx.saved_tensors
+    arguments = (grad, probabilities, ctx.grid, ctx.size, ctx.align_corners, index)
+    return torch.ops.segmenter_fast.upsample_softmax_backward(*arguments), *[None] * 4
 
 
 define(
-    "upsample_softmax(Tensor masks, SymInt[] size, SymInt[] crop, bool align_corners) -> Tensor",
+    "upsample_softmax(Tensor masks, SymInt[] size, SymInt[] crop, bool align_corners, Tensor? index=None) -> Tensor",
     triton=".gpu.upsample_softmax:upsample_softmax",
     plain=cpu_softmax.upsample_softmax,
-    fake=lambda masks, size, crop, align_corners: masks.new_empty((*masks.shape[:2], *crop)),
+    fake=lambda masks, size, crop, align_corners, index=None: masks.new_empty((*masks.shape[:2], *crop)),
     setup_context=_setup_softmax,
     backward=_softmax_backward,
 )
 define(
-    "upsample_softmax_backward(Tensor grad, Tensor probabilities, SymInt[] grid, SymInt[] size, bool align_corners)"
-    " -> Tensor",
+    "upsample_softmax_backward(Tensor grad, Tensor probabilities, SymInt[] grid, SymInt[] size, bool align_corners,"
+    " Tensor? index=None) -> Tensor",
     triton=".gpu.upsample_softmax_backward:upsample_softmax_backward",
     plain=cpu_softmax.upsample_softmax_backward,
-    fake=lambda grad, p, grid, size, align_corners: p.new_empty((*p.shape[:2], *grid)),
+    fake=lambda grad, p, grid, size, align_corners, index=None: p.new_empty((*p.shape[:2], *grid)),
     backward=no_second_derivative("upsample_softmax"),
 )
 
@@ -130,11 +157,12 @@ def upsample_cross_entropy(
     label_smoothing: float = 0.0,
     reduction: str = "mean",
     align_corners: bool = False,
+    index: Tensor | None = None,
 ) -> Tensor:
     """``cross_entropy(interpolate(masks, size, mode="bilinear"), target)`` without the interpolated logits.
 
     Args:
-        masks: ``(B, K, h, w)`` floating point scores, any strides.
+        masks: ``(B, K, h, w)`` floating point scores, any strides. With an ``index`` ``(B, K, groups)``.
         target: ``(B, H', W')`` class indices: int64, int32, int16 or uint8.
         size: ``(H, W)`` to resize to; the target's if not given. A smaller target is its top-left crop.
         ignore_index: target value that contributes neither loss nor gradient.
@@ -142,6 +170,7 @@ def upsample_cross_entropy(
         label_smoothing: in [0, 1], as there.
         reduction: "mean", "sum" or "none".
         align_corners: as in ``torch.nn.functional.interpolate``.
+        index: as for ``upsample_argmax``.
 
     Returns:
         A scalar, or ``(B, H', W')`` for "none": float32 (float64 for float64 masks). The mean over no pixel is NaN,
@@ -158,7 +187,7 @@ def upsample_cross_entropy(
     if target.dtype not in _TARGETS:
         raise dtype_error("target", target, _TARGETS)
     crop = target.shape[1:]
-    size, _ = _checked_sizes(masks, crop if size is None else size, crop, "target")
+    size, _ = _checked_sizes(masks, index, crop if size is None else size, crop, "target")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if reduction not in _REDUCTIONS:
@@ -171,21 +200,19 @@ def upsample_cross_entropy(
     if forward_ad.unpack_dual(masks).tangent is not None:
         raise derivative_error("upsample_cross_entropy", "forward-mode")
     with_grad = torch.is_grad_enabled() and masks.requires_grad and reduction != "none"
-    options = LossOptions(size, ignore_index, weight, label_smoothing, reduction, align_corners)
-    return torch.ops.segmenter_fast.upsample_cross_entropy(masks, target, *options, with_grad)[0]
+    options = (size, ignore_index, weight, label_smoothing, reduction, align_corners)
+    return torch.ops.segmenter_fast.upsample_cross_entropy(masks, target, *options, with_grad, index)[0]
 
 
 def _pack(masks: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor, LossOptions, bool]:
-    *loss_options, with_grad = options
-    return masks, target, LossOptions(*loss_options), with_grad
+    return masks, target, LossOptions(*options[:6], *options[7:]), options[6]
 
 
 def _pack_pixel_backward(
     grad_loss: Tensor, masks: Tensor, target: Tensor, *options: Any
 ) -> tuple[Tensor, Tensor, Tensor, LossOptions]:
-    size, ignore_index, weight, label_smoothing, align_corners = options
-    loss_options = LossOptions(size, ignore_index, weight, label_smoothing, "none", align_corners)
-    return grad_loss, masks, target, loss_options
+    loss_options = *options[:4], "none", *options[4:]
+    return grad_loss, masks, target, LossOptions(*loss_options)
 
 
 def _fake_cross_entropy(masks: Tensor, target: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
@@ -194,40 +221,43 @@ def _fake_cross_entropy(masks: Tensor, target: Tensor, *options: Any) -> tuple[T
     loss = masks.new_empty(target.shape if loss_options.reduction == "none" else (), dtype=dtype)
     shape: Sequence[int] = (0,)
     if with_grad:
-        shape = (size_of_parts(*masks.shape),) if runs_triton(masks) else masks.shape
+        parts = size_of_parts(*shape_on_grid(masks, loss_options.groups))
+        shape = (parts,) if runs_triton(masks) else masks.shape
     return loss, masks.new_empty(shape, dtype=dtype)
 
 
-def _fake_gradient(masks: Tensor) -> Tensor:
-    return torch.empty_like(masks) if runs_triton(masks) else masks.new_empty(masks.shape)
+def _fake_gradient(masks: Tensor, index: Tensor | None = None) -> Tensor:
+    return torch.empty_like(masks) if runs_triton(masks) and index is None else masks.new_empty(masks.shape)
 
 
 def _setup_cross_entropy(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
     masks, target, options, _ = _pack(*inputs)
-    ctx.options = options._replace(weight=None)
+    ctx.options = options._replace(weight=None, groups=None)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the second output
-    ctx.save_for_backward(masks, *((target, options.weight) if options.reduction == "none" else (output[1],)))
+    saved = (target, options.weight) if options.reduction == "none" else (output[1],)
+    ctx.save_for_backward(masks, options.groups, *saved)
 
 
 def _cross_entropy_backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
-        return (None,) * 9
-    masks, *saved = ctx.saved_tensors
+        return (None,) * 10
+    masks, index, *saved = ctx.saved_tensors
     if ctx.options.reduction == "none":
         target, weight = saved
-        size, ignore_index, _, label_smoothing, _, align_corners = ctx.options
+        size, ignore_index, _, label_smoothing, _, align_corners, _ = ctx.options
         grad_masks = torch.ops.segmenter_fast.upsample_cross_entropy_pixel_backward(
-            grad_loss, masks, target, size, ignore_index, weight, label_smoothing, align_corners
+            grad_loss, masks, target, size, ignore_index, weight, label_smoothing, align_corners, index
         )
     else:
-        grad_masks = torch.ops.segmenter_fast.upsample_cross_entropy_backward(grad_loss, *saved, masks)
-    return grad_masks, *[None] * 8
+        grad_masks = torch.ops.segmenter_fast.upsample_cross_entropy_backward(grad_loss, *saved, masks, index)
+    return grad_masks, *[None] * 9
 
 
 define(
     "upsample_cross_entropy(Tensor masks, Tensor target, SymInt[] size, int ignore_index, Tensor? weight,"
-    " float label_smoothing, str reduction, bool align_corners, bool with_grad) -> (Tensor, Tensor)",
+    " float label_smoothing, str reduction, bool align_corners, bool with_grad, Tensor? index=None)"
+    " -> (Tensor, Tensor)",
     triton=".gpu.upsample_cross_entropy:upsample_cross_entropy",
     plain=cpu_cross_entropy.upsample_cross_entropy,
     fake=_fake_cross_entropy,
@@ -236,18 +266,18 @@ define(
     backward=_cross_entropy_backward,
 )
 define(
-    "upsample_cross_entropy_backward(Tensor grad_loss, Tensor grad_masks, Tensor masks) -> Tensor",
+    "upsample_cross_entropy_backward(Tensor grad_loss, Tensor grad_masks, Tensor masks, Tensor? index=None) -> Tensor",
     triton=".gpu.upsample_cross_entropy:scale_gradient",
     plain=cpu_cross_entropy.scale_gradient,
-    fake=lambda grad_loss, grad_masks, masks: _fake_gradient(masks),
+    fake=lambda grad_loss, grad_masks, masks, index=None: _fake_gradient(masks, index),
     backward=no_second_derivative("upsample_cross_entropy"),
 )
 define(
     "upsample_cross_entropy_pixel_backward(Tensor grad_loss, Tensor masks, Tensor target, SymInt[] size,"
-    " int ignore_index, Tensor? weight, float label_smoothing, bool align_corners) -> Tensor",
+    " int ignore_index, Tensor? weight, float label_smoothing, bool align_corners, Tensor? index=None) -> Tensor",
     triton=".gpu.upsample_cross_entropy:pixel_backward",
     plain=cpu_cross_entropy.pixel_backward,
-    fake=lambda grad_loss, masks, *others: _fake_gradient(masks),
+    fake=lambda grad_loss, masks, target, *options: _fake_gradient(masks, *options[5:]),
     pack=_pack_pixel_backward,
     backward=no_second_derivative("upsample_cross_entropy"),
 )

@@ -26,6 +26,14 @@ def lattices(classes: int = 7) -> tuple[Tensor, ...]:
 
 
 MERGED = torch.arange(40).reshape(2, 20) ** 2 % 7
+
+
+def groups() -> Tensor:
+    """Groups of 4 x 5 patches."""
+    return torch.randint(0, 6, (2, 4, 5))
+
+
+GROUPS = torch.tensor([[[0, 1, 3], [3, 0, 3]], [[2, 2, 1], [1, 0, 2]]])
 TARGET = torch.arange(2 * 13 * 17).reshape(2, 13, 17) % 3
 OPERATORS = {
     "attention": lambda: (ops.attention, (draw(2, 5, 3, 2, 16), 0.25, True)),
@@ -39,6 +47,8 @@ OPERATORS = {
     "lattice_argmax": lambda: (ops.lattice_argmax, lattices()),
     "lattice_softmax": lambda: (ops.lattice_softmax, lattices()),
     "merge_tokens": lambda: (ops.merge_tokens, (draw(2, 5, 8), torch.randint(3, (2, 5)), 3, torch.rand(2, 5))),
+    "lattice_argmax of groups": lambda: (ops.lattice_argmax, (*lattices(), torch.tensor([4, 2, 2, 0, 1]))),
+    "lattice_softmax of groups": lambda: (ops.lattice_softmax, (*lattices(), torch.tensor([4, 2, 2, 0, 1]))),
     "mask_scores": lambda: (ops.mask_scores, (draw(2, 5, 8), draw(2, 3, 8), draw(3), draw(3), 1e-5)),
     "upsample_argmax": lambda: (ops.upsample_argmax, (draw(2, 3, 4, 5, grad=False), [16, 20], [13, 17], False)),
     "upsample_softmax": lambda: (ops.upsample_softmax, (draw(2, 3, 4, 5), [16, 20], [13, 17], False)),
@@ -49,6 +59,22 @@ OPERATORS = {
     "upsample_cross_entropy none": lambda: (
         ops.upsample_cross_entropy,
         (draw(2, 3, 4, 5), TARGET, [16, 20], 255, torch.rand(3), 0.1, "none", True, False),
+    ),
+    "upsample_argmax of groups": lambda: (
+        ops.upsample_argmax,
+        (draw(2, 3, 6, grad=False), [16, 20], [13, 17], False, groups()),
+    ),
+    "upsample_softmax of groups": lambda: (
+        ops.upsample_softmax,
+        (draw(2, 3, 6), [16, 20], [13, 17], False, groups()),
+    ),
+    "upsample_cross_entropy mean of groups": lambda: (
+        ops.upsample_cross_entropy,
+        (draw(2, 3, 6), TARGET, [16, 20], 255, None, 0.0, "mean", False, True, groups()),
+    ),
+    "upsample_cross_entropy none of groups": lambda: (
+        ops.upsample_cross_entropy,
+        (draw(2, 3, 6), TARGET, [16, 20], 255, torch.rand(3), 0.1, "none", True, False, groups()),
     ),
 }
 
@@ -62,12 +88,18 @@ def test_opcheck(case: str, device: str) -> None:
     torch.library.opcheck(op.default, tuple(args))
 
 
-def cross_entropy(reduction: str) -> Callable[[Tensor], Tensor]:
+def cross_entropy(reduction: str, of_groups: bool = False) -> Callable[[Tensor], Tensor]:
     def loss(masks: Tensor) -> Tensor:
         target = TARGET[:1, :6, :8].to(masks.device)
-        return kernels.upsample_cross_entropy(masks, target, (7, 9), label_smoothing=0.1, reduction=reduction)
+        index = GROUPS[:1].to(masks.device) if of_groups else None
+        options = {"label_smoothing": 0.1, "reduction": reduction}
+        return kernels.upsample_cross_entropy(masks, target, (7, 9), index=index, **options)
 
     return loss
+
+
+def softmax_of_groups(masks: Tensor) -> Tensor:
+    return kernels.upsample_softmax(masks, (6, 9), (5, 9), index=GROUPS.to(masks.device))
 
 
 # Differentiable public ops and the shapes of their inputs.
@@ -82,6 +114,8 @@ DIFFERENTIABLE = {
     "upsample_softmax": (lambda masks: kernels.upsample_softmax(masks, (6, 9), (5, 9)), [(2, 3, 2, 3)]),
     "upsample_cross_entropy mean": (cross_entropy("mean"), [(1, 3, 2, 3)]),
     "upsample_cross_entropy none": (cross_entropy("none"), [(1, 3, 2, 3)]),
+    "upsample_softmax of groups": (softmax_of_groups, [(2, 3, 4)]),
+    "upsample_cross_entropy of groups": (cross_entropy("mean", of_groups=True), [(1, 3, 4)]),
 }
 differentiable = pytest.mark.parametrize("case", DIFFERENTIABLE)
 
@@ -102,6 +136,7 @@ def test_compiles_without_a_graph_break(backend: Backend, case: str) -> None:
     def step(*inputs: Tensor) -> Tensor:
         return op(*(tensor * 2 for tensor in inputs)) + 1
 
+    torch.compiler.reset()  # one function is compiled at most eight times
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     expected = with_gradients(step, inputs, grad_out)
     torch.testing.assert_close(with_gradients(compiled, inputs, grad_out), expected)

@@ -36,10 +36,10 @@ def test_rows_and_their_transpose(
     upstream = torch.randn_like(expected)
     expected.backward(upstream)
 
-    resize = Resize(masks, size, kept, align_corners, torch.float64)
+    resize = Resize(masks.detach(), size, kept, align_corners, torch.float64)
     out, gradient = torch.full_like(expected, torch.nan), torch.zeros_like(masks)
-    transpose = Transpose(resize, gradient[0])
-    for strip, logits in resize.rows(masks.detach()[0]):
+    transpose = Transpose(resize, 0, gradient)
+    for strip, logits in resize.rows(0):
         out[0, :, strip.rows] = logits.transpose(0, 1)
         transpose.add(strip, upstream[0, :, strip.rows].transpose(0, 1))
     transpose.finish()
@@ -63,12 +63,12 @@ def test_strips_hold_pieces_of_a_cell_or_several_cells(monkeypatch: pytest.Monke
 @pytest.mark.usefixtures("_elements")
 def test_a_nan_reaches_the_rows_that_use_it_and_no_others() -> None:
     resize = Resize(torch.zeros(2, 6, 3), (48, 24), (48, 24), False, torch.float32)
-    gradient, upstream = torch.zeros(2, 6, 3), torch.ones(48, 2, 24)
+    gradient, upstream = torch.zeros(1, 2, 6, 3), torch.ones(48, 2, 24)
     upstream[20, 1, 12] = torch.nan  # row 20.5 / 8 - 0.5: between 2 and 3, column 1.06: between 1 and 2
-    transpose = Transpose(resize, gradient)
+    transpose = Transpose(resize, 0, gradient)
     for strip in resize.strips:
         transpose.add(strip, upstream[strip.rows])
     transpose.finish()
     expected = torch.zeros(2, 6, 3, dtype=torch.bool)
     expected[1, 2:4, 1:] = True
-    assert torch.equal(gradient.isnan(), expected)
+    assert torch.equal(gradient[0].isnan(), expected)
