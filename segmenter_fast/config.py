@@ -22,7 +22,7 @@ _CHOICES = {
     "mlp": ("gelu", "swiglu"),
     "upsample_to": ("padded", "image"),
 }
-_AT_LEAST_ONE = ("num_classes", "patch_size", "embed_dim", "depth", "num_heads", "decoder_num_heads")
+_AT_LEAST_ONE = ("num_classes", "in_channels", "patch_size", "embed_dim", "depth", "num_heads", "decoder_num_heads")
 _RATES = ("dropout", "drop_path_rate", "decoder_dropout", "decoder_drop_path_rate")
 _POSITIVE = ("encoder_norm_eps", "decoder_norm_eps", "rope_temperature")
 
@@ -82,9 +82,14 @@ class SegmenterConfig:
 
     upsample_to: str = "padded"
     """Size that masks are upsampled to: "padded", then cropped (official), or "image", directly (mmsegmentation)."""
-    mean: Triple = (0.5, 0.5, 0.5)
-    std: Triple = (0.5, 0.5, 0.5)
-    """Per RGB channel, of pixels scaled to [0, 1]."""
+    in_channels: int = 3
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    """Per channel (RGB where there are three), of pixels scaled to [0, 1]."""
+    bands: tuple[int, ...] = ()
+    """Bands of an image file that are the channels, counted from 1; empty: the file's colours, or all its bands."""
+    pixel_scale: float | None = None
+    """Value in an image file that stands for 1; None: 255 for 8 bits, 65535 for 16."""
     window_size: int = 512
     window_stride: int = 512
     upscale_small_images: bool = True
@@ -124,8 +129,14 @@ class SegmenterConfig:
         fits = self.window_size >= self.patch_size and self.window_stride >= 1
         given = (self.window_size, self.window_stride)
         _require(fits, "window_size, window_stride", given, f"at least one patch of {self.patch_size}, and at least 1")
-        _require(len(self.mean) == len(self.std) == 3, "mean, std", (self.mean, self.std), "three numbers each")
+        count = self.in_channels
+        for name in ("mean", "std"):
+            given = getattr(self, name)
+            _require(len(given) == count, name, given, f"{count} numbers, as in_channels is {count}")
         _require(min(self.std) > 0, "std", self.std, "positive")
+        fits = not self.bands or (len(self.bands) == count and min(self.bands) >= 1)
+        _require(fits, "bands", self.bands, f"empty, or {count} bands counted from 1, as in_channels is {count}")
+        _require(self.pixel_scale is None or self.pixel_scale > 0, "pixel_scale", self.pixel_scale, "positive")
         for name in ("class_names", "palette", "label_values"):
             fits = len(getattr(self, name)) in (0, self.num_classes)
             _require(fits, name, f"{len(getattr(self, name))} entries", f"empty or num_classes={self.num_classes} long")
@@ -145,13 +156,18 @@ class SegmenterConfig:
     def replace(self, **fields: Any) -> SegmenterConfig:
         """Return a copy with other values for some fields.
 
-        An int ``image_size`` is a square. A new class count drops class names, palette and label values.
+        An int ``image_size`` is a square. A new class count drops class names, palette and label values. Another
+        ``in_channels`` drops the bands, and repeats mean and std in turn, or averages them for one channel.
 
         Raises:
             TypeError: an unknown field.
         """
         if fields.get("num_classes", self.num_classes) != self.num_classes:
             fields = {"class_names": (), "palette": (), "label_values": (), **fields}
+        count = fields.get("in_channels", self.in_channels)
+        if count != self.in_channels and isinstance(count, int):
+            repeated = {name: _for_channels(getattr(self, name), count) for name in ("mean", "std")}
+            fields = {**repeated, "bands": (), **fields}
         return self.from_dict({**vars(self), **fields})
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,6 +190,11 @@ class SegmenterConfig:
         if isinstance(fields.get("image_size"), int):
             fields = {**fields, "image_size": (fields["image_size"],) * 2}
         return cls(**{name: _frozen(value) for name, value in fields.items()})
+
+
+def _for_channels(values: tuple[float, ...], count: int) -> tuple[float, ...]:
+    """Return numbers of other channels for ``count`` channels, as ``adapt_channels`` takes their weights."""
+    return (sum(values) / len(values),) if count == 1 else tuple(values[i % len(values)] for i in range(count))
 
 
 def _require(holds: bool, name: str, given: object, allowed: str) -> None:

@@ -42,7 +42,7 @@ def _costs(config: SegmenterConfig, size: int) -> tuple[int, int]:
     """Return parameters, and multiply-accumulates for one square image of ``size`` pixels."""
     dim, classes, prefix = config.embed_dim, config.num_classes, config.num_prefix_tokens
     patches = math.ceil(size / config.patch_size) ** 2
-    kernel = 3 * config.patch_size**2 * dim
+    kernel = config.in_channels * config.patch_size**2 * dim
     parameters, macs = kernel + dim + prefix * dim + 2 * dim, patches * kernel
     if config.pos_embed_kind == "learned":
         parameters += (prefix * config.pos_embed_prefix + config.grid[0] * config.grid[1]) * dim
@@ -126,6 +126,7 @@ def describe_config(config: SegmenterConfig) -> dict[str, str]:
         "LayerNorm eps": f"encoder {config.encoder_norm_eps:g}, decoder {config.decoder_norm_eps:g}",
         "position embedding": f"learned, resized {resizing}" if learned else resizing,
         "masks upsampled to": "padded size, then cropped" if config.upsample_to == "padded" else "image size",
+        "channels": str(config.in_channels) + (f": bands {', '.join(map(str, config.bands))}" if config.bands else ""),
         "mean": ", ".join(f"{value:g}" for value in config.mean),
         "std": ", ".join(f"{value:g}" for value in config.std),
         "classes": f"{config.num_classes}: {', '.join(config.class_names) or 'no names'}",

@@ -100,7 +100,7 @@ def export(
 ) -> Exported:
     """Write a model for images of one size, and check that the file gives the model's labels.
 
-    The file's one input is ``images``: ``(B, 3, H, W)``, float32 and normalised, or uint8 RGB. Its one output has the
+    The file's one input is ``images``: ``(B, C, H, W)``, float32 and normalised, or uint8. Its one output has the
     name of ``output``: "labels" ``(B, H, W)``, uint8 up to 256 classes and int32 above; "masks" ``(B, K, h, w)``
     float32 scores of the patches; "logits" ``(B, K, H, W)`` float32. A .pt2 package runs on the model's kind of device.
     ``metadata_props`` of the ONNX file and ``get_metadata()`` of the package hold class names, mean, std etc. in JSON.
@@ -180,7 +180,7 @@ def _write_pt2(model: Segmenter, options: _Options, path: Path) -> Run:
 def _trace(model: Segmenter, options: _Options, device: torch.device) -> torch.export.ExportedProgram:
     module = ExportableSegmenter(model, options.size, options.output, options.uint8, options.dtype).to(device)
     batch, dtype = options.batch_size or _DYNAMIC_BATCHES[0], torch.uint8 if options.uint8 else torch.float32
-    images = torch.zeros(batch, 3, *options.size, dtype=dtype, device=device)
+    images = torch.zeros(batch, model.config.in_channels, *options.size, dtype=dtype, device=device)
     # With strict=False the tracer takes len(images) for a constant.
     return torch.export.export(module, (images,), dynamic_shapes=_dynamic_shapes(options), strict=True)
 
@@ -191,21 +191,22 @@ def _dynamic_shapes(options: _Options) -> dict[str, Any]:
 
 def _metadata(model: Segmenter, options: _Options) -> dict[str, str]:
     """Facts for the users of the file, as JSON values."""
+    pixels = " RGB" if model.config.in_channels == 3 else ""
     facts: dict[str, Any] = {
         "image_size": options.size,
-        "input": "uint8 RGB" if options.uint8 else "float32 RGB in [0, 1], minus mean, divided by std",
+        "input": f"uint8{pixels}" if options.uint8 else f"float32{pixels} in [0, 1], minus mean, divided by std",
         "output": options.output,
         "dtype": str(options.dtype).removeprefix("torch."),
         "segmenter_fast_version": __version__,
     }
-    for name in ("variant", "mean", "std", "num_classes", "class_names", "palette"):
+    for name in ("variant", "in_channels", "mean", "std", "num_classes", "class_names", "palette"):
         facts[name] = getattr(model.config, name)
     return {name: json.dumps(fact) for name, fact in facts.items()}
 
 
 def _check(model: Segmenter, options: _Options, run: Run, batch: int) -> int:
     """Compare a file with the model on one batch; return the number of pixels with another label, all of them ties."""
-    pixels = _pixels(batch, options.size)
+    pixels = _pixels(batch, model.config.in_channels, options.size)
     device, upsampled = next(model.parameters()).device, upsampled_size(model.config, options.size)
     images = torch.cat([normalise(image.numpy(), model.config.mean, model.config.std, device) for image in pixels])
     with _without_tf32():  # the tolerance comes from the CPU, which has none
@@ -251,10 +252,10 @@ def _without_tf32() -> Iterator[None]:
             setting.fp32_precision = precision
 
 
-def _pixels(batch: int, size: Pair) -> Tensor:
-    """``(B, H, W, 3)`` uint8: seeded random colours, smooth, so that many labels occur, under a little noise."""
+def _pixels(batch: int, channels: int, size: Pair) -> Tensor:
+    """``(B, H, W, C)`` uint8: seeded random colours, smooth, so that many labels occur, under a little noise."""
     generator = torch.Generator().manual_seed(0)
-    coarse = torch.rand(batch, 3, 6, 6, generator=generator)
+    coarse = torch.rand(batch, channels, 6, 6, generator=generator)
     smooth = F.interpolate(coarse, size=size, mode="bilinear", align_corners=True)
     noisy = smooth * 255 + 16 * torch.randn(smooth.shape, generator=generator)
     return noisy.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()

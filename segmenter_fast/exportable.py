@@ -26,7 +26,7 @@ class ExportableSegmenter(nn.Module):
         config, patch = model.config, model.config.patch_size
         self.size, self.output, self.uint8 = size, output, uint8
         self.upsampled = upsampled_size(config, size)
-        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(1, 3, 1, 1)) for v in (config.mean, config.std))
+        self.mean, self.std = (nn.Buffer(torch.tensor(v).view(1, -1, 1, 1)) for v in (config.mean, config.std))
         self.model = copy.deepcopy(model).to(dtype).eval().requires_grad_(False)
         encoder = self.model.encoder
         encoder.grid = -(-size[0] // patch), -(-size[1] // patch)

@@ -34,8 +34,8 @@ _Stem = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None, Tensor | Non
 class InferenceSegmenter(nn.Module):
     """The inference form of a Segmenter, made by ``Segmenter.optimize``; it cannot be trained.
 
-    Takes ``(B, 3, H, W)`` images on the model's device: floating point and normalised, as the Segmenter takes them, or
-    uint8 RGB, whose normalisation is folded into the patch embedding. Encoder and decoder are copied.
+    Takes ``(B, C, H, W)`` images on the model's device: floating point and normalised, as the Segmenter takes them, or
+    uint8, whose normalisation is folded into the patch embedding. Encoder and decoder are copied.
 
     Precision: weights and activations have the given dtype; on a CPU that is slow in it, the weights of linear layers
     do, and everything is computed in float32. ``Segmenter.optimize`` decides by the model's device. Softmax, norm
@@ -88,19 +88,19 @@ class InferenceSegmenter(nn.Module):
         self.train(False)
 
     def masks(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` -> ``(B, K, h, w)`` scores of the patches (channels-last strides)."""
+        """``(B, C, H, W)`` -> ``(B, K, h, w)`` scores of the patches (channels-last strides)."""
         return self._run("masks", images)
 
     def segment(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` -> ``(B, H, W)`` labels, uint8 up to 256 classes and int32 above."""
+        """``(B, C, H, W)`` -> ``(B, H, W)`` labels, uint8 up to 256 classes and int32 above."""
         return self._run("labels", images)
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` -> ``(B, K, H, W)`` class probabilities."""
+        """``(B, C, H, W)`` -> ``(B, K, H, W)`` class probabilities."""
         return self._run("probabilities", images)
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` -> ``(B, K, H, W)`` logits."""
+        """``(B, C, H, W)`` -> ``(B, K, H, W)`` logits."""
         return self._run("logits", images)
 
     def loss(self, *arguments: Any, **options: Any) -> Tensor:
@@ -149,7 +149,7 @@ class InferenceSegmenter(nn.Module):
 
     @torch.no_grad()
     def _run(self, result: str, images: Tensor) -> Tensor:
-        check_images(images, uint8=True)
+        check_images(images, uint8=True, channels=self.config.in_channels)
         stem = self._stem_of(images)
         if not self._captures(images):
             return self._call(result, images, stem)
@@ -205,7 +205,7 @@ class InferenceSegmenter(nn.Module):
         into the bias.
 
         Returns:
-            weight ``(D, 3, P, P)``, bias ``(D,)``, shift ``(1, 3, 1, 1)`` or None; then, of ``grid_embeddings``, prefix
+            weight ``(D, C, P, P)``, bias ``(D,)``, shift ``(1, C, 1, 1)`` or None; then, of ``grid_embeddings``, prefix
             ``(1, prefix, D)``, positions ``(1, rows * columns, D)`` or None, rotation or None.
         """
         projection, shift = self.encoder.patch_embed.proj, None
@@ -213,7 +213,7 @@ class InferenceSegmenter(nn.Module):
         assert bias is not None
         if from_uint8:
             mean, std = (
-                255 * weight.new_tensor(values, dtype=torch.float32).view(1, 3, 1, 1)
+                255 * weight.new_tensor(values, dtype=torch.float32).view(1, -1, 1, 1)
                 for values in (self.config.mean, self.config.std)
             )
             shift = mean.to(weight.dtype)

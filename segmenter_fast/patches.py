@@ -9,17 +9,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def check_images(images: Tensor, uint8: bool = False) -> None:
-    """Refuse anything but ``(B, 3, H, W)`` floating point images, or uint8 ones where ``uint8`` allows them."""
-    if images.ndim != 4 or images.shape[1] != 3 or min(images.shape[2:]) < 1:
-        raise ValueError(f"images must be (B, 3, H, W), got {tuple(images.shape)}")
+def check_images(images: Tensor, uint8: bool = False, channels: int = 3) -> None:
+    """Refuse anything but ``(B, C, H, W)`` floating point images, or uint8 ones where ``uint8`` allows them."""
+    if images.ndim != 4 or images.shape[1] != channels or min(images.shape[2:]) < 1:
+        raise ValueError(f"images must be (B, {channels}, H, W), got {tuple(images.shape)}")
     if not images.is_floating_point() and not (uint8 and images.dtype == torch.uint8):
         allowed = "uint8, or floating point and normalised" if uint8 else "floating point and normalised"
         raise TypeError(f"images must be {allowed}, got {images.dtype}; segmenter_fast.predict takes uint8 images")
 
 
 def pad_to_patches(images: Tensor, patch_size: int) -> Tensor:
-    """``(B, 3, H, W)`` zero-padded at the bottom and right to whole patches."""
+    """``(B, C, H, W)`` zero-padded at the bottom and right to whole patches."""
     # Not -side % patch_size: the compiler's symbolic sizes have no modulus of a negative number.
     below, right = ((patch_size - side % patch_size) % patch_size for side in images.shape[2:])
     return F.pad(images, (0, right, 0, below)) if below or right else images
@@ -35,7 +35,7 @@ def channels_last_maps(tokens: Tensor, grid: Sequence[int]) -> Tensor:
 
 
 def project_patches(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``(B, 3, h P, w P)`` images convolved by ``(D, 3, P, P)`` with a stride of P: ``(B, D, h, w)``.
+    """``(B, C, h P, w P)`` images convolved by ``(D, C, P, P)`` with a stride of P: ``(B, D, h, w)``.
 
     A matrix product except on a CPU: PyTorch's convolution took 10 % of the time of a B/16 in bfloat16 on an H200.
     """

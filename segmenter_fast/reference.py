@@ -110,7 +110,7 @@ class Block(nn.Module):
 class PatchEmbed(nn.Module):
     def __init__(self, config: SegmenterConfig) -> None:
         super().__init__()
-        self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, stride=config.patch_size)
+        self.proj = nn.Conv2d(config.in_channels, config.embed_dim, config.patch_size, stride=config.patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.proj(images).flatten(2).transpose(1, 2)  # (B, h w, D)

@@ -20,9 +20,9 @@ _CHUNK_VALUES = 1 << 24
 class Segmenter(nn.Module, HubMixin):
     """Segmenter with the official program's state-dict keys and forward contract.
 
-    All methods take ``(B, 3, H, W)`` floating point images, RGB, normalised with the configuration's mean and std, of
-    any height and width. Images are cast to the dtype of the weights and zero-padded at the bottom and right to whole
-    patches.
+    All methods take ``(B, C, H, W)`` floating point images, normalised with the configuration's mean and std, of any
+    height and width. C is ``in_channels``, by default 3 for RGB. Images are cast to the dtype of the weights and
+    zero-padded at the bottom and right to whole patches.
 
     Source: Strudel et al., ICCV 2021. As in the official program, and unlike the paper's text, the LayerNorm over
     classes acts on the patch-level masks, before the upsampling.
@@ -39,24 +39,24 @@ class Segmenter(nn.Module, HubMixin):
         self.apply(_initialise)
 
     def masks(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` -> ``(B, K, h, w)`` scores of the patches of the padded images (channels-last strides)."""
+        """``(B, C, H, W)`` -> ``(B, K, h, w)`` scores of the patches of the padded images (channels-last strides)."""
         scores, patch = self.decoder(self.encoder(images)), self.config.patch_size  # (B, h w, K)
         return channels_last_maps(scores, [-(-side // patch) for side in images.shape[2:]])
 
     def forward(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` -> ``(B, K, H, W)`` logits. No other method builds this tensor."""
+        """``(B, C, H, W)`` -> ``(B, K, H, W)`` logits. No other method builds this tensor."""
         masks = self.masks(images)
         height, width = images.shape[2:]
         size = upsampled_size(self.config, (height, width))
         return kernels.reference.upsample(masks, size, (height, width), align_corners=False)
 
     def segment(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` -> ``(B, H, W)`` labels, uint8 up to 256 classes and int32 above; not differentiable."""
+        """``(B, C, H, W)`` -> ``(B, H, W)`` labels, uint8 up to 256 classes and int32 above; not differentiable."""
         size = images.shape[2:]
         return kernels.upsample_argmax(self.masks(images), upsampled_size(self.config, size), size)
 
     def probabilities(self, images: Tensor) -> Tensor:
-        """``(B, 3, H, W)`` -> ``(B, K, H, W)`` class probabilities."""
+        """``(B, C, H, W)`` -> ``(B, K, H, W)`` class probabilities."""
         size = images.shape[2:]
         return kernels.upsample_softmax(self.masks(images), upsampled_size(self.config, size), size)
 
@@ -69,7 +69,7 @@ class Segmenter(nn.Module, HubMixin):
         label_smoothing: float = 0.0,
         reduction: str = "mean",
     ) -> Tensor:
-        """Mean cross-entropy of ``(B, 3, H, W)`` images against ``(B, H, W)`` class indices: a float32 scalar.
+        """Mean cross-entropy of ``(B, C, H, W)`` images against ``(B, H, W)`` class indices: a float32 scalar.
 
         ``weight`` is ``(K,)``; the options are those of ``torch.nn.functional.cross_entropy``.
         """
@@ -134,7 +134,7 @@ class Segmenter(nn.Module, HubMixin):
         The layers before run as in ``forward``, with the fused attention.
 
         Args:
-            images: ``(B, 3, H, W)``, as in ``forward``.
+            images: ``(B, C, H, W)``, as in ``forward``.
             layer: index into the layers of ``part``; negative ones count from the end.
             part: "encoder", whose tokens are the prefix tokens and the patches in row-major order, or "decoder" (mask
                 transformer only), whose tokens are the patches and the class embeddings.

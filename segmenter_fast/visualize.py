@@ -49,6 +49,12 @@ def colorize(labels: np.ndarray, palette: Sequence[Color]) -> np.ndarray:
     return np.asarray(palette, np.uint8)[labels]
 
 
+def displayed(pixels: np.ndarray) -> np.ndarray:
+    """``(H, W, C)`` uint8, or floats from 0 to 1 -> ``(H, W, 3)`` uint8: three channels, or the first as grey."""
+    shown = pixels if pixels.shape[2] == 3 else pixels[..., [0, 1, 2] if pixels.shape[2] > 3 else [0, 0, 0]]
+    return shown if shown.dtype == np.uint8 else (shown.clip(0, 1) * 255).round().astype(np.uint8)
+
+
 def overlay(image: np.ndarray, labels: np.ndarray, palette: Sequence[Color], alpha: float = 0.5) -> Image.Image:
     """``(H, W, 3)`` uint8 pixels under the labels' colours; ``alpha`` 0 shows the image only, 1 the colours only.
 
@@ -78,7 +84,7 @@ def reduced_overlay(
     parts = []
     for top in range(0, height, step):
         bottom = min(top + step, height)
-        pixels = np.asarray(Image.fromarray(raster.read(top, bottom)).reduce(factor))
+        pixels = np.asarray(Image.fromarray(displayed(raster.read(top, bottom))).reduce(factor))
         middles = np.minimum(np.arange(len(pixels)) * factor + factor // 2, bottom - top - 1)
         labels = read_labels(top, bottom)[middles[:, None], columns]
         parts.append(np.asarray(overlay(pixels, labels, palette)))

@@ -186,26 +186,26 @@ def resize_positions(positions: Tensor, grid: Pair, size: Pair, mode: str) -> Te
 class PatchEmbed(nn.Module):
     """Non-overlapping patches of zero-padded images, each projected to one token: ``(B, D, h, w)``."""
 
-    def __init__(self, patch_size: int, dim: int) -> None:
+    def __init__(self, patch_size: int, dim: int, in_channels: int = 3) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, stride=patch_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        check_images(images)
+        check_images(images, channels=self.proj.in_channels)
         images = pad_to_patches(images.to(self.proj.weight.dtype), self.patch_size)
         return project_patches(images, self.proj.weight, self.proj.bias)
 
 
 class VisionTransformer(nn.Module):
-    """``(B, 3, H, W)`` normalised images of any size -> ``(B, h w, D)`` features of the zero-padded images' patches."""
+    """``(B, C, H, W)`` normalised images of any size -> ``(B, h w, D)`` features of the zero-padded images' patches."""
 
     def __init__(self, config: SegmenterConfig) -> None:
         super().__init__()
         dim, (rows, columns) = config.embed_dim, config.grid
         self.config = config
         self.grid, self.num_prefix_tokens = (rows, columns), config.num_prefix_tokens
-        self.patch_embed = PatchEmbed(config.patch_size, dim)
+        self.patch_embed = PatchEmbed(config.patch_size, dim, config.in_channels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
         self.dist_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.distillation_token else None
         registers = config.num_register_tokens
@@ -246,7 +246,7 @@ class VisionTransformer(nn.Module):
         return prefix, positions, None
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """``(B, 3, H, W)`` -> ``(B, prefix + h w, D)`` tokens with their learned positions; the rotation, if any."""
+        """``(B, C, H, W)`` -> ``(B, prefix + h w, D)`` tokens with their learned positions; the rotation, if any."""
         patches = self.patch_embed(images)
         prefix, positions, rotation = self.grid_embeddings(*patches.shape[2:])
         patches = patches.flatten(2).mT  # (B, h w, D)

@@ -34,7 +34,7 @@ HUE = 18 / 180
 
 @dataclass(frozen=True)
 class TrainTransform:
-    """``(H, W, 3)`` uint8 RGB and ``(H, W)`` labels -> ``(3, crop, crop)`` float32 and ``(crop, crop)`` int64.
+    """``(H, W, C)`` pixels and ``(H, W)`` labels -> ``(C, crop, crop)`` float32 and ``(crop, crop)`` int64.
 
     All randomness comes from the generator given.
     """
@@ -69,7 +69,9 @@ class TrainTransform:
         pixels = TF.crop_image(pixels, *crop)
         if self.flip and _coin(generator):
             pixels, target = TF.horizontal_flip_image(pixels), TF.horizontal_flip_image(target)
-        colors = pixels.contiguous().to(torch.float32).div_(255)
+        colors = pixels.contiguous().to(torch.float32)
+        if pixels.dtype == torch.uint8:
+            colors.div_(255)
         if self.photometric:
             colors = photometric(colors, generator)
         colors = TF.normalize_image(colors, list(self.mean), list(self.std), inplace=True)

@@ -27,7 +27,7 @@ from ..inference.batches import Model, evaluation_mode, in_batches, segment_imag
 from ..inference.settings import Settings, fits_one_window
 from ..io.images import normalise
 from ..processes import World
-from ..visualize import Color, colorize
+from ..visualize import Color, colorize, displayed
 from .datasets.base import SegmentationDataset
 
 MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
@@ -96,7 +96,7 @@ def evaluate(
 
 
 def segment(model: Model, image: np.ndarray, size: Pair, resize: int, settings: Settings) -> Tensor:
-    """``(H, W, 3)`` uint8 RGB -> labels of ``size`` on the model's device; see ``evaluate``.
+    """``(H, W, C)`` pixels -> labels of ``size`` on the model's device; see ``evaluate``.
 
     Raises:
         ValueError: a scale leaves no pixel of the resized smaller side.
@@ -151,8 +151,7 @@ def sample_pictures(
     with evaluation_mode(model):
         for index, image, target in _samples(dataset, indices, read_ahead=1):
             labels = segment(model, image, (target.shape[0], target.shape[1]), resize, settings).cpu().numpy()
-            if image.shape[:2] != labels.shape:
-                image = np.asarray(Image.fromarray(image).resize(labels.shape[::-1]))
+            image = np.asarray(Image.fromarray(displayed(image)).resize(labels.shape[::-1]))
             pictures[dataset.name(index)] = side_by_side(image, target, labels, dataset.palette, dataset.ignore_index)
     return pictures
 

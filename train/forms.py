@@ -18,8 +18,11 @@ from PIL import Image
 from ..classes import ClassList, Color
 from ..config import VARIANTS, SegmenterConfig
 from ..inference.folders import LABELS, plan
-from ..inference.predict import class_table, predict
+from ..inference.predict import class_table, predict_raster
+from ..inference.settings import Settings
+from ..io.images import Pixels
 from ..segmenter import Segmenter
+from ..visualize import displayed
 from .datasets.base import IGNORE
 from .datasets.class_lists import ReadOptions, color_table
 from .datasets.colors import named_colors
@@ -60,7 +63,7 @@ class Form:
 
     def segment(self, pixels: np.ndarray) -> np.ndarray:
         start = time.perf_counter()
-        labels = predict(self.model, pixels).labels
+        labels = predict_raster(self.model, Pixels(pixels), Settings.of(self.model.config)).labels
         self.seconds.append(time.perf_counter() - start)
         return labels
 
@@ -69,7 +72,7 @@ class Form:
         agreement = float((labels == reference).mean())
         if self.worst is None or agreement < self.worst[0]:
             _, palette = class_table(self.model.config)
-            self.worst = agreement, name, side_by_side(pixels, reference, labels, palette, ignore_index=-1)
+            self.worst = agreement, name, side_by_side(displayed(pixels), reference, labels, palette, ignore_index=-1)
 
     @property
     def images_per_second(self) -> float:
@@ -149,7 +152,9 @@ def compare_forms(
     for index, pair in enumerate(photos.pairs):
         try:
             pixels, target = (
-                photos.read(index) if pair.labels.is_file() else (read_pixels(pair.image, photos.page or 0), None)
+                photos.read(index)
+                if pair.labels.is_file()
+                else (read_pixels(pair.image, photos.page or 0, photos.channels), None)
             )
         except OSError as error:
             if broken is None or (not seen and index + 1 == len(photos)):

@@ -37,7 +37,8 @@ def check_same(
         CheckpointError: the file describes no run.
         ValueError: something differs; names all that does.
     """
-    before, now = read_mapping(description), json.loads(json.dumps(config.to_dict()))
+    before = read_mapping(description)
+    now, default = (json.loads(json.dumps(each.to_dict())) for each in (config, SegmenterConfig()))
     old_fields, old = before.get("model", {}), before.get("recipe", {})
     if not isinstance(old_fields, dict) or not isinstance(old, dict):
         raise CheckpointError(f"{description} is no description of a run: model and recipe must be mappings")
@@ -52,9 +53,9 @@ def check_same(
     old_fields = defaults | old_fields
     different = recipe.differences(kept)
     different += [
-        f"the model's {name} is {now[name]}, was {old_fields.get(name)}"
+        f"the model's {name} is {now[name]}, was {old_fields.get(name, default[name])}"
         for name in now
-        if now[name] != old_fields.get(name)
+        if now[name] != old_fields.get(name, default[name])
     ]
     if samples != before.get("samples"):
         different.append(f"the data has {samples} samples, had {before.get('samples')}")

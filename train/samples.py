@@ -29,7 +29,7 @@ _NAMED = 8
 
 
 class Batch(NamedTuple):
-    """``(B, 3, h, w)`` float32, ``(B, h, w)`` int64, and a message for each broken sample that was replaced."""
+    """``(B, C, h, w)`` float32, ``(B, h, w)`` int64, and a message for each broken sample that was replaced."""
 
     images: Tensor
     labels: Tensor
@@ -157,7 +157,7 @@ class Batches:
             ratios=(recipe.min_ratio, recipe.max_ratio),
             max_share=recipe.max_share,
             flip=recipe.flip,
-            photometric=recipe.photometric,
+            photometric=recipe.photometric and config.in_channels == 3,
             mean=config.mean,
             std=config.std,
             ignore_index=dataset.ignore_index,

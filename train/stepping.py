@@ -114,7 +114,7 @@ class Stepper:
         self.loss.weight = torch.tensor(weights, device=self.world.device) if weights else None
 
     def step(self, images: Tensor, labels: Tensor, request: StopRequest) -> StepResult:
-        """Take one step on this process's ``(B, 3, h, w)`` images and ``(B, h, w)`` labels.
+        """Take one step on this process's ``(B, C, h, w)`` images and ``(B, h, w)`` labels.
 
         They are cut into the recipe's parts; every process must have as many. PyTorch's generators are seeded by
         (seed, step, rank), so that a resumed run draws what an uninterrupted one draws.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console
@@ -23,6 +23,8 @@ from ..config import LARGEST_SCALE
 if TYPE_CHECKING:
     from .. import Segmenter
     from ..inference.batches import Model
+
+Number = TypeVar("Number", int, float)
 
 
 @contextmanager
@@ -103,6 +105,18 @@ ClassMapOption = Annotated[
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there, whoever wrote them.")]
 
 
+BandsOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="4,3,2", help="Bands that are the model's channels, counted from 1 as GDAL does. Default: the model's."
+    ),
+]
+ScaleOption = Annotated[
+    float | None,
+    typer.Option(help="Value of a pixel that stands for 1. Default: the model's, or 255 for 8 bits, 65535 for 16."),
+]
+
+
 class InferenceOptions:
     """Options of ``Settings``."""
 
@@ -176,10 +190,11 @@ def short_warnings(show: bool = True) -> Iterator[None]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
-    for warning in caught[:_WARNINGS] if show else []:
-        say(f"warning: {warning.message}", "yellow")
-    if show and len(caught) > _WARNINGS:
-        say(f"and {len(caught) - _WARNINGS} more warnings", "yellow")
+    told = [*dict.fromkeys(str(warning.message) for warning in caught if show)]
+    for message in told[:_WARNINGS]:
+        say(f"warning: {message}", "yellow")
+    if len(told) > _WARNINGS:
+        say(f"and {len(told) - _WARNINGS} more warnings", "yellow")
 
 
 def parse_scales(text: str) -> tuple[float, ...]:
@@ -192,6 +207,14 @@ def parse_scales(text: str) -> tuple[float, ...]:
         allowed = f"numbers above 0, up to {LARGEST_SCALE}, with commas between them"
         raise typer.BadParameter(f"--scales must be {allowed}, got {text!r}")
     return values
+
+
+def parse_numbers(option: str, text: str | None, kind: Callable[[str], Number]) -> tuple[Number, ...] | None:
+    """ "4,3,2" -> (4, 3, 2); None for None."""
+    try:
+        return None if text is None else tuple(map(kind, text.split(",")))
+    except ValueError:
+        raise typer.BadParameter(f"{option} must be numbers with commas between them, got {text!r}") from None
 
 
 def check_new(path: Path, overwrite: bool, same: bool = False) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -11,16 +12,20 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .app import (
+    BandsOption,
     DataOptions,
     Device,
     DeviceOption,
     Dtype,
     ModelArgument,
     OverwriteOption,
+    ScaleOption,
     app,
     check_new,
     load_model,
+    parse_numbers,
     say,
+    short_warnings,
 )
 
 
@@ -45,12 +50,15 @@ def check(
         typer.Option("--out", "-o", metavar="FILE.png", help="Picture of the image whose labels change most."),
     ] = None,
     overwrite: OverwriteOption = False,
+    bands: BandsOption = None,
+    scale: ScaleOption = None,
     device: DeviceOption = Device.auto,
 ) -> None:
     """Compare the forms that optimize offers on your own images: speed, memory, and how many labels change.
 
     The last line of the report makes the fastest form that keeps enough labels, in Python.
     """
+    from ..inference.settings import channels_of
     from ..io.atomic import write_png
     from ..train.datasets.class_lists import ReadOptions
     from ..train.datasets.findings import warn_of_pages
@@ -60,11 +68,13 @@ def check(
         if out.suffix != ".png":
             raise ValueError(f"--out must be a .png file, a new one or with --overwrite, got {out}")
         check_new(out, overwrite)
+    numbers = parse_numbers("--bands", bands, int)
     segmenter = load_model(model, device, Dtype.float32)
     found = find_photos(photos, labels, segmenter.config, ReadOptions(palette, reduce_zero_label, page))
+    found = replace(found, channels=channels_of(segmenter.config, numbers, scale))
     for warning in warn_of_pages(found, found.pairs):
         say(f"warning: {warning}", "yellow")
-    with Progress(console=Console(stderr=True)) as progress:
+    with short_warnings(), Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("checking", total=len(found))
         broken: list[Exception] = []
         forms = compare_forms(segmenter, found, lambda done: progress.update(task, completed=done), broken.append)

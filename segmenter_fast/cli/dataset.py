@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .app import DataOptions, OverwriteOption, app, check_new, say
+from .app import (
+    BandsOption,
+    DataOptions,
+    OverwriteOption,
+    ScaleOption,
+    app,
+    check_new,
+    parse_numbers,
+    say,
+    short_warnings,
+)
 
 dataset = typer.Typer(help="Images with labels, to train on.", no_args_is_help=True)
 app.add_typer(dataset, name="dataset")
@@ -29,12 +40,18 @@ def check(
     show: Annotated[int, typer.Option(min=1, help="Most problems to print.")] = 100,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="File for all figures.")] = None,
     overwrite: OverwriteOption = False,
+    bands: BandsOption = None,
+    scale: ScaleOption = None,
 ) -> None:
     """Read every file of a data set; report files, classes, values, sizes and problems. Exit code 1: problems."""
     from ..io.atomic import write_json
+    from ..io.channels import Channels
     from ..train.datasets.class_lists import ReadOptions
     from ..train.datasets.findings import Findings, check_files
     from ..train.datasets.layouts import LAYOUTS, SPLITS, kind_of, open_files
+
+    numbers = parse_numbers("--bands", bands, int) or ()
+    channels = Channels(len(numbers) or 3, numbers, scale)
 
     kind = kind_of(folder) if kind == "auto" else kind
     if kind not in LAYOUTS:
@@ -45,15 +62,16 @@ def check(
     problems: list[str] = []
     for split in SPLITS:
         try:
-            found[split] = Findings(open_files(folder, kind, split, options))
+            found[split] = Findings(replace(open_files(folder, kind, split, options), channels=channels))
         except (OSError, ValueError) as error:
             problems.append(str(error))
     if not found:
         raise ValueError(problems[0])
     for split, findings in found.items():
         files = findings.dataset
-        for checked in track(check_files(files), f"checking {split}", len(files), console=Console(stderr=True)):
-            findings.add(checked)
+        with short_warnings():
+            for checked in track(check_files(files), f"checking {split}", len(files), console=Console(stderr=True)):
+                findings.add(checked)
     summaries = {split: findings.summary() for split, findings in found.items()}
     Console().print(_table(f"{folder}, {kind}", summaries))
     problems += [problem for summary in summaries.values() for problem in summary["problems"]]

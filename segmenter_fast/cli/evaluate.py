@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .. import SegmenterConfig
 from .app import (
+    BandsOption,
     CheckpointArgument,
     ClassMapOption,
     DataOptions,
@@ -23,13 +24,16 @@ from .app import (
     DtypeOption,
     InferenceOptions,
     OverwriteOption,
+    ScaleOption,
     app,
     check_new,
     check_windows,
     counted,
     default_batch_size,
     load_for_inference,
+    parse_numbers,
     parse_scales,
+    short_warnings,
 )
 
 
@@ -53,6 +57,8 @@ def evaluate(
     stride: Annotated[int | None, InferenceOptions.stride] = None,
     batch_size: Annotated[int | None, InferenceOptions.batch_size] = None,
     optimize: Annotated[bool, InferenceOptions.optimize] = True,
+    bands: BandsOption = None,
+    scale: ScaleOption = None,
     device: DeviceOption = Device.auto,
     dtype: DtypeOption = Dtype.auto,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="File for all figures.")] = None,
@@ -68,9 +74,11 @@ def evaluate(
     from ..train.datasets import open_dataset
     from ..train.datasets.class_lists import ReadOptions
     from ..train.datasets.matching import match_classes
+    from ..train.datasets.pairs import with_channels
     from ..train.evaluation import MULTISCALE, check_classes
     from ..train.evaluation import evaluate as scores_of
 
+    numbers = parse_numbers("--bands", bands, int)
     factor_list = parse_scales(scales) if scales else MULTISCALE if multiscale else (1.0,)
     check_windows(window, stride, batch_size)
     inputs = {"model": model, "data": data, "split": split}
@@ -79,12 +87,16 @@ def evaluate(
     with process_group(device.value) as world:
         dataset = open_dataset(data, kind, split, ReadOptions(palette, reduce_zero_label, page))
         segmenter = load_for_inference(model, device, dtype, optimize, len(dataset) // world.size)
-        dataset = match_classes(segmenter.config, dataset, class_map or ())
+        batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
+        options = window, stride, factor_list, flip or multiscale, batch_size, numbers, scale
+        settings = Settings.of(segmenter.config, *options)
+        dataset = match_classes(segmenter.config, with_channels(dataset, settings.channels), class_map or ())
         check_classes(segmenter, dataset)
         resize = _resize(data, kind, segmenter.config) if resize is None else resize
-        batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
-        settings = Settings.of(segmenter.config, window, stride, factor_list, flip or multiscale, batch_size)
-        with Progress(console=Console(stderr=True), disable=world.rank > 0) as progress:
+        with (
+            short_warnings(show=world.rank == 0),
+            Progress(console=Console(stderr=True), disable=world.rank > 0) as progress,
+        ):
             task = progress.add_task("evaluating", total=None)
 
             def show(done: int, share: int) -> None:

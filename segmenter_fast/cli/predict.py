@@ -21,6 +21,7 @@ from rich.text import Text
 
 from .. import VARIANTS
 from .app import (
+    BandsOption,
     DataOptions,
     Device,
     DeviceOption,
@@ -28,10 +29,12 @@ from .app import (
     DtypeOption,
     InferenceOptions,
     OverwriteOption,
+    ScaleOption,
     app,
     check_windows,
     default_batch_size,
     load_for_inference,
+    parse_numbers,
     parse_scales,
     say,
     short_warnings,
@@ -72,6 +75,8 @@ def predict(
     overlap: Annotated[int | None, typer.Option(metavar="N", help="Same as --stride WINDOW - N.")] = None,
     batch_size: Annotated[int | None, InferenceOptions.batch_size] = None,
     optimize: Annotated[bool, InferenceOptions.optimize] = True,
+    bands: BandsOption = None,
+    scale: ScaleOption = None,
     overlay: Annotated[bool, typer.Option(help="Write overlays.")] = True,
     page: Annotated[int | None, DataOptions.page] = None,
     overwrite: OverwriteOption = False,
@@ -88,7 +93,7 @@ def predict(
     Images above 8192 x 8192 pixels are read, segmented and written by rows; their overlays are reduced to 2048 pixels.
     Under torchrun each process takes its share of the images.
     """
-    factors = parse_scales(scales)
+    factors, numbers = parse_scales(scales), parse_numbers("--bands", bands, int)
     check_windows(window, stride, batch_size)
     if stride is not None and overlap is not None:
         raise typer.BadParameter(f"give --stride or --overlap, not both; got --stride {stride}, --overlap {overlap}")
@@ -117,7 +122,7 @@ def predict(
             segmenter = load_for_inference(model, device, dtype, optimize, missing)
             stride = _stride(stride, overlap, window or segmenter.config.window_size)
             batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
-            settings = Settings.of(segmenter.config, window, stride, factors, flip, batch_size)
+            settings = Settings.of(segmenter.config, window, stride, factors, flip, batch_size, numbers, scale)
             run = describe_run(segmenter, settings)
             run["options"] |= {"page": page} if page else {}
             remaining, report.restarts, report.failures = unfinished(jobs, run, resume, overwrite)

@@ -14,14 +14,17 @@ import typer
 
 from ..train.presets import CHOICES, PRESETS, field_help
 from .app import (
+    BandsOption,
     ClassMapOption,
     DataOptions,
     Device,
     DeviceOption,
     OverwriteOption,
+    ScaleOption,
     app,
     check_new,
     counted,
+    parse_numbers,
     say,
     short_warnings,
 )
@@ -32,6 +35,12 @@ if TYPE_CHECKING:
 STOPPED = 75
 """Exit code of a run that a signal ended: its state is saved, and the same command with --resume auto goes on."""
 
+_MeanOption = Annotated[
+    str | None, typer.Option(metavar="M,M,...", help="Mean of each channel, scaled to [0, 1]. Default: the model's.")
+]
+_StdOption = Annotated[
+    str | None, typer.Option(metavar="S,S,...", help="Standard deviation of each channel. Default: the model's.")
+]
 _PRESET = Enum("Preset", {name: name for name in PRESETS}, type=str)  # type: ignore[misc]
 
 
@@ -76,6 +85,10 @@ def train(
     reduce_zero_label: Annotated[bool, DataOptions.reduce_zero_label] = False,
     page: Annotated[int | None, DataOptions.page] = None,
     class_map: ClassMapOption = None,
+    bands: BandsOption = None,
+    scale: ScaleOption = None,
+    mean: _MeanOption = None,
+    std: _StdOption = None,
     resume: Annotated[Resume, typer.Option(help="auto: go on from the last checkpoint in OUT, if any.")] = Resume.never,
     overwrite: OverwriteOption = False,
     device: DeviceOption = Device.auto,
@@ -85,11 +98,12 @@ def train(
     """Train a model on a data set. Exit code 75: stopped by a signal, saved; go on with --resume auto."""
     import torch
 
+    from ..inference.settings import channels_of
     from ..processes import World
     from ..train.datasets import open_dataset
     from ..train.datasets.class_lists import ReadOptions
     from ..train.datasets.findings import sample_warnings
-    from ..train.datasets.pairs import PairedFiles
+    from ..train.datasets.pairs import PairedFiles, with_channels
     from ..train.engine import train as run
 
     given = {name: getattr(value, "value", value) for name, value in fields.items() if value is not None}
@@ -104,7 +118,12 @@ def train(
     torch.manual_seed(recipe.seed)
     classes: dict[str, Any] = {"class_names": dataset.class_names, "palette": dataset.palette}
     classes |= {"num_classes": len(dataset.class_names), "label_values": getattr(dataset, "label_values", ())}
+    numbers = parse_numbers("--bands", bands, int)
+    pixels: dict[str, Any] = {"bands": numbers, "in_channels": numbers and len(numbers), "pixel_scale": scale}
+    pixels |= {"mean": parse_numbers("--mean", mean, float), "std": parse_numbers("--std", std, float)}
+    classes |= {name: value for name, value in pixels.items() if value is not None}
     model = _model(variant, pretrained, new_classes, class_map, **classes, **recipe.model_fields())
+    dataset, val_dataset = (with_channels(each, channels_of(model.config)) for each in (dataset, val_dataset))
     run_options: dict[str, Any] = {"resume": resume.value, "overwrite": overwrite, "device": device.value}
     result = run(model, dataset, val_dataset, recipe, out, **run_options, timeout=timeout)
     if World.from_environment().rank == 0:

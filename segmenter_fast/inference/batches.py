@@ -80,7 +80,7 @@ def in_batches(
 
 @torch.inference_mode()
 def segment_images(model: Model, images: Sequence[Tensor]) -> Tensor:
-    """Images ``(1, 3, h, w)`` of one size -> labels ``(B, h, w)``; in halves where the memory is too small for all.
+    """Images ``(1, C, h, w)`` of one size -> labels ``(B, h, w)``; in halves where the memory is too small for all.
 
     Raises:
         RuntimeError, MemoryError: one image alone cannot be segmented.

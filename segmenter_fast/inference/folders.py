@@ -187,7 +187,7 @@ def run_by_rows(
     if labels.suffix == ".tif":
         bands = (visualize.stored_labels(band, palette, names, values)[0] for band in rows.bands())
         _, colors, words = visualize.stored_labels(rows.read(0, 1), palette, names, values)
-        write_label_tiff(labels, bands, size, colors, words, record)
+        write_label_tiff(labels, bands, size, colors, words, record, job.source, job.page or 0)
     else:
         whole, colors, _ = visualize.stored_labels(rows.read(0, size[0]), palette, names, values)
         write_png(visualize.label_image(whole, colors), labels, record)

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from ..config import Pair
@@ -57,7 +58,8 @@ def run_all(
 
     def opened() -> Iterator[tuple[Job, Raster]]:
         nonlocal held, largest
-        for job, reading in read_ahead(jobs, lambda job: images.open_raster(job.source, job.page), threads, room):
+        opens = partial(images.open_raster, channels=settings.channels)
+        for job, reading in read_ahead(jobs, lambda job: opens(job.source, job.page), threads, room):
             try:
                 raster = reading.result()
             except FAILURES as error:
@@ -112,5 +114,5 @@ def run_all(
 
 
 def _pixels(raster: Raster) -> int:
-    """Pixels that an open image holds in memory."""
-    return raster.height * raster.width if isinstance(raster, images.Pixels) else 0
+    """Pixels that an open image holds in memory, as if of RGB of 8 bits."""
+    return raster.pixels.nbytes // 3 if isinstance(raster, images.Pixels) else 0

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, overload
 
 import numpy as np
@@ -43,8 +44,8 @@ class Prediction:
 
     @property
     def image(self) -> np.ndarray:
-        """``(H, W, 3)`` uint8: the RGB pixels that were segmented, upright. A large file is read again."""
-        return self.raster.read(0, self.raster.height)
+        """``(H, W, 3)`` uint8: the segmented pixels, upright, see ``displayed``. A large file is read again."""
+        return visualize.displayed(self.raster.read(0, self.raster.height))
 
     def overlay(self, alpha: float = 0.5) -> Image.Image:
         """The image under the labels' colours; ``alpha`` 0 shows the image only, 1 the colours only."""
@@ -112,6 +113,8 @@ def predict(  # type: ignore[misc]  # the overloads do not repeat the options
     window: int | None = None,
     stride: int | None = None,
     batch_size: int = 2,
+    bands: Sequence[int] | None = None,
+    scale: float | None = None,
 ) -> Prediction | list[Prediction]:
     """Segment an image, or a list of them, on the model's device, in the dtype of its weights, in evaluation mode.
 
@@ -125,12 +128,15 @@ def predict(  # type: ignore[misc]  # the overloads do not repeat the options
     Args:
         model: a Segmenter, or its inference form, which ``Segmenter.optimize`` makes.
         image: a path, a PIL image, or a uint8 array ``(H, W, 3)`` or ``(H, W)``, see ``io.images.read_image``; or a
-            list of these.
+            list of these. With bands or a scale, and for a model of other channels, arrays are ``(H, W, bands)``.
         scales: factors that the image is resized by; their probabilities are averaged.
         flip: segment every scale mirrored, too.
         window: side of the windows in pixels, by default the configuration's.
         stride: pixels between windows, by default the configuration's, and never more than the window.
         batch_size: windows, or images that one window covers, that go through the model at once.
+        bands: bands of the image that are the model's channels, counted from 1 as GDAL does, by default the
+            configuration's, or the image's colours, or all its bands.
+        scale: value of a pixel that stands for 1, by default the configuration's, or 255 for 8 bits, 65535 for 16.
 
     Returns:
         A prediction, or for a list one for each image, in order.
@@ -139,10 +145,10 @@ def predict(  # type: ignore[misc]  # the overloads do not repeat the options
         TypeError, ValueError: an image or an option that cannot be used, naming it.
         OSError: an image file that does not exist or cannot be decoded.
     """
-    settings = Settings.of(model.config, window, stride, scales, flip, batch_size)
+    settings = Settings.of(model.config, window, stride, scales, flip, batch_size, bands, scale)
     if isinstance(image, (list, tuple)):
         return _predict_all(model, image, settings)
-    return predict_raster(model, open_raster(image), settings)
+    return predict_raster(model, open_raster(image, channels=settings.channels), settings)
 
 
 def check_raster(model: Model, raster: Raster, settings: Settings) -> None:
@@ -204,7 +210,7 @@ def label_bands(
 
 
 def _whole(model: Model, raster: Raster) -> Tensor:
-    """Return the normalised image ``(1, 3, H, W)`` on the model's device."""
+    """Return the normalised image ``(1, C, H, W)`` on the model's device."""
     pixels = raster.read(0, raster.height)
     return normalise(pixels, model.config.mean, model.config.std, next(model.parameters()).device)
 
@@ -215,7 +221,8 @@ def _predict_all(model: Model, images: Sequence[ImageSource], settings: Settings
     ahead = threads + settings.batch_size
 
     def opened() -> Iterator[tuple[int, Raster]]:
-        for index, raster in read_ahead(range(len(images)), lambda i: open_raster(images[i]), threads, ahead.__gt__):
+        opens = partial(open_raster, channels=settings.channels)
+        for index, raster in read_ahead(range(len(images)), lambda i: opens(images[i]), threads, ahead.__gt__):
             with _naming(index, images[index]):
                 own = raster.result()
             yield index, own

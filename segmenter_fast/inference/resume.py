@@ -36,10 +36,10 @@ def describe_run(model: nn.Module, settings: Settings) -> dict[str, Any]:
     default = SegmenterConfig().to_dict()
     set_fields = {name: value for name, value in config.items() if value != default.get(name)}
     fields = hashlib.sha256(json.dumps(set_fields, sort_keys=True).encode())
-    return {
-        "model": {"weights": digest.hexdigest(), "configuration": fields.hexdigest()},
-        "options": asdict(settings) | {"scales": list(settings.scales)},
-    }
+    options = json.loads(json.dumps(asdict(settings)))
+    if settings.channels.colours:
+        del options["channels"]
+    return {"model": {"weights": digest.hexdigest(), "configuration": fields.hexdigest()}, "options": options}
 
 
 def describe_image(source: Path) -> dict[str, Any]:

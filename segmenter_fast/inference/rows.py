@@ -21,13 +21,13 @@ class Rows:
     width: int
     device: torch.device
     read: Callable[[int, int], Tensor]
-    """(top, bottom) -> ``(1, 3, bottom - top, width)`` on the device."""
+    """(top, bottom) -> ``(1, C, bottom - top, width)`` on the device."""
     whole: Tensor | None = None
-    """``(1, 3, height, width)`` of an image in memory."""
+    """``(1, C, height, width)`` of an image in memory."""
 
     @classmethod
     def of_tensor(cls, image: Tensor) -> Rows:
-        """Rows of ``(1, 3, h, w)``."""
+        """Rows of ``(1, C, h, w)``."""
         height, width = image.shape[2:]
         return cls(height, width, image.device, lambda top, bottom: image[:, :, top:bottom], image)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from numbers import Real
 
 from ..config import LARGEST_SCALE, SegmenterConfig
+from ..io.channels import RGB, Channels
 
 MOST_WINDOWS = 1_000_000
 """Windows of one image: at the model's speed, days of work."""
@@ -22,6 +23,7 @@ class Settings:
         scales: factors that the image is resized by; the probabilities of all scales are averaged.
         flip: segment every scale mirrored, too.
         batch_size: windows, or images that one window covers, that go through the model at once.
+        channels: bands of the image that the model takes.
 
     Raises:
         TypeError: scales that are no numbers.
@@ -33,6 +35,7 @@ class Settings:
     scales: tuple[float, ...] = (1.0,)
     flip: bool = False
     batch_size: int = 2
+    channels: Channels = RGB
 
     def __post_init__(self) -> None:
         for name, given in (("window", self.window), ("stride", self.stride), ("batch_size", self.batch_size)):
@@ -60,15 +63,23 @@ class Settings:
         scales: Sequence[float] | float = (1.0,),
         flip: bool = False,
         batch_size: int = 2,
+        bands: Sequence[int] | None = None,
+        scale: float | None = None,
     ) -> Settings:
-        """Settings with the window and the stride of a model's configuration where they are None.
+        """Settings with the window, the stride, the bands and the scale of a model's configuration where they are None.
 
         The configuration's stride is reduced to a smaller window.
         """
         window = config.window_size if window is None else window
         stride = min(config.window_stride, window) if stride is None else stride
         factors = tuple(scales) if isinstance(scales, Iterable) else (scales,)
-        return cls(window, stride, factors, flip, batch_size)
+        return cls(window, stride, factors, flip, batch_size, channels_of(config, bands, scale))
+
+
+def channels_of(config: SegmenterConfig, bands: Sequence[int] | None = None, scale: float | None = None) -> Channels:
+    """Return the channels that a model takes, with the bands and the scale of its configuration where they are None."""
+    named = config.bands if bands is None else tuple(bands)
+    return Channels(config.in_channels, named, config.pixel_scale if scale is None else scale)
 
 
 def check_work(size: Sequence[int], views: Sequence[Sequence[int]], settings: Settings) -> None:

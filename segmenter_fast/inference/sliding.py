@@ -48,8 +48,8 @@ def slide(
     configuration says ``upscale_small_images=False``: windows are then cut to the image.
 
     Args:
-        model: any callable from normalised ``(B, 3, h, w)`` to ``(B, K, h, w)`` logits, in evaluation mode.
-        images: ``(1, 3, h, w)`` floating point tensors on the model's device, one for each scale and flip.
+        model: any callable from normalised ``(B, C, h, w)`` to ``(B, K, h, w)`` logits, in evaluation mode.
+        images: ``(1, C, h, w)`` floating point tensors on the model's device, one for each scale and flip.
         flips: which of the images are mirrored left to right.
         size: (height, width) in pixels of the result, the original image's.
         window: side in pixels of the square windows.
@@ -68,7 +68,7 @@ def slide(
     Source: the official program's inference, and mmsegmentation's where images are not enlarged.
     """
     settings = Settings(window, stride, batch_size=batch_size)
-    _check_images(images, size)
+    _check_images(images, size, getattr(getattr(model, "config", None), "in_channels", 3))
     rows = [Rows.of_tensor(image) for image in images]
     enlarges = enlarges_small_images(model)
     sizes = [(image.height, image.width) for image in rows]
@@ -193,7 +193,7 @@ class ImageView:
                 self.strip_row, top = row, down.anchors[row]
                 self.strip = self.image.read(top, top + down.window)
             if crops is None:
-                crops = self.strip.new_empty((len(batch), 3, down.window, across.window))
+                crops = self.strip.new_empty((len(batch), self.strip.shape[1], down.window, across.window))
             left = across.anchors[column]
             crops[place] = self.strip[0, :, :, left : left + across.window]
         assert crops is not None
@@ -255,12 +255,12 @@ def _patch_scores(model: Callable[[Tensor], Tensor]) -> tuple[Callable[[Tensor],
     return model, 1, False
 
 
-def _check_images(images: Sequence[Tensor], size: Pair) -> None:
+def _check_images(images: Sequence[Tensor], size: Pair, channels: int) -> None:
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"size must be (height, width) in pixels, each at least 1, got {tuple(size)}")
     for index, image in enumerate(images):
-        if image.ndim != 4 or image.shape[:2] != (1, 3) or min(image.shape[2:]) < 1:
-            raise ValueError(f"images[{index}] must be (1, 3, h, w), got {tuple(image.shape)}")
+        if image.ndim != 4 or image.shape[:2] != (1, channels) or min(image.shape[2:]) < 1:
+            raise ValueError(f"images[{index}] must be (1, {channels}, h, w), got {tuple(image.shape)}")
         if not image.is_floating_point():
             raise TypeError(f"images[{index}] must be floating point and normalised, got {image.dtype}")
         if not image.isfinite().all():

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,11 @@ from ..config import Pair
 from .atomic import RECORD, atomic_path
 
 TILE = 512
+# Pixel scale, tie points, transformation, geokeys with their numbers and texts, rational polynomials.
+_GEOREFERENCE = (33550, 33922, 34264, 34735, 34736, 34737, 50844)
+_GDAL_METADATA, _ORIENTATION = 42112, 274
+# An item of GDAL's metadata on the whole image; one with a sample describes a band, and does not fit labels.
+_ITEM = re.compile(r"<Item (?![^>]*\bsample=)[^>]*>[^<]*</Item>")
 _PLAIN_TIFF_BYTES = (1 << 32) - (1 << 25)
 
 
@@ -38,12 +45,17 @@ def write_label_tiff(
     palette: Sequence[Color],
     class_names: Sequence[str],
     record: dict[str, Any] | None = None,
+    source: Path | None = None,
+    page: int = 0,
 ) -> None:
     """Write ``(h, W)`` bands, top to bottom, as one TIFF of class indices.
 
     Tiles are at most 512 x 512, compressed by Deflate. Pixels are uint8 with the palette as colour map up to 256
     classes, 16-bit grey above. The description lists the class names, one a line; the tag Software holds the record.
     BigTIFF only where pixels could pass 4 GB.
+
+    Args:
+        source, page: the image, whose georeference is kept if it is a TIFF; see ``georeference``.
 
     Raises:
         ValueError: as ``check_label_tiff``, or bands that do not add up to ``size``.
@@ -73,8 +85,32 @@ def write_label_tiff(
             description="\n".join(class_names).encode(),
             software=RECORD if record is None else f"{RECORD} {json.dumps(record)}",
             maxworkers=1,
+            extratags=georeference(source, page) if source is not None else (),
             **colours,
         )
+
+
+def georeference(path: Path, number: int = 0) -> list[tuple[int, int, int, Any, bool]]:
+    """Return the tags of a page of a TIFF that say where its pixels lie, as tifffile writes them, if any.
+
+    GDAL's metadata on the whole image are kept. Its value of missing pixels and its metadata on bands do not fit
+    labels; and no tag fits an image that an orientation turns.
+    """
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as file:
+            page: Any = file.pages[number]
+            tags = page.tags
+            found = [tags[code] for code in _GEOREFERENCE if code in tags]
+            items = "".join(_ITEM.findall(str(tags.valueof(_GDAL_METADATA, ""))))
+            if tags.valueof(_ORIENTATION, 1) != 1:
+                return []
+            kept = [(tag.code, int(tag.dtype), tag.count, tag.value, True) for tag in found]
+    except (tifffile.TiffFileError, ValueError, IndexError, struct.error, OSError):
+        return []
+    metadata = (_GDAL_METADATA, 2, 0, f"<GDALMetadata>{items}</GDALMetadata>", True)
+    return [*kept, metadata] if items else kept
 
 
 def _tiles(bands: Iterable[np.ndarray], size: Pair, tile: Pair, dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import lzma
 import struct
+import weakref
 import zlib
 from collections.abc import Iterator
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .channels import RGB, Channels, to_unit
+
 # A compressed strip or tile is decoded as a whole; a limit to its size bounds the memory.
 _MOST_BYTES_AT_ONCE = 1 << 28
 _MINISWHITE, _MINISBLACK, _RGB, _PALETTE, _CMYK, _YCBCR = 0, 1, 2, 3, 5, 6
 _SAMPLES = {_MINISWHITE: 1, _MINISBLACK: 1, _RGB: 3, _PALETTE: 1, _CMYK: 4, _YCBCR: 3}
 _JPEG = (6, 7, 33007, 34892)
-_ORIENTATION, _ASSOCIATED_ALPHA = 274, 1
+_ORIENTATION, _ASSOCIATED_ALPHA, _UNASSOCIATED_ALPHA = 274, 1, 2
 # Errors of codecs and tifffile on broken data, besides tifffile's own.
 _BROKEN = (ValueError, RuntimeError, IndexError, EOFError, struct.error, zlib.error, lzma.LZMAError)
 
@@ -34,14 +37,20 @@ def to_eight_bits(values: np.ndarray) -> np.ndarray:
 
 
 class TiffRaster:
-    """A page of a TIFF, upright and converted to RGB by Pillow's rules."""
+    """A page of a TIFF, upright, converted to RGB by Pillow's rules or as the bands that a model takes.
 
-    def __init__(self, path: str, number: int = 0) -> None:
+    Stored samples are bands; images of a palette, CMYK and YCbCr have the bands R, G, B. ``picked`` are the indices of
+    those taken, None where the colours that the file declares are taken.
+    """
+
+    def __init__(self, path: str, number: int = 0, channels: Channels = RGB) -> None:
         """Open page ``number``, from 0 on, of ``path``.
 
         Raises:
-            NotByRowsError: tifffile is not installed or lacks the codec, a strip or tile is too large, or pixels are
-                of a kind that has no rule.
+            NotByRowsError: tifffile is not installed, a strip or tile is too large, or pixels are of a kind that has
+                no rule.
+            ValueError: other bands than the channels, see ``Channels.pick``.
+            OSError: tiles or strips are missing.
         """
         try:
             import tifffile
@@ -50,6 +59,7 @@ class TiffRaster:
         self.path, self._errors = path, (tifffile.TiffFileError, *_BROKEN)
         try:
             self._file = tifffile.TiffFile(path)
+            weakref.finalize(self, self._file.close)  # its pages refer to it: else the garbage collector does
             page: Any = self._file.pages[number]
         except self._errors as error:
             raise NotByRowsError(f"tifffile cannot open it: {error}") from error
@@ -62,9 +72,19 @@ class TiffRaster:
         self.height, self.width = self._rows, self._columns
         if self._orientation >= 5:
             self.height, self.width = self._columns, self._rows
-        plain = page.compression == 1 and page.fillorder == 1 and page.bitspersample in (8, 16)
         self._check_chunks()
-        self._uncompressed_rows = plain and not page.is_tiled and self._planes == 1
+        self._contiguous = page.is_contiguous and self._planes == 1 and page.fillorder == page.predictor == 1
+        self.wide = page.dtype is not None and page.dtype.itemsize > 1
+        """Samples have more than 8 bits, whose range an image may not use."""
+        self._scale, kind = channels.scale, page.photometric
+        alpha = int(any(extra in (_ASSOCIATED_ALPHA, _UNASSOCIATED_ALPHA) for extra in page.extrasamples))
+        self._converted = kind in (_MINISWHITE, _PALETTE, _CMYK, _YCBCR) or page.dtype == bool
+        several = page.samplesperpixel - alpha > {_MINISBLACK: 1, _RGB: 3}.get(kind, page.samplesperpixel)
+        self.picked: list[int] | None = None
+        if several or not channels.colours:
+            grey = self._converted and kind in (_MINISWHITE, _MINISBLACK)
+            converted = 1 if grey else 3
+            self.picked = channels.pick(*((converted,) if self._converted else (page.samplesperpixel, alpha)))
         self._check()
 
     def read(self, top: int, bottom: int) -> np.ndarray:
@@ -77,7 +97,9 @@ class TiffRaster:
             stored = self._stored(*window)
         except self._errors as error:
             raise OSError(f"image {self.path} cannot be read: {error}") from error
-        pixels = self._rgb(stored)
+        pixels = self._rgb(stored) if self.picked is None or self._converted else stored
+        if self.picked is not None:
+            pixels = to_unit(pixels[..., self.picked], self._scale)
         if sideways:
             pixels = pixels.transpose(1, 0, 2)
         return np.ascontiguousarray(pixels[:: -1 if o in (3, 4, 7, 8) else 1, :: -1 if o in (2, 3, 6, 7) else 1])
@@ -91,23 +113,32 @@ class TiffRaster:
         page, size = self._page, self._file.filehandle.size
         needed = self._planes * -(-self._rows // self._chunk[0]) * -(-self._columns // self._chunk[1])
         counts = page.databytecounts or [1] * len(page.dataoffsets)
-        whole = sum(0 < at < at + count <= size for at, count in zip(page.dataoffsets, counts, strict=False))
+        places = [*zip(page.dataoffsets, counts, strict=False)]
+        whole = sum(0 < at < at + count <= size for at, count in places)
+        sparse = sum(at == count == 0 for at, count in places)
         if whole < needed:
+            filled = "gdal_translate IN.tif OUT.tif writes them out as nodata or 0"
+            hint = f"; {sparse} were never written (GDAL's SPARSE_OK): {filled}" if sparse else ""
             raise OSError(
                 f"image {self.path} cannot be read: {needed - whole} of its {needed} tiles or strips are missing or "
-                "end behind the file"
+                f"end behind the file{hint}"
             )
 
     def _check(self) -> None:
         page = self._page
         bits, kind = page.bitspersample, page.photometric
         wanted = _SAMPLES.get(kind)
-        if wanted is None or page.samplesperpixel < wanted:
+        stored = self.picked is not None and not self._converted
+        if not stored and (wanted is None or page.samplesperpixel < wanted):
             raise NotByRowsError(f"no rule for {page.samplesperpixel} samples of photometric {kind}")
         known = (
-            (page.dtype == np.uint8 and bits == 8)
-            or (page.dtype == np.uint16 and bits == 16 and kind in (_MINISBLACK, _RGB))
-            or (page.dtype == bool and kind in (_MINISWHITE, _MINISBLACK) and page.samplesperpixel == 1)
+            (page.dtype is not None and page.dtype.kind in "uif")
+            if stored
+            else (
+                (page.dtype == np.uint8 and bits == 8)
+                or (page.dtype == np.uint16 and bits == 16 and kind in (_MINISBLACK, _RGB))
+                or (page.dtype == bool and kind in (_MINISWHITE, _MINISBLACK) and page.samplesperpixel == 1)
+            )
         )
         if not known:
             raise NotByRowsError(f"no rule for samples of {bits} bits, {page.dtype}, photometric {kind}")
@@ -115,21 +146,30 @@ class TiffRaster:
             raise NotByRowsError("no rule for YCbCr that is not compressed as JPEG")
         if page.tiledepth > 1 or page.imagedepth > 1:
             raise NotByRowsError("the page is a volume")
-        if self._uncompressed_rows:
+        if self._contiguous:
             return
         size = self._chunk[0] * self._chunk[1] * page.samplesperpixel // self._planes * page.dtype.itemsize
         if size > _MOST_BYTES_AT_ONCE:
             raise NotByRowsError(f"a strip or tile is {size / 1e6:,.0f} MB, more than {_MOST_BYTES_AT_ONCE / 1e6:,.0f}")
+
+    def check_decodes(self) -> None:
+        """Decode the first tile or strip.
+
+        Raises:
+            NotByRowsError: tifffile lacks the codec, or the data are damaged.
+        """
+        if self._contiguous:
+            return
         try:
-            page.decode(None, 0)
+            self._page.decode(None, 0)
             next(self._chunks(0, 1, 0, 1))
         except self._errors as error:
             raise NotByRowsError(f"tifffile cannot decode it: {error}") from error
 
     def _stored(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """``(bottom - top, right - left, samples)`` in the file's orientation and samples."""
-        if self._uncompressed_rows:
-            return self._read_uncompressed(top, bottom)[:, left:right]
+        if self._contiguous:
+            return self._read_contiguous(top, bottom)[:, left:right]
         samples = self._page.samplesperpixel
         stored = np.empty((bottom - top, right - left, samples), self._page.dtype)
         for row, column, plane, values in self._chunks(top, bottom, left, right):
@@ -144,9 +184,11 @@ class TiffRaster:
         """Yield (row, column, plane, values) of the tiles or strips that touch a region, cut to the image."""
         page, (height, width) = self._page, self._chunk
         down, across = -(-self._rows // height), -(-self._columns // width)
+        stored = self.picked is not None and not self._converted and self._planes > 1
+        planes = sorted(set(self.picked or ())) if stored else range(self._planes)
         indices = [
             (plane * down + y) * across + x
-            for plane in range(self._planes)
+            for plane in planes
             for y in range(top // height, -(-bottom // height))
             for x in range(left // width, -(-right // width))
         ]
@@ -162,19 +204,11 @@ class TiffRaster:
                 raise ValueError(f"the tile or strip at row {row}, column {column} is missing")
             yield row, column, plane, values[0, : self._rows - row, : self._columns - column]
 
-    def _read_uncompressed(self, top: int, bottom: int) -> np.ndarray:
-        page, file, height = self._page, self._file.filehandle, self._chunk[0]
-        dtype = page.dtype.newbyteorder(self._file.byteorder)
-        row = self._columns * page.samplesperpixel * dtype.itemsize
-        parts = []
-        for strip in range(top // height, -(-bottom // height)):
-            first, last = max(top, strip * height), min(bottom, (strip + 1) * height)
-            file.seek(page.dataoffsets[strip] + (first - strip * height) * row)
-            parts.append(file.read((last - first) * row))
-        data = b"".join(parts)
-        if len(data) != (bottom - top) * row:
-            raise ValueError(f"the file ends before row {bottom}")
-        return np.frombuffer(data, dtype).reshape(bottom - top, self._columns, page.samplesperpixel)
+    def _read_contiguous(self, top: int, bottom: int) -> np.ndarray:
+        shape = (bottom - top, self._columns, self._page.samplesperpixel)
+        dtype = self._page.dtype.newbyteorder(self._file.byteorder)
+        offset = self._page.dataoffsets[0] + top * self._columns * shape[2] * dtype.itemsize
+        return np.fromfile(self.path, dtype, shape[0] * shape[1] * shape[2], offset=offset).reshape(shape)
 
     def _rgb(self, stored: np.ndarray) -> np.ndarray:
         kind, size = self._page.photometric, (stored.shape[1], stored.shape[0])
@@ -198,13 +232,17 @@ class TiffRaster:
 
 
 class VipsRaster:
-    """A file that libvips reads through pyvips, upright and as RGB."""
+    """A file that libvips reads through pyvips, upright, as RGB or as the bands that a model takes."""
 
-    def __init__(self, path: str, page: int = 0) -> None:
+    def __init__(self, path: str, page: int = 0, channels: Channels = RGB, picked: list[int] | None = None) -> None:
         """Open a page, from 0 on, of ``path``.
+
+        Args:
+            picked: the indices of the bands that are taken, where another reader knows them.
 
         Raises:
             NotByRowsError: pyvips is not installed, or libvips knows no such pixels or format.
+            ValueError: other bands than the channels, see ``Channels.pick``.
         """
         try:
             import pyvips
@@ -218,6 +256,12 @@ class VipsRaster:
             raise NotByRowsError(f"libvips cannot open it: {_last_line(error)}") from error
         self.height, self.width = int(self._image.height), int(self._image.width)
         samples, space = self._image.format, self._image.interpretation
+        self.picked, self._scale = picked, channels.scale
+        if picked is not None or not channels.colours:
+            if space == "cmyk":
+                raise NotByRowsError("libvips gives CMYK, which has no bands R, G, B")
+            self.picked = picked or channels.pick(self._image.bands, int(self._image.hasalpha()))
+            return
         if samples not in ("uchar", "ushort") or space in ("lab", "labs", "labq", "xyz", "multiband"):
             raise NotByRowsError(f"libvips gives pixels of {samples} {space}, which have no defined RGB of 8 bits")
 
@@ -227,6 +271,8 @@ class VipsRaster:
         except self._error as error:
             raise OSError(f"image {self.path} cannot be read: {_last_line(error)}") from error
         pixels = pixels.reshape(bottom - top, self.width, -1)
+        if self.picked is not None:
+            return np.ascontiguousarray(to_unit(pixels[..., self.picked], self._scale))
         if self._image.interpretation == "cmyk":
             inks = np.ascontiguousarray(pixels[..., :4])
             return np.asarray(Image.frombytes("CMYK", (self.width, bottom - top), inks.tobytes()).convert("RGB"))

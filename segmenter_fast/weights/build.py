@@ -17,7 +17,8 @@ from .infer_config import count_layers
 from .reading import CheckpointError, shown
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
-_POSITIONS = "encoder.pos_embed"
+_POSITIONS, _PROJECTION = "encoder.pos_embed", "encoder.patch_embed.proj.weight"
+_SHAPES = ("image_size", "num_classes", "in_channels")
 _CLASS_TENSORS = (
     *("decoder.cls_emb", "decoder.mask_norm.weight", "decoder.mask_norm.bias"),
     *("decoder.head.weight", "decoder.head.bias"),
@@ -60,10 +61,27 @@ def take_classes(model: nn.Module, fresh: nn.Module, state: Mapping[str, Tensor]
             tensor.index_copy_(dim, kept, state[name].index_select(dim, given[kept]).to(tensor))
 
 
+def adapt_channels(weight: Tensor, channels: int, name: str) -> Tensor:
+    """Turn a patch embedding of RGB images, ``(D, 3, P, P)``, into one of ``channels``, as timm does.
+
+    One channel gets the sum of the weights, so that it gives what grey as RGB gives. More channels take the three in
+    turn, times 3 / channels.
+
+    Raises:
+        CheckpointError: weights of other than three channels.
+    """
+    if weight.shape[1] != 3:
+        raise CheckpointError(f"{name} takes images of {weight.shape[1]} channels, which cannot become {channels}")
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight[:, [index % 3 for index in range(channels)]] * (3 / channels)
+
+
 def build(model_class: type[ModelT], saved: SavedModel, fields: Mapping[str, Any]) -> ModelT:
     """Return a saved model, float32, in evaluation mode, with ``fields`` of its configuration overridden.
 
-    Another ``image_size`` resizes the position embedding in the mode that the configuration names. Another
+    Another ``image_size`` resizes the position embedding in the mode that the configuration names. Other
+    ``in_channels`` adapt the patch embedding, with a warning, see ``adapt_channels``. Another
     ``num_classes`` re-initialises the tensors of the classes, with a warning that names them; a backbone gets a random
     decoder, also with a warning. The model shares no memory with ``saved``.
 
@@ -85,8 +103,8 @@ def build(model_class: type[ModelT], saved: SavedModel, fields: Mapping[str, Any
             found = f"{value.dtype} ({'without values' if value.is_meta else value.layout})"
             raise CheckpointError(f"{saved.name}: {key} must be a dense floating point tensor, got {found}")
     # Names and shapes are compared before any memory is taken.
-    classes = "num_classes", "class_names", "palette", "label_values"
-    same = {name: getattr(before, name) for name in ("image_size", *classes)}
+    classes, pixels = ("class_names", "palette", "label_values"), ("mean", "std", "bands")
+    same = {name: getattr(before, name) for name in (*_SHAPES, *classes, *pixels)}
     model = _empty(model_class, stored := config.replace(**same), saved)
     shapes = {key: value.to("meta") for key, value in saved.state.items()}
     if not saved.has_decoder:
@@ -98,6 +116,10 @@ def build(model_class: type[ModelT], saved: SavedModel, fields: Mapping[str, Any
     }
     if config.grid != before.grid and _POSITIONS in state:
         state[_POSITIONS] = resize_positions(state[_POSITIONS], before.grid, config.grid, config.pos_embed_mode)
+    if config.in_channels != before.in_channels:
+        state[_PROJECTION] = adapt_channels(state[_PROJECTION], config.in_channels, saved.name)
+        adapted = f"its patch embedding is adapted from {before.in_channels} channels to {config.in_channels}"
+        warnings.warn(f"{saved.name}: {adapted} and needs training", stacklevel=3)
     if config.num_classes != before.num_classes or not saved.has_decoder:
         with torch.device("cpu"):
             random = model_class(config.replace(depth=1, merging=None)).state_dict()

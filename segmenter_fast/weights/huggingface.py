@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import IMAGENET_MEAN, IMAGENET_STD, SegmenterConfig
 from .build import SavedModel, rename
-from .infer_config import encoder_fields, named_variant
+from .infer_config import count_channels, encoder_fields, named_variant
 from .reading import CheckpointError, read_mapping
 
 PIXELS = "preprocessor_config.json"
@@ -89,12 +89,14 @@ def read_backbone(
             stacklevel=5,
         )
     pixels = read_mapping(folder / PIXELS) if folder and (folder / PIXELS).exists() else {}
+    channels, given = count_channels(ours), dict[str, Any]()
     for entry, field in (("image_mean", "mean"), ("image_std", "std")):
-        if isinstance(pixels.get(entry), list) and len(pixels[entry]) == 3:
-            fields[field] = tuple(pixels[entry])
+        if isinstance(pixels.get(entry), list) and len(pixels[entry]) == channels:
+            given[field] = tuple(pixels[entry])
     side = min(fields["image_size"])
     fields |= {"decoder_num_heads": fields["num_heads"], "window_size": side, "window_stride": side}
-    return SavedModel(name, SegmenterConfig(**fields, **named_variant(fields)), ours, has_decoder=False)
+    config = SegmenterConfig(**fields, **named_variant(fields)).replace(in_channels=channels, **given)
+    return SavedModel(name, config, ours, has_decoder=False)
 
 
 def to_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

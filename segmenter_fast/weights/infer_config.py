@@ -83,6 +83,11 @@ def encoder_fields(state: Mapping[str, Tensor], overrides: Mapping[str, Any], ro
     }
 
 
+def count_channels(state: Mapping[str, Tensor]) -> int:
+    """Return the channels of the images that the weights take."""
+    return _shape(state, "encoder.patch_embed.proj.weight", 4)[1]
+
+
 def head_classes(state: Mapping[str, Tensor]) -> int:
     """Return the rows of the unused classification head, 0 where there is none."""
     return _shape(state, "encoder.head.weight", 2)[0] if "encoder.head.weight" in state else 0

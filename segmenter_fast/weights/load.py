@@ -45,7 +45,8 @@ def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segme
             decoder, with a warning.
         num_classes: where it differs from the checkpoint's, the tensors of the classes are re-initialised, and a
             warning names them.
-        fields: fields of ``SegmenterConfig`` to override; another ``image_size`` resizes the position embedding.
+        fields: fields of ``SegmenterConfig`` to override; another ``image_size`` resizes the position embedding, and
+            ``in_channels`` adapts the patch embedding of an RGB model, see ``adapt_channels``.
 
     Raises:
         FileNotFoundError: no such file.
@@ -76,7 +77,7 @@ def create_model(
             takes, of the same architecture. A checkpoint keeps its own numerics and classes, weights of timm their
             mean and std, a model of Hugging Face's its numerics, mean, std, registers and biases, and Meta's DINOv2
             its ``pos_embed_mode``, where ``fields`` name no others. The position embedding is resized to
-            ``image_size``.
+            ``image_size``, the patch embedding of RGB images adapted to ``in_channels``.
         freeze_encoder: whether to train the decoder only, see ``Segmenter.freeze_encoder``.
         fields: any field of ``SegmenterConfig`` to override, such as ``num_classes`` or ``image_size``. timm's own
             features need ``encoder_norm_eps=1e-6`` and ``pos_embed_mode="bicubic_antialias"``, which are the default
@@ -110,7 +111,7 @@ def _pretrained(config: SegmenterConfig, source: Source, fields: Mapping[str, An
             raise CheckpointError(f"there are no timm weights for {config.variant}; give a timm model's name or a file")
         if title == "timm" or (not path.exists() and timm.names_a_model(name)):
             encoder, pixels = timm.download(name, config)
-            config = config.replace(**{**pixels, "timm_backbone": name, **fields})
+            config = config.replace(**{**_for_rgb(config, pixels), "timm_backbone": name, **fields})
             return _with_encoder(config, encoder, f"timm's {name}")
         state = read_state(path)[0] if path.is_file() else None
     if state is not None and timm.recognises(state):
@@ -123,9 +124,14 @@ def _pretrained(config: SegmenterConfig, source: Source, fields: Mapping[str, An
         _require_same(ARCHITECTURE, model.config, config, title)
         return model
     brought = {name: getattr(saved.config, name) for name in _NUMERICS + _DETAILS}
-    config = config.replace(**{**brought, **fields})
+    config = config.replace(**{**_for_rgb(config, brought), **fields})
     _require_same([name for name in ARCHITECTURE if name != "decoder"], saved.config, config, title)
     return _with_encoder(config, {key.removeprefix("encoder."): saved.state[key] for key in saved.state}, title)
+
+
+def _for_rgb(config: SegmenterConfig, brought: dict[str, Any]) -> dict[str, Any]:
+    """Leave mean and std of RGB images out for a model of other channels."""
+    return {name: value for name, value in brought.items() if config.in_channels == 3 or name not in ("mean", "std")}
 
 
 def _require_same(names: Iterable[str], found: SegmenterConfig, wanted: SegmenterConfig, title: str) -> None:

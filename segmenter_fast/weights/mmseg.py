@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..config import SegmenterConfig
 from .build import rename
-from .infer_config import fields_from_shapes
+from .infer_config import count_channels, fields_from_shapes
 from .mmseg_config import Stated
 
 # Values of mmsegmentation's Segmenter configurations, for checkpoints without a configuration.
@@ -110,7 +110,7 @@ def config_from_shapes(
     palette = dataset.get("palette", meta.get("PALETTE"))
     if _is_list(palette, fields["num_classes"], (list, tuple)) and all(_is_color(color) for color in palette):
         fields["palette"] = tuple(tuple(color) for color in palette)
-    return SegmenterConfig(**fields)
+    return SegmenterConfig(**fields).replace(in_channels=count_channels(state))
 
 
 def _is_list(value: Any, length: int, kind: type | tuple[type, ...]) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..classes import DATASET_CLASSES
 from ..config import IMAGENET_MEAN, IMAGENET_STD, VARIANTS, SegmenterConfig
 from ..io.atomic import atomic_files
-from .infer_config import HEAD_DIM, fields_from_shapes, head_classes, named_variant
+from .infer_config import HEAD_DIM, count_channels, fields_from_shapes, head_classes, named_variant
 from .reading import CheckpointError, shown
 
 WEIGHTS, VARIANT = "checkpoint.pth", "variant.yml"
@@ -52,6 +52,7 @@ _NUMERICS: dict[str, Any] = {
     "upscale_small_images": True,
 }
 _ARCHITECTURE: dict[str, Any] = {
+    "in_channels": 3,
     "class_token": True,
     "num_register_tokens": 0,
     "layer_scale": False,
@@ -119,7 +120,8 @@ def config_from_shapes(state: Mapping[str, Tensor], overrides: Mapping[str, Any]
         named = VARIANTS[fields["variant"]]
         fields |= {name: getattr(named, name) for name in ("encoder_norm_eps", "pos_embed_mode", "mean", "std")}
     side = min(fields["image_size"])
-    return SegmenterConfig(**fields, window_size=side, window_stride=side)
+    config = SegmenterConfig(**fields, window_size=side, window_stride=side)
+    return config.replace(in_channels=count_channels(state))
 
 
 def write_folder(folder: Path, config: SegmenterConfig, state: Mapping[str, Tensor]) -> list[str]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..config import SegmenterConfig, Triple
 from ..vit import resize_positions
-from .build import rename
+from .build import adapt_channels, rename
 from .reading import CheckpointError
 
 HEADS = ("head.", "head_dist.", "fc_norm.", "attn_pool.")
@@ -89,6 +89,8 @@ def download(name: str, config: SegmenterConfig) -> tuple[Mapping[str, Tensor], 
 def encoder_state(state: Mapping[str, Tensor], config: SegmenterConfig) -> dict[str, Tensor]:
     """Return a timm state dict in our names, without classifier, its position embedding resized to the image size.
 
+    A patch embedding of RGB images is adapted to the configuration's channels.
+
     A position embedding of no square grid stays as it is, for the strict load to report.
     """
     encoder = {
@@ -97,6 +99,9 @@ def encoder_state(state: Mapping[str, Tensor], config: SegmenterConfig) -> dict[
         if not key.startswith(HEADS) and not _UNUSED.fullmatch(key)
     }
     _pack_biases(encoder, config)
+    projection = encoder.get("patch_embed.proj.weight")
+    if projection is not None and projection.shape[1:2] == (3,) and config.in_channels != 3:
+        encoder["patch_embed.proj.weight"] = adapt_channels(projection, config.in_channels, "the encoder")
     positions = encoder.get("pos_embed")
     if positions is not None and positions.ndim == 3:
         if "register_tokens" in state and "cls_token" in encoder:

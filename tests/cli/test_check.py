@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 import segmenter_fast as sf
+from segmenter_fast.inference.settings import Settings
 from segmenter_fast.inference_segmenter import InferenceSegmenter
+from segmenter_fast.io import Raster
 from segmenter_fast.train import forms
 from segmenter_fast.train.forms import FORMS, compare_forms, find_photos, python_line
 from support.models import windowed
@@ -109,14 +111,14 @@ def test_figures_are_those_of_each_form(data: Path, checkpoint: str) -> None:
 
 
 def test_a_form_that_fails_while_it_runs_says_why(checkpoint: str, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = forms.predict
+    real = forms.predict_raster
 
-    def failing(form: InferenceSegmenter, pixels: np.ndarray) -> object:
+    def failing(form: InferenceSegmenter, raster: Raster, settings: Settings) -> object:
         if form.encoder.norm.weight.dtype == torch.bfloat16:
             raise RuntimeError("no memory left")
-        return real(form, pixels)
+        return real(form, raster, settings)
 
-    monkeypatch.setattr(forms, "predict", failing)
+    monkeypatch.setattr(forms, "predict_raster", failing)
     monkeypatch.setattr(forms, "FORMS", {name: FORMS[name] for name in ("float32", "bfloat16")})
     monkeypatch.setattr("segmenter_fast.inference_segmenter.computes_slowly", lambda *_: False)
     photos = find_photos([data / "images/a.jpg"], None, CONFIG)

@@ -17,6 +17,7 @@ from PIL import Image
 import segmenter_fast as sf
 from segmenter_fast.inference.resume import resume_files
 from segmenter_fast.io import images
+from segmenter_fast.io.channels import Channels
 from support.predict import MODEL, OPTIONS, labels, photo, predict, tree
 
 # Bands of 8 rows, slowly, so that a signal meets a process in the middle of an image.
@@ -52,10 +53,10 @@ def test_an_interrupt_between_files_leaves_whole_files_only(tmp_path: Path, monk
         photo(tmp_path / "in" / name)
     real = images.open_raster
 
-    def interrupted(image: Path) -> images.Raster:
+    def interrupted(image: Path, page: int | None, channels: Channels) -> images.Raster:
         if image.name == "b.png":
             raise KeyboardInterrupt
-        return real(image)
+        return real(image, page, channels)
 
     monkeypatch.setattr(images, "open_raster", interrupted)
     result = predict(tmp_path / "in", "--out", tmp_path / "out", "--batch-size", 1)

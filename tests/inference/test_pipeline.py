@@ -17,6 +17,7 @@ from segmenter_fast.inference.batches import Model
 from segmenter_fast.inference.folders import Job, plan
 from segmenter_fast.inference.pipeline import run_all
 from segmenter_fast.inference.settings import Settings
+from segmenter_fast.io.channels import Channels
 from support.models import pixels, windowed
 from support.predict import run, tree
 
@@ -145,12 +146,12 @@ def test_memory_in_flight_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     lock, opened, ended, most = threading.Lock(), 0, 0, 0
     real_open, real_write = pipeline.images.open_raster, folders.write_png
 
-    def open_raster(path: Path) -> object:
+    def open_raster(path: Path, page: int | None, channels: Channels) -> object:
         nonlocal opened, most
         with lock:
             opened += 1
             most = max(most, opened - ended)
-        return real_open(path)
+        return real_open(path, page, channels)
 
     def slowly(image: Image.Image, path: Path, record: object) -> None:
         time.sleep(0.02)

@@ -50,8 +50,8 @@ def windowed(**fields: object) -> sf.Segmenter:
 
 
 def normalised(model: sf.Segmenter, pixels: torch.Tensor) -> torch.Tensor:
-    """``(B, 3, H, W)`` uint8 images, scaled and normalised with the model's mean and std."""
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (model.config.mean, model.config.std))
+    """``(B, C, H, W)`` uint8 images, scaled and normalised with the model's mean and std."""
+    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (model.config.mean, model.config.std))
     return (pixels / 255 - mean) / std
 
 

@@ -33,7 +33,9 @@ class SegmentationDataset(Protocol):
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read ``(H, W, 3)`` uint8 RGB and ``(H, W)`` uint8 or int32 labels: 0 to K - 1, or ``ignore_index``.
+        """Read ``(H, W, C)`` pixels, see ``Raster.read``, and ``(H, W)`` uint8 or int32 labels.
+
+        Labels are 0 to K - 1, or ``ignore_index``.
 
         Raises:
             SampleError: a file is missing or unreadable, or image and labels differ in size.

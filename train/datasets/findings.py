@@ -56,7 +56,7 @@ def _check(dataset: PairedFiles, pair: Pair) -> CheckedPair:
     problems = list[str]()
     image, values = None, None
     try:
-        image = read_pixels(pair.image, dataset.page or 0)
+        image = read_pixels(pair.image, dataset.page or 0, dataset.channels)
     except SampleError as error:
         problems.append(str(error))
     try:

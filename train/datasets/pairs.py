@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ...classes import Color
-from ...io.images import check_regular, read_image, seek_page
+from ...io.channels import RGB, Channels
+from ...io.images import read_image
+from ...io.pillow_images import check_regular, seek_page
 from ...io.walk import Ignored
-from .base import IGNORE, SampleError
+from .base import IGNORE, SampleError, SegmentationDataset
 from .colors import ColorTable, UnknownColorError
 
 INVALID = -1
@@ -51,6 +53,8 @@ class PairedFiles:
     """Values of label images of colours, or the reason why they cannot be read."""
     page: int | None = None
     """Page, from 0 on, of files that have several; None: the first, which a warning says."""
+    channels: Channels = RGB
+    """Bands that the images are read as."""
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -83,14 +87,14 @@ class PairedFiles:
             return self.name(index)
 
     def read(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read ``(H, W, 3)`` uint8 RGB, turned upright as EXIF says, and ``(H, W)`` uint8 classes.
+        """Read pixels as ``read_image`` does, by default ``(H, W, 3)`` uint8 RGB, and ``(H, W)`` uint8 classes.
 
         Raises:
             SampleError: a file is missing or unreadable, or the sizes differ; names the file.
             ValueError: a value of the label file is neither a class nor ignored.
         """
         pair = self.pairs[index]
-        classes, image = self.classes(pair), read_pixels(pair.image, self.page or 0)
+        classes, image = self.classes(pair), read_pixels(pair.image, self.page or 0, self.channels)
         if image.shape[:2] != classes.shape:
             raise SampleError(differing_sizes(pair, image, classes))
         return image, classes
@@ -121,10 +125,15 @@ class PairedFiles:
         return f"{some}, but classes are {classes.min()} to {classes.max()}{rest}"
 
 
-def read_pixels(path: Path, page: int = 0) -> np.ndarray:
+def with_channels(dataset: SegmentationDataset, channels: Channels) -> SegmentationDataset:
+    """Return a data set whose files are read as these channels; drawn images stay RGB."""
+    return replace(dataset, channels=channels) if isinstance(dataset, PairedFiles) else dataset
+
+
+def read_pixels(path: Path, page: int = 0, channels: Channels = RGB) -> np.ndarray:
     """Read an image as ``read_image`` does, with every failure a ``SampleError`` that names the file."""
     try:
-        return read_image(path, page)
+        return read_image(path, page, channels)
     except FileNotFoundError:
         raise SampleError(f"image {path} does not exist") from None
     except ValueError as error:
