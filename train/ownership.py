@@ -87,4 +87,5 @@ def remove(run: Path, names: Iterable[str]) -> None:
     for folder_path in reversed(folders):
         if not folder_path.is_symlink():
             folder_path.rmdir()
-    (run / RECORD).unlink(missing_ok=True)
+    if (run / RECORD).exists():
+        (run / RECORD).unlink()

@@ -137,9 +137,10 @@ def open_run(
 
 
 def _is_empty(run: Path) -> bool:
-    """Return whether a run began here, by its record, but took no step that was logged or saved."""
+    """Return whether nothing of a run is here, or, by its record, no step of it that was logged or saved."""
     names = {name.partition("/")[0] for name in recorded(run)}
-    return bool(names) and names <= {RUN, LOG, TENSORBOARD} and all(line["kind"] != "step" for line in read_log(run))
+    begun = bool(names) and names <= {RUN, LOG, TENSORBOARD} and all(line["kind"] != "step" for line in read_log(run))
+    return begun or not any(os.path.lexists(run / name) for name in _OWN)
 
 
 def require_room(run: Path, recipe: Recipe, parameters: int, trained: int) -> None:

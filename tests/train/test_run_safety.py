@@ -27,9 +27,11 @@ from segmenter_fast.train.same_run import fingerprint
 from segmenter_fast.weights.reading import CheckpointError
 from support.training import RECIPE, Squares, small_model, weights
 
+VALIDATION = Squares(4, 1)
 
-def run(out: Path, recipe: Recipe = RECIPE, data: Any = None, **options: Any) -> TrainResult:
-    return train(small_model(recipe), data or Squares(), Squares(4, 1), recipe, out, device="cpu", **options)
+
+def run(out: Path, recipe: Recipe = RECIPE, data: Any = None, val: Any = VALIDATION, **options: Any) -> TrainResult:
+    return train(small_model(recipe), data or Squares(), val, recipe, out, device="cpu", **options)
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +90,17 @@ def test_overwrite_removes_nothing_that_no_run_wrote(out: Path, tmp_path: Path) 
     (tmp_path / "folder/best/model.safetensors").write_text("mine")
     with pytest.raises(FileExistsError, match=r"holds best/model\.safetensors, which no run is recorded"):
         run(tmp_path / "folder", overwrite=True)
+
+
+def test_a_record_of_files_that_are_gone_is_forgotten(out: Path) -> None:
+    for path in out.iterdir():
+        if path.name not in (".written", ".lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run(out, RECIPE.replace(steps=1, evaluate_every=1, save_every=1, pictures=0), val=None)
+    (out / "best").mkdir()
+    (out / "best/config.json").write_text("mine")  # the run before wrote such a file, this one did not
+    with pytest.raises(FileExistsError, match=r"holds best/config\.json, which no run is recorded"):
+        run(out, overwrite=True)
 
 
 def test_overwrite_removes_the_files_behind_a_link_to_a_folder(out: Path, tmp_path: Path) -> None:
