@@ -5,6 +5,7 @@ The modules of the command line import PyTorch, and what needs it, inside of the
 
 from __future__ import annotations
 
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -218,13 +219,17 @@ def parse_numbers(option: str, text: str | None, kind: Callable[[str], Number]) 
 
 
 def check_new(path: Path, overwrite: bool, same: bool = False) -> None:
-    """Refuse to write to a path where something is.
+    """Refuse, before any work, to write to a path where something is, or where nothing can be written.
 
     Args:
         same: whether this program wrote that from the same inputs.
     """
     if path.exists() and not overwrite and not same:
         raise FileExistsError(f"{path} exists; choose another path, or replace it by --overwrite")
+    folder = next(each for each in path.absolute().parents if each.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "takes no files" if folder.is_dir() else "is no folder"
+        raise PermissionError(f"{path} cannot be written: {folder} {reason}")
 
 
 def check_windows(window: int | None, stride: int | None, batch_size: int | None) -> None:
