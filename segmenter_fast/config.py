@@ -153,6 +153,11 @@ class SegmenterConfig:
         """(rows, columns) of patches of the position embedding."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
+    @property
+    def adaptive(self) -> bool:
+        """True if the number of tokens depends on the content of images, as a threshold of merging makes it."""
+        return self.merging is not None and self.merging.threshold is not None
+
     def replace(self, **fields: Any) -> SegmenterConfig:
         """Return a copy with other values for some fields.
 

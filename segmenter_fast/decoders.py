@@ -1,10 +1,14 @@
-"""The two decoders of the paper, patch features ``(B, N, D)`` -> class scores ``(B, N, K)``; the logits' size."""
+"""The two decoders of the paper, patch features ``(B, N, D)`` -> class scores ``(B, N, K)``; the logits' size.
+
+Features may be those of groups of patches, with the bias ``(B, N)`` of attention to them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import kernels
@@ -18,6 +22,20 @@ def upsampled_size(config: SegmenterConfig, size: Sequence[int]) -> Pair:
     return -(-size[0] // patch) * patch, -(-size[1] // patch) * patch
 
 
+def upsampled(
+    result: str, masks: Tensor, config: SegmenterConfig, size: Sequence[int], index: Tensor | None = None
+) -> Tensor:
+    """Return "labels", "probabilities" or "logits" of images of ``size`` (height, width) by their ``Scores.maps``.
+
+    Only "logits", which has no index, builds the full-size scores.
+    """
+    whole, crop = upsampled_size(config, size), (size[0], size[1])
+    if result == "logits":
+        return kernels.reference.upsample(masks, whole, crop, align_corners=False)
+    op = kernels.upsample_argmax if result == "labels" else kernels.upsample_softmax
+    return op(masks, whole, crop, index=index)
+
+
 class LinearDecoder(nn.Module):
     """One linear layer (paper, section 3.2, "Linear")."""
 
@@ -25,7 +43,7 @@ class LinearDecoder(nn.Module):
         super().__init__()
         self.head = nn.Linear(config.embed_dim, config.num_classes)
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, bias: Tensor | None = None) -> Tensor:
         return self.head(patches)
 
 
@@ -43,14 +61,16 @@ class MaskTransformer(nn.Module):
         self.proj_classes = nn.Parameter(torch.zeros(dim, dim))
         self.mask_norm = nn.LayerNorm(classes, config.decoder_norm_eps)
 
-    def projected(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+    def projected(self, patches: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(B, N, D)`` patch features -> projected patches ``(B, N, D)`` and class embeddings ``(B, K, D)``."""
         x = torch.cat([self.proj_dec(patches), self.cls_emb.expand(patches.shape[0], -1, -1)], 1)
+        classes = self.cls_emb.shape[1]
+        bias = None if bias is None else F.pad(bias, (0, classes))
         for block in self.blocks:
-            x = block(x)
-        x, classes = self.decoder_norm(x), self.cls_emb.shape[1]
+            x = block(x, bias=bias)
+        x = self.decoder_norm(x)
         return x[:, :-classes] @ self.proj_patch, x[:, -classes:] @ self.proj_classes
 
-    def forward(self, patches: Tensor) -> Tensor:
+    def forward(self, patches: Tensor, bias: Tensor | None = None) -> Tensor:
         norm = self.mask_norm
-        return kernels.mask_scores(*self.projected(patches), norm.weight, norm.bias, norm.eps)
+        return kernels.mask_scores(*self.projected(patches, bias), norm.weight, norm.bias, norm.eps)

@@ -117,3 +117,11 @@ def _cpu_has(feature: str) -> bool:
 def usable_cores() -> int:
     """CPU cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse freed blocks below 31 MB: glibc takes the largest freed block as its threshold.
+
+    Source: mallopt(3), M_MMAP_THRESHOLD. The memory is never touched.
+    """
+    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")

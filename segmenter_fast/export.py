@@ -121,6 +121,11 @@ def export(
         ExportError: a package or the C++ compiler is missing, or the check failed.
         OSError: the file cannot be written.
     """
+    if model.config.adaptive:
+        raise ValueError(
+            "a model that merges tokens by a threshold has no fixed sizes to export; give it shares, or load it with "
+            "merge='none'"
+        )
     height, width = model.config.image_size if size is None else size
     options = _Options(Path(path), (height, width), batch_size, output, uint8, dtype)
     model = copy.deepcopy(model).eval()

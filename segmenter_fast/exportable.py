@@ -39,7 +39,9 @@ class ExportableSegmenter(nn.Module):
         for name in {"head", "head_dist"} & encoder._modules.keys():
             delattr(encoder, name)
         for module in self.model.modules():
-            if isinstance(module, vit.Attention):
+            if isinstance(module, vit.VisionTransformer):
+                module.__class__ = _PlainVisionTransformer
+            elif isinstance(module, vit.Attention):
                 module.__class__ = _PlainAttention
             elif isinstance(module, MaskTransformer):
                 module.__class__ = _PlainMaskTransformer
@@ -56,14 +58,19 @@ class ExportableSegmenter(nn.Module):
         return masks
 
 
+class _PlainVisionTransformer(vit.VisionTransformer):
+    ops = kernels.reference
+
+
 class _PlainAttention(vit.Attention):
-    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         q, k, v = self.packed_qkv(x, rotation).permute(2, 0, 3, 1, 4)  # (B, heads, N, D / heads) each
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        mask = None if bias is None else bias[:, None, None].to(q.dtype)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class _PlainMaskTransformer(MaskTransformer):
-    def forward(self, patches: Tensor) -> Tensor:
-        patches, classes = self.projected(patches)
+    def forward(self, patches: Tensor, bias: Tensor | None = None) -> Tensor:
+        patches, classes = self.projected(patches, bias)
         norm = self.mask_norm
         return kernels.reference.mask_scores(patches.float(), classes.float(), norm.weight, norm.bias, norm.eps)

@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import kernels
 from .config import SegmenterConfig
-from .decoders import LinearDecoder, MaskTransformer, upsampled_size
-from .devices import choose_compile, choose_dtype, computes_slowly, numeric_state, warn_of_slow_dtype
+from .decoders import LinearDecoder, MaskTransformer, upsampled
+from .devices import choose_compile, choose_dtype, computes_slowly, keep_freed_memory, numeric_state, warn_of_slow_dtype
 from .graphs import Graphs
 from .linears import pack_linears, store_linears, unpack
-from .patches import channels_last_maps, check_images, pad_to_patches, project_patches
+from .merging import Scores, run_blocks, sharing
+from .patches import check_images, pad_to_patches, project_patches
 from .quantize import check_quantization, quantize_linears, warn_of_slow_quantization
+from .token_merging import Merge, TokenMerging
 from .vit import VisionTransformer
 
 # Grids that keep their position embedding: a few hundred kilobytes each.
@@ -68,6 +69,8 @@ class InferenceSegmenter(nn.Module):
         dtype = choose_dtype(dtype, device, int8=quantize == "int8")
         stored_only = device.type == "cpu" and computes_slowly(dtype, device)
         self.config = config
+        if self.config.adaptive and compile is True:
+            raise ValueError("compile must not be True with a threshold of token merging, which has no fixed sizes")
         self.encoder = copy.deepcopy(encoder)
         self.decoder = copy.deepcopy(decoder)
         self.compile_graph = choose_compile(compile, device, dtype)
@@ -82,7 +85,7 @@ class InferenceSegmenter(nn.Module):
             warn_of_slow_dtype(dtype, device)
             for part in (self.encoder.blocks, self.decoder):
                 store_linears(part, dtype)
-        elif device.type == "cpu" and not self.compile_graph:
+        elif device.type == "cpu" and (self.config.adaptive or not self.compile_graph):
             pack_linears(self)
         self.requires_grad_(False)
         self.train(False)
@@ -118,11 +121,30 @@ class InferenceSegmenter(nn.Module):
     def reset(self) -> None:
         """Drop everything derived from the weights; the next call makes it again."""
         unpack(self)
+        self._renew()
+
+    def _renew(self) -> None:
         self._stems: dict[tuple[int, int, bool], _Stem] = {}
         self._compiled: dict[tuple[str, torch.dtype], Callable[..., Tensor]] = {}
         self._called: set[Any] = set()
         self._graphs = Graphs()
         self._lock = threading.RLock()
+        self._merged: dict[TokenMerging | None, InferenceSegmenter] = {}
+
+    def with_merging(self, merge: Merge) -> InferenceSegmenter:
+        """Return a model with these very weights and another merging of tokens, the same one at every call.
+
+        Arguments and errors are those of ``Segmenter.with_merging``.
+        """
+        merging = TokenMerging.of(merge, self.config.depth)
+        if merging == self.config.merging:
+            return self
+        with self._lock:
+            if merging not in self._merged:
+                other = sharing(self, config=self.config.replace(merging=merging))
+                other._renew()
+                self._merged[merging] = other
+            return self._merged[merging]
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *arguments: Any, **options: Any) -> Any:
         """Load, as every module does, and drop everything derived from the old weights."""
@@ -139,7 +161,7 @@ class InferenceSegmenter(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        for derived in ("_stems", "_compiled", "_called", "_graphs", "_lock"):
+        for derived in ("_stems", "_compiled", "_called", "_graphs", "_lock", "_merged"):
             del state[derived]
         return state
 
@@ -161,11 +183,11 @@ class InferenceSegmenter(nn.Module):
             key,
             lambda fixed: self._call(captured, fixed, stem),
             images,
-            torch.clone if captured == result else lambda masks: self._upsample(result, masks, size),
+            torch.clone if captured == result else lambda masks: upsampled(result, masks, self.config, size),
         )
 
     def _captures(self, images: Tensor) -> bool:
-        return self.cuda_graph and images.is_cuda and images.numel() > 0
+        return self.cuda_graph and not self.config.adaptive and images.is_cuda and images.numel() > 0
 
     def _stem_of(self, images: Tensor) -> _Stem:
         """The stem for the images' grid and kind, kept for the next ones."""
@@ -176,13 +198,13 @@ class InferenceSegmenter(nn.Module):
             with self._lock:
                 if len(self._stems) >= _MAX_STEMS:
                     self._stems.clear()
-                _keep_freed_memory()
+                keep_freed_memory()
                 stem = self._stems[key] = self._stem(*key)
         return stem
 
     def _call(self, result: str, images: Tensor, stem: _Stem) -> Tensor:
         """``_compute``, compiled where that is asked for."""
-        if not self.compile_graph:
+        if self.config.adaptive or not self.compile_graph:
             return self._compute(result, images, *stem)
         function = self._function(result, images.dtype)
         # Everything that can make the compiler compile again. Its settings take longer than a small model's kernels.
@@ -220,7 +242,7 @@ class InferenceSegmenter(nn.Module):
             folded = (weight.float() / std).to(weight.dtype)
             rest = (folded.float() * (mean - shift.float())).sum((1, 2, 3))
             weight, bias = folded, (bias.float() - rest).to(bias.dtype)
-        return weight, bias, shift, *self.encoder.grid_embeddings(rows, columns)
+        return weight, bias, shift, *self.encoder.grid_embeddings(rows, columns, self.config.merging)
 
     def _function(self, result: str, dtype: torch.dtype) -> Callable[..., Tensor]:
         """The compiled form of ``_compute`` for one result and dtype of images."""
@@ -258,29 +280,13 @@ class InferenceSegmenter(nn.Module):
         if shift is not None:
             images = images - shift
         patches = project_patches(pad_to_patches(images, self.config.patch_size), weight, bias)
-        grid = patches.shape[2:]
+        grid = patches.shape[2], patches.shape[3]
         patches = patches.flatten(2).mT  # (B, h w, D)
         if positions is not None:
             patches = patches + positions
         x = torch.cat([prefix.expand(images.shape[0], -1, -1), patches], 1)
-        for block in self.encoder.blocks:
-            x = block(x, rotation)
-        masks = channels_last_maps(self.decoder(self.encoder.norm(x)[:, prefix.shape[1] :]), grid)
-        return masks if result == "masks" else self._upsample(result, masks, size)
-
-    def _upsample(self, result: str, masks: Tensor, size: tuple[int, int]) -> Tensor:
-        """Labels, probabilities or logits of images of ``size`` (height, width)."""
-        upsampled = upsampled_size(self.config, size)
-        if result == "labels":
-            return kernels.upsample_argmax(masks, upsampled, size)
-        if result == "probabilities":
-            return kernels.upsample_softmax(masks, upsampled, size)
-        return kernels.reference.upsample(masks, upsampled, size, align_corners=False)
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library reuse freed blocks below 31 MB: glibc takes the largest freed block as its threshold.
-
-    Source: mallopt(3), M_MMAP_THRESHOLD. The memory is never touched.
-    """
-    torch.empty(31 << 20, dtype=torch.uint8, device="cpu")
+        x, groups = run_blocks(self.encoder.blocks, x, rotation, grid, self.config.merging)
+        features = self.encoder.norm(x)[:, prefix.shape[1] :]
+        scores = self.decoder(features, None if groups is None else groups.bias)
+        masks, index = Scores(scores, grid, groups).maps(gather=result in ("masks", "logits"))
+        return masks if result == "masks" else upsampled(result, masks, self.config, size, index)

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from . import kernels
 from .config import SegmenterConfig
-from .decoders import LinearDecoder, MaskTransformer, upsampled_size
+from .decoders import LinearDecoder, MaskTransformer, upsampled, upsampled_size
 from .inference_segmenter import InferenceSegmenter
-from .patches import channels_last_maps
+from .merging import Scores, sharing
+from .token_merging import Merge
 from .vit import Block, VisionTransformer
 from .weights.hub import HubMixin
 
@@ -40,25 +41,21 @@ class Segmenter(nn.Module, HubMixin):
 
     def masks(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, K, h, w)`` scores of the patches of the padded images (channels-last strides)."""
-        scores, patch = self.decoder(self.encoder(images)), self.config.patch_size  # (B, h w, K)
-        return channels_last_maps(scores, [-(-side // patch) for side in images.shape[2:]])
+        return self._scores(images).maps(gather=True)[0]
 
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, K, H, W)`` logits. No other method builds this tensor."""
-        masks = self.masks(images)
-        height, width = images.shape[2:]
-        size = upsampled_size(self.config, (height, width))
-        return kernels.reference.upsample(masks, size, (height, width), align_corners=False)
+        return upsampled("logits", self.masks(images), self.config, images.shape[2:])
 
     def segment(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, H, W)`` labels, uint8 up to 256 classes and int32 above; not differentiable."""
-        size = images.shape[2:]
-        return kernels.upsample_argmax(self.masks(images), upsampled_size(self.config, size), size)
+        masks, index = self._scores(images).maps()
+        return upsampled("labels", masks, self.config, images.shape[2:], index)
 
     def probabilities(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, K, H, W)`` class probabilities."""
-        size = images.shape[2:]
-        return kernels.upsample_softmax(self.masks(images), upsampled_size(self.config, size), size)
+        masks, index = self._scores(images).maps()
+        return upsampled("probabilities", masks, self.config, images.shape[2:], index)
 
     def loss(
         self,
@@ -76,15 +73,24 @@ class Segmenter(nn.Module, HubMixin):
         if target.shape != (images.shape[0], *images.shape[2:]):
             wanted = (images.shape[0], *images.shape[2:])
             raise ValueError(f"target must be {wanted} for images {tuple(images.shape)}, got {tuple(target.shape)}")
+        masks, index = self._scores(images).maps()
         return kernels.upsample_cross_entropy(
-            self.masks(images),
+            masks,
             target,
             upsampled_size(self.config, images.shape[2:]),
             ignore_index=ignore_index,
             weight=weight,
             label_smoothing=label_smoothing,
             reduction=reduction,
+            index=index,
         )
+
+    def _scores(self, images: Tensor) -> Scores:
+        grid = -(-images.shape[2] // self.config.patch_size), -(-images.shape[3] // self.config.patch_size)
+        if self.encoder.merging is None:
+            return Scores(self.decoder(self.encoder(images)), grid)
+        features, groups = self.encoder.merged(images)
+        return Scores(self.decoder(features, None if groups is None else groups.bias), grid, groups)
 
     def freeze_encoder(self, frozen: bool = True) -> Segmenter:
         """Train the decoder only, on features of an unchanging encoder; ``frozen=False`` undoes it.
@@ -104,6 +110,7 @@ class Segmenter(nn.Module, HubMixin):
         compile: bool | str = "auto",
         cuda_graph: bool = True,
         quantize: str | None = None,
+        merge: Merge = None,
     ) -> InferenceSegmenter:
         """Return the inference form of this model, a copy; see ``InferenceSegmenter``.
 
@@ -121,11 +128,26 @@ class Segmenter(nn.Module, HubMixin):
                 activations with one for each token; the rest keeps ``dtype``. "int8" warns where it was measured to
                 gain nothing over bfloat16. "fp8" needs an NVIDIA GPU of the Hopper generation or newer; no GPU has
                 measured it. ``segmenter-fast check`` counts the labels that change on your own images.
+            merge: merging of tokens that are alike, approximate: "fast", "faster" or a ``TokenMerging``; "none" for
+                exact. By default the configuration's. With a threshold nothing is compiled or captured.
 
         Raises:
-            ValueError: another dtype, ``compile`` or ``quantize``, or one that the device does not have.
+            ValueError: another dtype, ``compile``, ``quantize`` or ``merge``, or one that the device does not have.
         """
-        return InferenceSegmenter(self.config, self.encoder, self.decoder, dtype, compile, cuda_graph, quantize)
+        config = self.config if merge is None else self.config.replace(merging=merge)
+        return InferenceSegmenter(config, self.encoder, self.decoder, dtype, compile, cuda_graph, quantize)
+
+    def with_merging(self, merge: Merge) -> Segmenter:
+        """Return a model with these very weights, not copies, and another merging of tokens.
+
+        Args:
+            merge: "fast", "faster" or a ``TokenMerging``; "none" or None for exact.
+
+        Raises:
+            ValueError: an unknown name, or a layer that does not exist.
+        """
+        config = self.config.replace(merging=merge)
+        return sharing(self, config=config, encoder=sharing(self.encoder, config=config, merging=config.merging))
 
     @torch.no_grad()
     def attention_maps(self, images: Tensor, layer: int, part: str = "encoder", queries: slice | None = None) -> Tensor:
@@ -145,8 +167,13 @@ class Segmenter(nn.Module, HubMixin):
             ``(B, heads, queries, N)`` float32 (float64 for a float64 model); each row sums to 1.
 
         Raises:
-            ValueError: another part, a layer that does not exist, or the decoder of a model with a linear one.
+            ValueError: another part, a layer that does not exist, the decoder of a model with a linear one, or a model
+                that merges tokens.
         """
+        if self.encoder.merging is not None:
+            raise ValueError(
+                "this model merges patches, attention maps are between patches: with_merging(None) has them"
+            )
         if part not in ("encoder", "decoder"):
             raise ValueError(f"part must be 'encoder' or 'decoder', got {part!r}")
         stack = self.encoder if part == "encoder" else self.decoder

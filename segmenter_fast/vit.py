@@ -5,7 +5,6 @@ Parameter names are those of timm and of the official Segmenter program.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -14,36 +13,10 @@ from torch import Tensor, nn
 
 from . import kernels
 from .config import Pair, SegmenterConfig
+from .merging import Groups, run_blocks
 from .patches import channels_last_maps, check_images, pad_to_patches, project_patches
-
-
-def rotation_table(grid: Pair, num_prefix_tokens: int, head_dim: int, temperature: float, like: Tensor) -> Tensor:
-    """``(2, prefix + rows * columns, head_dim)`` cosines and sines of DINOv3's rotary position embedding.
-
-    A patch's row and column, each in (-1, 1) across the grid, turn pairs of channels of its queries and keys by angles
-    ``2 pi coordinate / period``: the first half of the pairs by the row, the second by the column. The channels of a
-    pair lie half a head apart. Prefix tokens are not turned. On the device of ``like``; float64 if ``like`` is, else
-    float32, because low precision would move the patches.
-
-    Source: Siméoni et al., "DINOv3", 2025, and its program, without the random scaling of coordinates in training.
-    """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    exponents = torch.arange(head_dim // 4, dtype=dtype, device=like.device) / (head_dim // 4)
-    y, x = (2 * (torch.arange(n, dtype=dtype, device=like.device) + 0.5) / n - 1 for n in grid)
-    coordinates = torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)  # (rows * columns, 2)
-    angles = 2 * math.pi * coordinates[..., None] / temperature**exponents
-    angles = angles.flatten(1).repeat(1, 2)  # (rows * columns, head_dim)
-    angles = torch.cat([angles.new_zeros(num_prefix_tokens, head_dim), angles])
-    return torch.stack([angles.cos(), angles.sin()])
-
-
-def rotate(qkv: Tensor, table: Tensor) -> Tensor:
-    """``(B, N, 3, heads, head_dim)`` with queries and keys turned by ``rotation_table``; values are unchanged."""
-    cosines, sines = table[:, None, :, None, None]  # (1, N, 1, 1, head_dim) each
-    turned = qkv[:, :, :2]
-    first, second = turned.chunk(2, -1)
-    turned = turned * cosines + torch.cat([-second, first], -1) * sines
-    return torch.cat([turned.to(qkv.dtype), qkv[:, :, 2:]], 2)
+from .rotary import rotate, rotation_angles, rotation_table
+from .token_merging import TokenMerging
 
 
 class Attention(nn.Module):
@@ -65,13 +38,14 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         return qkv if rotation is None else rotate(qkv, rotation)
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         qkv = self.packed_qkv(x, rotation)
         if self.training and self.dropout:
             q, k, v = qkv.permute(2, 0, 3, 1, 4)
-            out = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout).transpose(1, 2)
+            mask = None if bias is None else bias[:, None, None].to(q.dtype)
+            out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout).transpose(1, 2)
         else:
-            out = kernels.attention(qkv)
+            out = kernels.attention(qkv, bias=bias)
         return F.dropout(self.proj(out.flatten(2)), self.dropout, self.training)
 
 
@@ -154,8 +128,8 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rotation)))
+    def forward(self, x: Tensor, rotation: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), rotation, bias)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
@@ -200,10 +174,13 @@ class PatchEmbed(nn.Module):
 class VisionTransformer(nn.Module):
     """``(B, C, H, W)`` normalised images of any size -> ``(B, h w, D)`` features of the zero-padded images' patches."""
 
+    ops: Any = kernels
+    """Ops of token merging."""
+
     def __init__(self, config: SegmenterConfig) -> None:
         super().__init__()
         dim, (rows, columns) = config.embed_dim, config.grid
-        self.config = config
+        self.config, self.merging = config, config.merging
         self.grid, self.num_prefix_tokens = (rows, columns), config.num_prefix_tokens
         self.patch_embed = PatchEmbed(config.patch_size, dim, config.in_channels)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
@@ -221,7 +198,9 @@ class VisionTransformer(nn.Module):
             if config.distillation_token:
                 self.head_dist = nn.Linear(dim, config.head_classes).requires_grad_(False)
 
-    def grid_embeddings(self, rows: int, columns: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def grid_embeddings(
+        self, rows: int, columns: int, merging: TokenMerging | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Prefix tokens and positions for a grid of patches.
 
         A learned position embedding is resized if the number of patches changes; in some modes also if only the
@@ -229,7 +208,7 @@ class VisionTransformer(nn.Module):
 
         Returns:
             ``(1, prefix, D)`` class, distillation and register tokens with their positions, ``(1, rows * columns, D)``
-            learned positions of the patches or None, and the ``rotation_table`` of a rotary embedding or None.
+            learned positions of the patches or None, and the rotation that ``run_blocks`` takes, or None.
         """
         config, grid, count, like = self.config, (rows, columns), self.num_prefix_tokens, self.patch_embed.proj.weight
         tokens: list[Tensor] = [t for t in (self.cls_token, self.dist_token, self.reg_token) if t is not None]
@@ -237,7 +216,8 @@ class VisionTransformer(nn.Module):
         positions: Tensor | None = self.pos_embed
         if positions is None:
             head_dim = config.embed_dim // config.num_heads
-            return prefix, None, rotation_table(grid, count, head_dim, config.rope_temperature, like)
+            angles = rotation_angles(grid, count, head_dim, config.rope_temperature, like)
+            return prefix, None, rotation_table(angles) if merging is None else angles
         same_count = rows * columns == self.grid[0] * self.grid[1] and "_" not in config.pos_embed_mode
         if grid != self.grid and not same_count:
             positions = resize_positions(positions, self.grid, grid, config.pos_embed_mode)
@@ -248,7 +228,7 @@ class VisionTransformer(nn.Module):
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """``(B, C, H, W)`` -> ``(B, prefix + h w, D)`` tokens with their learned positions; the rotation, if any."""
         patches = self.patch_embed(images)
-        prefix, positions, rotation = self.grid_embeddings(*patches.shape[2:])
+        prefix, positions, rotation = self.grid_embeddings(patches.shape[2], patches.shape[3], self.merging)
         patches = patches.flatten(2).mT  # (B, h w, D)
         if positions is not None:
             patches = patches + positions
@@ -266,8 +246,14 @@ class VisionTransformer(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, images: Tensor) -> Tensor:
+        features, groups = self.merged(images)
+        return features if groups is None else groups.spread(features)
+
+    def merged(self, images: Tensor) -> tuple[Tensor, Groups | None]:
+        """``(B, 3, H, W)`` -> ``(B, groups, D)`` features of groups of patches, and the groups; see ``run_blocks``."""
+        patch = self.config.patch_size
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             x, rotation = self.embed(images)
-            for block in self.blocks:
-                x = block(x, rotation)
-            return self.norm(x)[:, self.num_prefix_tokens :]
+            grid = -(-images.shape[2] // patch), -(-images.shape[3] // patch)
+            x, groups = run_blocks(self.blocks, x, rotation, grid, self.merging, self.ops)
+            return self.norm(x)[:, self.num_prefix_tokens :], groups

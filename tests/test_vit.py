@@ -165,14 +165,14 @@ def test_a_rotation_turns_queries_and_keys_as_the_oracles_does() -> None:
     rotary = sf.VARIANTS["seg_s_dinov3_mask_16"].replace(**SMALL)
     count = rotary.num_prefix_tokens
     qkv = torch.randn(2, count + 6, 3, 2, 64, dtype=torch.float64)
-    table = vit.rotation_table((2, 3), count, 64, rotary.rope_temperature, qkv)
+    table = vit.rotation_table(vit.rotation_angles((2, 3), count, 64, rotary.rope_temperature, qkv))
     turned = vit.rotate(qkv, table)
     oracle = reference.Rotation(rotary, 2, 3, torch.float64)
     for index in range(2):
         expected = oracle(qkv[:, :, index].transpose(1, 2)).transpose(1, 2)
         torch.testing.assert_close(turned[:, :, index], expected, rtol=0, atol=1e-12)
     assert torch.equal(turned[:, :, 2], qkv[:, :, 2])
-    assert vit.rotation_table((2, 3), count, 64, 100.0, qkv.bfloat16()).dtype == torch.float32
+    assert vit.rotation_angles((2, 3), count, 64, 100.0, qkv.bfloat16()).dtype == torch.float32
 
 
 def test_classification_heads_load_and_are_not_trained() -> None:

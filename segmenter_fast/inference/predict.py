@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import visualize
 from ..config import Pair, SegmenterConfig
 from ..io.images import ImageSource, Raster, normalise, open_raster
+from ..token_merging import Merge
 from ..visualize import Color
 from .batches import Model, evaluation_mode, in_batches, read_ahead, segment_images, side_threads
 from .rows import Rows, enlarged_size, image_views
@@ -115,6 +116,7 @@ def predict(  # type: ignore[misc]  # the overloads do not repeat the options
     batch_size: int = 2,
     bands: Sequence[int] | None = None,
     scale: float | None = None,
+    merge: Merge = None,
 ) -> Prediction | list[Prediction]:
     """Segment an image, or a list of them, on the model's device, in the dtype of its weights, in evaluation mode.
 
@@ -137,6 +139,7 @@ def predict(  # type: ignore[misc]  # the overloads do not repeat the options
         bands: bands of the image that are the model's channels, counted from 1 as GDAL does, by default the
             configuration's, or the image's colours, or all its bands.
         scale: value of a pixel that stands for 1, by default the configuration's, or 255 for 8 bits, 65535 for 16.
+        merge: merging of tokens instead of the model's own, see ``Segmenter.with_merging``.
 
     Returns:
         A prediction, or for a list one for each image, in order.
@@ -146,6 +149,7 @@ def predict(  # type: ignore[misc]  # the overloads do not repeat the options
         OSError: an image file that does not exist or cannot be decoded.
     """
     settings = Settings.of(model.config, window, stride, scales, flip, batch_size, bands, scale)
+    model = model if merge is None else model.with_merging(merge)
     if isinstance(image, (list, tuple)):
         return _predict_all(model, image, settings)
     return predict_raster(model, open_raster(image, channels=settings.channels), settings)

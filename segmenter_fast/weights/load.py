@@ -18,6 +18,7 @@ from torch import Tensor
 from ..config import VARIANTS, SegmenterConfig, variant_config
 from ..field_types import did_you_mean
 from ..segmenter import Segmenter
+from ..token_merging import Merge
 from . import distributed, hub, huggingface, mmseg, mmseg_config, official, timm
 from .build import SavedModel, build, load_strictly
 from .infer_config import ARCHITECTURE
@@ -32,7 +33,7 @@ _NUMERICS = ("encoder_norm_eps", "pos_embed_mode", "rope_temperature", "mean", "
 _DETAILS = ("num_register_tokens", "pos_embed_prefix", "qkv_bias")
 
 
-def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segmenter:
+def load(source: Source, num_classes: int | None = None, merge: Merge = None, **fields: Any) -> Segmenter:
     """Return a trained model, float32, in evaluation mode, with the numerics of the program that trained it.
 
     Args:
@@ -45,6 +46,7 @@ def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segme
             decoder, with a warning.
         num_classes: where it differs from the checkpoint's, the tensors of the classes are re-initialised, and a
             warning names them.
+        merge: merging of tokens, see ``TokenMerging.of``, instead of the checkpoint's; "none" for exact.
         fields: fields of ``SegmenterConfig`` to override; another ``image_size`` resizes the position embedding, and
             ``in_channels`` adapts the patch embedding of an RGB model, see ``adapt_channels``.
 
@@ -57,6 +59,8 @@ def load(source: Source, num_classes: int | None = None, **fields: Any) -> Segme
         raise TypeError(f"source must be a path, a hub id or a state dict, got {type(source).__name__}")
     if num_classes is not None:
         fields["num_classes"] = num_classes
+    if merge is not None:
+        fields["merging"] = merge
     return build(Segmenter, read_checkpoint(source, fields), fields)
 
 
