@@ -15,56 +15,21 @@ import numpy as np
 import typer
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
 from .case import Row
+from .plot_style import COLOURS, MARKERS, STYLE, TITLES, WORDS, XLABELS, YLABELS
 from .results import CaseRows, Result, read
 
 MODELS = ("throughput", "split", "classes")
 UPSAMPLE = ("upsample_argmax", "upsample_softmax", "upsample_cross_entropy")
-COLOURS = {
-    "ours": "#d62728",
-    "ours compiled": "#8c1a1b",
-    "reference": "#7f7f7f",
-    "eager": "#7f7f7f",
-    "eager float32": "#bcbd22",
-    "eager AMP": "#bcbd22",
-    "compile": "#1f77b4",
-    "compile max-autotune": "#17becf",
-    "SDPA default": "#1f77b4",
-    "SDPA flash": "#17becf",
-    "SDPA cuDNN": "#2ca02c",
-    "SDPA efficient": "#9467bd",
-    "xformers": "#e377c2",
-    "flash-attn": "#ff7f0e",
-    "SDPA math": "#8c564b",
-    "peer": "#1f77b4",
-    "peer max-autotune": "#17becf",
-    "peer cuDNN": "#2ca02c",
-    "OpenVINO": "#9467bd",
-    "ONNX Runtime": "#ff7f0e",
-    "encoder": "#4c78a8",
-    "decoder": "#f58518",
-    "upsample": "#54a24b",
-}
-YLABELS = {"ms": "ms", "MiB": "peak extra memory, MiB", "tflops": "TFLOP/s", "images_s": "images/s"}
-XLABELS = {"patch": "patch size", "size": "pixels a side"}
-# Parameters of a case that stand in titles.
-WORDS = {"classes": "{} classes", "patch": "patch {}", "size": "{} px", "batch": "batch {}", "map": "{}", "dtype": "{}"}
-MARKERS = {"t": "o", "s": "s", "b": "^", "l": "D"}
-STYLE: dict[Any, Any] = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.25,
-    "font.size": 9,
-    "axes.titlesize": 9,
-    "figure.constrained_layout.use": True,
-}
 
 
 class Panel(NamedTuple):
-    """Lines of ``figure`` (see YLABELS) over the parameter ``axis``, one for each variant; TFLOP/s from zero."""
+    """Lines of ``figure`` (see YLABELS) over the parameter ``axis``, one for each variant; TFLOP/s from zero.
+
+    Where the axis has one value only, bars.
+    """
 
     cases: CaseRows
     axis: str
@@ -94,20 +59,22 @@ def draw(folder: Path, ops: Sequence[str] = ("upsample", "attention", "training"
             if op == "split":
                 figure = _draw_split(results[0].cases)
             elif op == "upsample":
-                figure = _draw_panels([_upsample_panels(result.cases) for result in results])
+                rows = [_upsample_panels(result.cases) for result in results]
+                used = [any(panel.cases for panel in column) for column in zip(*rows, strict=True)]
+                figure = _draw_panels([[*itertools.compress(row, used)] for row in rows])
             else:
                 figure = _draw_panels(panels_of[op](results[0]))
-            written.append(_save(figure, results[0], folder / f"{op}.png"))
+            written.append(_save(figure, TITLES[op], results[0], folder / f"{op}.png"))
     return written
 
 
 def _upsample_panels(cases: CaseRows) -> list[Panel]:
-    """Time against each axis of the grid, and memory against classes."""
+    """Time against each axis of the grid that has several values, or the first, and memory against classes."""
     panels = []
     for axis, figure in (("classes", "ms"), ("patch", "ms"), ("size", "ms"), ("classes", "MiB")):
         first, own = cases[0][0], _alike(cases, axis)
         title = f"{first['op']}, {first['pass']}\n{_words(first, axis)}"
-        panels.append(Panel(own if len(own) > 1 else [], axis, figure, title))
+        panels.append(Panel(own if len(own) > 1 or axis == "classes" else [], axis, figure, title))
     return panels
 
 
@@ -128,10 +95,12 @@ def _attention_panels(result: Result) -> list[list[Panel]]:
 def _training_panels(result: Result) -> list[list[Panel]]:
     """Time of a step and its memory, against the patch size and against the classes."""
     first = result.cases[0][0]
+    axes = [(axis, _alike(result.cases, axis)) for axis in ("patch", "classes")]
+    axes = [(axis, cases) for axis, cases in axes if len(cases) > 1] or axes[:1]
     return [
         [
-            Panel(_alike(result.cases, axis), axis, figure, f"training step of {first['model']}\n{_words(first, axis)}")
-            for axis in ("patch", "classes")
+            Panel(cases, axis, figure, f"training step of {first['model']}\n{_words(first, axis)}")
+            for axis, cases in axes
         ]
         for figure in ("ms", "MiB")
     ]
@@ -145,10 +114,14 @@ def _throughput_panels(result: Result) -> list[list[Panel]]:
     same = _alike(result.cases, "variant", "patch", "tokens")
     title = _words(result.cases[0][0], "patch")
     panels = []
-    for family in sorted({_family(case) for case, _ in same}, key=lambda name: ("tsbl".find(name[0]), name)):
+    families = sorted({_family(case) for case, _ in same}, key=_order)
+    for family in families:
         own = [c for c in same if _family(c[0]) == family]
-        panels.append(Panel(own, "patch", "images_s", f"{family.upper()}\n{title}"))
-    return [[*panels, Panel(same, "tokens", "images_s", f"all\n{title}")]]
+        panels.append(Panel(own, "patch", "images_s", f"Segmenter {family.upper()}\n{title}"))
+    if len(families) == 1:
+        return [panels]
+    signs = ", ".join(f"{family.upper()} {MARKERS.get(family[:1], '')[1:]}" for family in families)
+    return [[*panels, Panel(same, "tokens", "images_s", f"all: {signs}\n{title}")]]
 
 
 def _classes_panels(result: Result) -> list[list[Panel]]:
@@ -159,7 +132,7 @@ def _classes_panels(result: Result) -> list[list[Panel]]:
 
 def _draw_split(cases: CaseRows) -> Figure:
     """Stacked bars of encoder, decoder and upsampling; a panel for each variant, a bar for each model."""
-    variants = list(dict.fromkeys(case["variant"] for case, _ in cases))
+    variants = sorted({case["variant"] for case, _ in cases}, key=lambda name: _order(_family({"variant": name})))
     figure, panels = plt.subplots(1, len(variants), figsize=(3.4 * len(variants), 3.8), squeeze=False)
     for variant, axes in zip(variants, panels[0], strict=True):
         bottoms: dict[str, float] = {}
@@ -168,9 +141,12 @@ def _draw_split(cases: CaseRows) -> Figure:
             for row in rows:
                 if row.timing:
                     bottom, part = bottoms.get(row.variant, 0.0), case["part"]
-                    axes.bar(row.variant, row.timing.median_ms, 0.6, bottom, color=COLOURS[part], label=part)
+                    low, high = row.timing.median_ms - row.timing.p20_ms, row.timing.p80_ms - row.timing.median_ms
+                    style: dict[str, Any] = {"color": COLOURS[part], "label": part, "capsize": 3}
+                    axes.bar(row.variant, row.timing.median_ms, 0.6, bottom, yerr=[[low], [high]], **style)
                     bottoms[row.variant] = bottom + row.timing.median_ms
-    panels[0][0].set_ylabel("ms, parts measured one by one")
+        axes.set_ylabel("ms, parts measured one by one")
+        axes.grid(axis="x", visible=False)
     return figure
 
 
@@ -202,23 +178,42 @@ def _draw_panel(axes: Axes, panel: Panel) -> None:
         for row in rows:
             if found := _values(row, panel.figure):
                 lines.setdefault((row.variant, _family(case)), []).append((case[panel.axis], *found))
+    ticks = sorted({point[0] for line in lines.values() for point in line})
+    if len(ticks) == 1:
+        _draw_bars(axes, panel, {variant: line[0][1:] for (variant, _), line in lines.items()}, ticks[0])
+        return
     for (variant, family), line in lines.items():
         x, low, middle, high = np.array(sorted(line)).T
         width, order = (2.2, 3) if variant == "ours" else (1.3, 2)
-        style: dict[str, Any] = {"color": COLOURS.get(variant), "marker": MARKERS.get(family[:1], "o")}
+        style: dict[str, Any] = {"color": COLOURS.get(variant), "marker": MARKERS.get(family[:1], "o")[0]}
         style |= {"linewidth": width, "zorder": order, "markersize": 4, "capsize": 2}
         axes.errorbar(x, middle, [middle - low, high - middle], label=variant, **style)
     axes.set(xlabel=XLABELS.get(panel.axis, panel.axis), ylabel=YLABELS[panel.figure], title=panel.title)
+    if panel.ceiling:
+        axes.axhline(panel.ceiling, color="black", linestyle=":", linewidth=1, label="matrix product, measured")
     if panel.figure == "tflops":
         axes.set_ylim(0, None)
     else:
         axes.set_yscale("log")
-    if panel.ceiling:
-        axes.axhline(panel.ceiling, color="black", linestyle=":", linewidth=1, label="matrix product, measured")
-    ticks = sorted({point[0] for line in lines.values() for point in line})
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    crowded = min(np.diff(np.log(ticks))) < 0.1 * np.log(ticks[-1] / ticks[0])
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45 if crowded else 0)
+
+
+def _draw_bars(axes: Axes, panel: Panel, values: dict[str, tuple[float, ...]], tick: float) -> None:
+    """Draw one bar, low, middle and high value, for each variant."""
+    for variant, (low, middle, high) in values.items():
+        spread = [[middle - low], [high - middle]] if low < high else None
+        drawn = axes.bar(variant, middle, 0.6, yerr=spread, color=COLOURS.get(variant), label=variant, capsize=3)
+        axes.bar_label(drawn, [f"{middle:,.0f}" if middle >= 100 else f"{middle:.3g}"], padding=2)
+    name = XLABELS.get(panel.axis, panel.axis)
+    axes.set(xlabel=f"{name}: {tick:g}", ylabel=YLABELS[panel.figure], title=panel.title, xticks=[])
+    axes.grid(axis="x", visible=False)
+    axes.margins(y=0.12)
 
 
 def _values(row: Row, figure: str) -> tuple[float, float, float] | None:
@@ -240,17 +235,23 @@ def _family(case: dict[str, Any]) -> str:
     return "_".join(word for word in words if word not in ("mask", "linear"))
 
 
-def _save(figure: Figure, result: Result, path: Path) -> Path:
-    """Write the figure with one legend below the panels and the device as its title."""
+def _order(family: str) -> tuple[int, str]:
+    """Sort families from small to large."""
+    return "tsbl".find(family[:1]), family
+
+
+def _save(figure: Figure, title: str, result: Result, path: Path) -> Path:
+    """Write the figure with one legend below the panels, its title and the device."""
     handles: dict[str, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(len(handles), 5), frameon=False)
+    columns = max(min(len(handles), int(figure.get_figwidth() / 1.5), 6), 1)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
     device = result.device
     versions = f"PyTorch {device.torch}, Triton {device.triton}, {(device.commit or 'unknown commit')[:10]}"
     where = device.name if device.type == "cuda" else f"{device.name}, {device.threads} threads"
-    figure.suptitle(f"{where}\n{versions}\nmedian, bars from p20 to p80", fontsize=9)
+    figure.suptitle(f"{title}\n{where}\n{versions}\nmedian, error bars from p20 to p80", fontsize=9)
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path

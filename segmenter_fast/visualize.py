@@ -12,11 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
+from .captions import captioned, legend_of
+
 if TYPE_CHECKING:
     from .io import Raster
 
 Color = tuple[int, int, int]
 
+_SMALL, _LARGE = 192, 512
 # Steps of an additive recurrence that fills the unit cube evenly: powers of 1/g, g**4 = g + 1.
 _STEPS = (0.8191725134, 0.6710436067, 0.5497004779)
 
@@ -89,6 +92,43 @@ def reduced_overlay(
         labels = read_labels(top, bottom)[middles[:, None], columns]
         parts.append(np.asarray(overlay(pixels, labels, palette)))
     return Image.fromarray(np.concatenate(parts))
+
+
+def side_by_side(
+    image: np.ndarray,
+    target: np.ndarray,
+    prediction: np.ndarray,
+    palette: Sequence[Color],
+    names: Sequence[str],
+    ignore_index: int = 255,
+    titles: tuple[str, str, str] = ("image", "labels", "prediction"),
+) -> Image.Image:
+    """Draw an image, and it under its labels and under a prediction, with titles and the classes of both.
+
+    Ignored pixels show the image. Panels are reduced to 512 pixels, and enlarged by whole factors from below 192.
+
+    Args:
+        image: ``(H, W, 3)`` uint8.
+        target, prediction: ``(H, W)`` classes; labels may be ``ignore_index``.
+        palette, names: of the classes.
+
+    Raises:
+        ValueError: sizes that differ, or classes beyond the palette.
+    """
+    if not image.shape == (*target.shape, 3) == (*prediction.shape, 3):
+        given = f"{image.shape}, {target.shape} and {prediction.shape}"
+        raise ValueError(f"image, target and prediction must be (H, W, 3), (H, W) and (H, W), got {given}")
+    panels = [Image.fromarray(image)]
+    for labels, shown in ((target, target != ignore_index), (prediction, np.ones_like(prediction, bool))):
+        colors = colorize(np.where(shown, labels, 0), palette)
+        panels.append(Image.blend(panels[0], Image.fromarray(np.where(shown[..., None], colors, image)), 0.6))
+    factor = max(_SMALL // max(image.shape[:2]), 1)
+    panels = [panel.resize((panel.width * factor, panel.height * factor), 0) for panel in panels]
+    for panel in panels:
+        panel.thumbnail((_LARGE, _LARGE))
+    seen = np.concatenate([target[target != ignore_index], prediction.ravel()])
+    legend = legend_of(np.bincount(seen, minlength=len(palette)), palette, names, shares=False)
+    return captioned([panels], titles, legend)
 
 
 def html_figure(image: Image.Image, title: str, legend: Sequence[tuple[Color, str]]) -> str:

@@ -22,6 +22,8 @@ _STYLE: dict[Any, Any] = {
     "font.size": 9,
     "figure.constrained_layout.use": True,
 }
+_FEW = 20
+"""Points up to which each is marked, and none are averaged."""
 _SMOOTHING = 0.05
 """Share of the curve that a point of the running mean averages over."""
 
@@ -75,21 +77,32 @@ def draw_curves(runs: Sequence[Curves], path: Path) -> Path:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import MaxNLocator
 
     if not runs:
         raise ValueError("runs must name at least one run, got none")
     if path.suffix != ".png":
         raise ValueError(f"the plot must be a .png file, got {path}")
     with plt.rc_context(_STYLE):
-        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8))
+        figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.8), sharex=True)
+        smooth = max(len(run.loss) for run in runs) > _FEW
         for index, run in enumerate(runs):
             colour = f"C{index % 10}"
             steps, losses = list(run.loss), list(run.loss.values())
-            left.plot(steps, losses, color=colour, alpha=0.25, linewidth=0.8)
-            left.plot(steps, running_mean(losses), color=colour, label=run.name)
+            marker = {"marker": "o", "markersize": 3} if len(steps) <= _FEW else {}
+            left.plot(
+                steps, losses, color=colour, alpha=0.25 if smooth else 1, linewidth=0.8 if smooth else 1.5, **marker
+            )
+            left.plot(steps, running_mean(losses) if smooth else losses, color=colour, label=run.name)
             right.plot(list(run.miou), list(run.miou.values()), color=colour, marker="o", markersize=3, label=run.name)
-        left.set(xlabel="step", ylabel="loss", title="training loss, and its running mean")
-        right.set(xlabel="step", ylabel="mIoU", title="mIoU of the evaluations", ylim=(0, 1))
+            if run.miou:
+                best = max(run.miou.items(), key=lambda point: point[1])
+                right.annotate(f"{best[1]:.3f}", best, (0, 4), textcoords="offset points", ha="center", color=colour)
+        left.set(xlabel="step", ylabel="loss", title=f"training loss{', and its running mean' if smooth else ''}")
+        right.set(xlabel="step", ylabel="mIoU", title="mIoU of the evaluations, and the best of each run")
+        right.set_ylim(0, min(1.05, max([0.01, *(1.25 * miou for run in runs for miou in run.miou.values())])))
+        left.set_xlim(left=0)
+        left.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
         try:
             with atomic_path(path) as temporary:

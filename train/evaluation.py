@@ -27,12 +27,11 @@ from ..inference.batches import Model, evaluation_mode, in_batches, segment_imag
 from ..inference.settings import Settings, fits_one_window
 from ..io.images import normalise
 from ..processes import World
-from ..visualize import Color, colorize, displayed
+from ..visualize import displayed, side_by_side
 from .datasets.base import SegmentationDataset
 
 MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """The paper's scales, which it takes plain and mirrored."""
-_GAP = 4
 # The ``images`` and ``flips`` of ``slide``.
 _Views = tuple[list[Tensor], list[bool]]
 
@@ -152,46 +151,9 @@ def sample_pictures(
         for index, image, target in _samples(dataset, indices, read_ahead=1):
             labels = segment(model, image, (target.shape[0], target.shape[1]), resize, settings).cpu().numpy()
             image = np.asarray(Image.fromarray(displayed(image)).resize(labels.shape[::-1]))
-            pictures[dataset.name(index)] = side_by_side(image, target, labels, dataset.palette, dataset.ignore_index)
+            named = dataset.palette, dataset.class_names
+            pictures[dataset.name(index)] = side_by_side(image, target, labels, *named, dataset.ignore_index)
     return pictures
-
-
-def side_by_side(
-    image: np.ndarray,
-    target: np.ndarray,
-    prediction: np.ndarray,
-    palette: Sequence[Color],
-    ignore_index: int = 255,
-    alpha: float = 0.6,
-    largest_side: int = 512,
-) -> Image.Image:
-    """Draw the image, the image under its labels, and the image under the prediction; ignored pixels show the image.
-
-    Args:
-        image: ``(H, W, 3)`` uint8.
-        target: ``(H, W)`` labels.
-        prediction: ``(H, W)`` classes.
-        palette: RGB of each class.
-        alpha: weight of the colours, 0 to 1.
-        largest_side: pixels that the longer side of a panel is reduced to, where it is longer.
-
-    Raises:
-        ValueError: sizes that differ, or classes beyond the palette.
-    """
-    if not image.shape == (*target.shape, 3) == (*prediction.shape, 3):
-        given = f"{image.shape}, {target.shape} and {prediction.shape}"
-        raise ValueError(f"image, target and prediction must be (H, W, 3), (H, W) and (H, W), got {given}")
-    panels = [Image.fromarray(image)]
-    for labels, shown in ((target, target != ignore_index), (prediction, np.ones_like(prediction, bool))):
-        colors = colorize(np.where(shown, labels, 0), palette)
-        panels.append(Image.blend(panels[0], Image.fromarray(np.where(shown[..., None], colors, image)), alpha))
-    for panel in panels:
-        panel.thumbnail((largest_side, largest_side))
-    width, height = panels[0].size
-    picture = Image.new("RGB", (3 * width + 2 * _GAP, height), "white")
-    for index, panel in enumerate(panels):
-        picture.paste(panel, (index * (width + _GAP), 0))
-    return picture
 
 
 def check_classes(model: Model, dataset: SegmentationDataset) -> None:

@@ -22,13 +22,13 @@ from ..inference.predict import class_table, predict_raster
 from ..inference.settings import Settings
 from ..io.images import Pixels
 from ..segmenter import Segmenter
-from ..visualize import displayed
+from ..visualize import displayed, side_by_side
 from .datasets.base import IGNORE
 from .datasets.class_lists import ReadOptions, color_table
 from .datasets.colors import named_colors
 from .datasets.layouts import LAYOUTS, value_table
 from .datasets.pairs import Pair, PairedFiles, read_pixels
-from .evaluation import ConfusionMatrix, Scores, side_by_side
+from .evaluation import ConfusionMatrix, Scores
 
 FORMS: dict[str, dict[str, Any]] = {
     **{name: {"dtype": name} for name in ("float32", "bfloat16", "float16")},
@@ -71,8 +71,10 @@ class Form:
         self.against_float32.update(torch.from_numpy(labels), torch.from_numpy(reference))
         agreement = float((labels == reference).mean())
         if self.worst is None or agreement < self.worst[0]:
-            _, palette = class_table(self.model.config)
-            self.worst = agreement, name, side_by_side(displayed(pixels), reference, labels, palette, ignore_index=-1)
+            names, palette = class_table(self.model.config)
+            titles = "image", "float32", f"{self.name}, {agreement:.2%} the same"
+            drawn = displayed(pixels), reference, labels
+            self.worst = agreement, name, side_by_side(*drawn, palette, names, -1, titles)
 
     @property
     def images_per_second(self) -> float:

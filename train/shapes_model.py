@@ -10,14 +10,13 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
+from ..captions import captioned
 from ..inference.settings import Settings
 from ..io.atomic import atomic_files
 from ..io.images import normalise
@@ -37,8 +36,7 @@ RECORD = "record.json"
 LIMIT = 6_000_000
 SCENES = 32
 HEADINGS = ("scene", "truth", "prediction")
-_PANEL, _MARGIN, _LINE = 288, 16, 26
-_INK, _PAPER = (32, 32, 38), (250, 250, 248)
+_PANEL, _SMOOTH = 288, (Image.Resampling.NEAREST, Image.Resampling.LANCZOS)
 
 
 def load_shapes_model() -> Segmenter:
@@ -74,8 +72,11 @@ def compare_scenes(
         labels = model.segment(normalise(pixels, config.mean, config.std, device))[0]
         matrix.update(labels, torch.from_numpy(target))
         if index < rows:
-            drawn.append((pixels, *(colorize(part, dataset.palette) for part in (target, labels.cpu().numpy()))))
-    return _picture(drawn, dataset), matrix.scores()
+            colors = (colorize(part, dataset.palette) for part in (target, labels.cpu().numpy()))
+            panels = map(Image.fromarray, (pixels, *colors))
+            drawn.append([panel.resize((_PANEL, _PANEL), _SMOOTH[not place]) for place, panel in enumerate(panels)])
+    legend = [*zip(dataset.palette, dataset.class_names, strict=True)]
+    return captioned(drawn, HEADINGS, legend), matrix.scores()
 
 
 def replace_shapes_model(run: Path, out: Path = MODEL) -> dict[str, object]:
@@ -113,28 +114,6 @@ def replace_shapes_model(run: Path, out: Path = MODEL) -> dict[str, object]:
             shutil.copyfile(run / BEST / name, temporary / name)
         (temporary / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return record
-
-
-def _picture(rows: Sequence[Sequence[np.ndarray]], dataset: SegmentationDataset) -> Image.Image:
-    """Draw rows of panels under their headings, and the legend beside them."""
-    font, legend = ImageFont.load_default(18), 190
-    width = len(HEADINGS) * (_PANEL + _MARGIN) + _MARGIN + legend
-    height = _LINE + _MARGIN + len(rows) * (_PANEL + _MARGIN)
-    picture = Image.new("RGB", (width, max(height, (len(dataset.class_names) + 2) * _LINE)), _PAPER)
-    draw = ImageDraw.Draw(picture)
-    for column, heading in enumerate(HEADINGS):
-        left = _MARGIN + column * (_PANEL + _MARGIN)
-        draw.text((left + _PANEL / 2, 0.8 * _LINE), heading, _INK, font, anchor="mm")
-        for row, panels in enumerate(rows):
-            smooth = Image.Resampling.LANCZOS if column == 0 else Image.Resampling.NEAREST
-            panel = Image.fromarray(panels[column]).resize((_PANEL, _PANEL), smooth)
-            picture.paste(panel, (left, _LINE + _MARGIN + row * (_PANEL + _MARGIN)))
-    left = width - legend
-    for line, (name, color) in enumerate(zip(dataset.class_names, dataset.palette, strict=True)):
-        top = _LINE + _MARGIN + line * _LINE
-        draw.rounded_rectangle((left, top, left + 18, top + 18), 4, color)
-        draw.text((left + 28, top + 9), name, _INK, font, anchor="lm")
-    return picture
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from segmenter_fast.captions import RANDOM, captioned
 from segmenter_fast.io.atomic import write_png
 from segmenter_fast.io.images import ImageSource
 from segmenter_fast.visualize import default_palette, overlay
@@ -51,5 +52,6 @@ def run_demo(
         if untimed := next((row for row in compared(rows) if row.timing is None), None):
             raise RuntimeError(f"{variant}: the {untimed.variant} model could not be timed: {untimed.note}")
         path = out / f"{variant}.png"
-        write_png(overlay(pixels, comparison.labels[0].cpu().numpy(), default_palette(case.classes)), path)
+        picture = overlay(pixels, comparison.labels[0].cpu().numpy(), default_palette(case.classes))
+        write_png(captioned([[picture]], note=RANDOM), path)
         yield case.parameters, rows, path

@@ -73,7 +73,8 @@ def check(
             for checked in track(check_files(files), f"checking {split}", len(files), console=Console(stderr=True)):
                 findings.add(checked)
     summaries = {split: findings.summary() for split, findings in found.items()}
-    Console().print(_table(f"{folder}, {kind}", summaries))
+    console = Console()
+    console.print(_table(f"{folder}, {kind}", summaries, console.width))
     problems += [problem for summary in summaries.values() for problem in summary["problems"]]
     for split, summary in summaries.items():
         for warning in summary["warnings"]:
@@ -90,9 +91,16 @@ def check(
     typer.echo("no problems")
 
 
-def _table(title: str, summaries: dict[str, dict[str, Any]]) -> Table:
-    """Return one table of all figures, a column a split, with a bar for the share of each class."""
+def _table(title: str, summaries: dict[str, dict[str, Any]], width: int) -> Table:
+    """Return one table of all figures, a column a split, with a bar for the share of each class.
+
+    Args:
+        width: of the terminal, which the bars fit.
+    """
     table = Table("", *summaries, title=title, header_style="bold")
+    names = [*next(iter(summaries.values()))["pixels"], "files of other values"]
+    left = width - 4 - min(max(map(len, names)), 24)  # of the names, their borders and margins
+    bar = max(min(left // len(summaries) - 3 - len(_bar(0, next(iter(summaries.values())), 0)), 10), 0)
 
     def add(name: str, figure: Callable[[dict[str, Any]], str]) -> None:
         table.add_row(name, *map(figure, summaries.values()))
@@ -105,15 +113,15 @@ def _table(title: str, summaries: dict[str, dict[str, Any]]) -> Table:
     add("files of other values", lambda summary: f"{summary['files_with_other_values']:,}")
     add("sizes", lambda summary: ", ".join(f"{size} ({n})" for size, n in [*summary["sizes"].items()][:3]))
     table.add_section()
-    for name in next(iter(summaries.values()))["pixels"]:
-        add(name, lambda summary, name=name: _bar(summary["pixels"][name], summary))  # type: ignore[misc]
-    add("(ignored)", lambda summary: _bar(summary["ignored_pixels"], summary))
+    for name in names[:-1]:
+        add(name, lambda summary, name=name: _bar(summary["pixels"][name], summary, bar))  # type: ignore[misc]
+    add("(ignored)", lambda summary: _bar(summary["ignored_pixels"], summary, bar))
     return table
 
 
-def _bar(count: int, summary: dict[str, Any]) -> str:
+def _bar(count: int, summary: dict[str, Any], length: int) -> str:
     share = count / max(sum(summary["pixels"].values()) + summary["ignored_pixels"], 1)
-    return f"{count:>13,} {share:>6.1%} {'█' * round(10 * share):10}"
+    return f"{count:>13,} {share:>6.1%} {'█' * round(length * share):{length}}"
 
 
 @dataset.command()

@@ -102,6 +102,7 @@ def predict(
     if (known := window or _known_window(model)) is not None:
         _stride(stride, overlap, known)
     with _sigterm_as_interrupt():
+        from ..captions import RANDOM
         from ..inference.folders import make_writable, plan
         from ..inference.pipeline import run_all
         from ..inference.records import unfinished
@@ -114,7 +115,8 @@ def predict(
             jobs = plan(inputs, out, overlay, format.value, root=root, keep_suffix=keep_suffix)
         world = world.for_prediction()
         leads = world.rank == 0 or world.store is None  # a rank that no store connects to others reports on its own
-        jobs = [dataclasses.replace(job, page=page) for job in jobs[world.rank :: world.size]]
+        note = RANDOM if model in VARIANTS and not Path(model).exists() else ""
+        jobs = [dataclasses.replace(job, page=page, note=note) for job in jobs[world.rank :: world.size]]
         done, total = 0, len(jobs)
         report = PredictionReport()
         try:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from .. import visualize
+from ..captions import captioned, legend_of
 from ..io import images
 from ..io.atomic import write_png
 from ..io.images import Raster
@@ -39,6 +40,8 @@ class Job:
     """PNG, or TIFF for the format "tiff"; with "auto" a large image has ``tiled`` instead."""
     overlay: Path | None
     format: LabelFormat = "auto"
+    note: str = ""
+    """Line in red below the overlay."""
     page: int | None = None
     """Of the input, from 0 on; None: the first, with a warning if there are others."""
 
@@ -137,7 +140,7 @@ def write_outputs(job: Job, prediction: Prediction, run: dict[str, Any]) -> None
     """
     record = record_of(run, job.source)
     if job.overlay is not None:
-        write_png(prediction.overlay(), job.overlay, record)
+        write_png(prediction.captioned_overlay(job.note), job.overlay, record)
     write_png(prediction.label_image(), job.labels, record)
 
 
@@ -182,7 +185,16 @@ def run_by_rows(
         for _, band in label_bands(model, raster, settings, rows.count, progress):
             rows.append(band)
     if job.overlay is not None:
-        write_png(visualize.reduced_overlay(raster, rows.read, palette, OVERLAY_SIDE), job.overlay, record)
+        counts = np.zeros(num_classes, np.int64)
+
+        def read(top: int, bottom: int) -> np.ndarray:
+            band = rows.read(top, bottom)
+            counts[:] += np.bincount(band.ravel(), minlength=num_classes)
+            return band
+
+        picture = visualize.reduced_overlay(raster, read, palette, OVERLAY_SIDE)
+        legend = legend_of(counts, palette, names)
+        write_png(captioned([[picture]], legend=legend, note=job.note), job.overlay, record)
     values = model.config.label_values
     if labels.suffix == ".tif":
         bands = (visualize.stored_labels(band, palette, names, values)[0] for band in rows.bands())

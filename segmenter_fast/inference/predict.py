@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from .. import visualize
+from ..captions import captioned, legend_of, percent
 from ..config import Pair, SegmenterConfig
 from ..io.images import ImageSource, Raster, normalise, open_raster
 from ..token_merging import Merge
@@ -24,8 +25,8 @@ from .rows import Rows, enlarged_size, image_views
 from .settings import Settings, check_work, one_window
 from .sliding import Progress, slide_rows
 
-# Longest side in pixels of a prediction's picture in a notebook, and the most classes that are named there.
-_NOTEBOOK_SIDE, _NOTEBOOK_CLASSES = 640, 24
+_NOTEBOOK_SIDE = 640
+"""Longest side in pixels of a prediction's picture in a notebook."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -52,6 +53,10 @@ class Prediction:
         """The image under the labels' colours; ``alpha`` 0 shows the image only, 1 the colours only."""
         return visualize.overlay(self.image, self.labels, self.palette, alpha)
 
+    def captioned_overlay(self, note: str = "") -> Image.Image:
+        """The overlay above a legend of the classes that occur, with their shares, and a note in red."""
+        return captioned([[self.overlay()]], legend=self._legend(), note=note)
+
     def label_image(self) -> Image.Image:
         """An image whose pixels are ``values``, or class indices: mode P up to 256 classes, 16-bit grey above."""
         labels, palette, _ = visualize.stored_labels(self.labels, self.palette, self.class_names, self.values)
@@ -60,24 +65,28 @@ class Prediction:
     def share_by_class(self) -> dict[str, float]:
         """Share of the pixels, in (0, 1], of each class that occurs, largest first; classes of one name are summed."""
         shares: dict[str, float] = {}
-        for index, share in self._shares():
-            shares[self.class_names[index]] = shares.get(self.class_names[index], 0.0) + share
+        counts = self._counts()
+        for index in np.argsort(-counts, kind="stable"):
+            if counts[index]:
+                share = int(counts[index]) / self.labels.size
+                shares[self.class_names[index]] = shares.get(self.class_names[index], 0.0) + share
         return shares
 
-    def _shares(self) -> list[tuple[int, float]]:
-        """Return index and share of the pixels, in (0, 1], of each class that occurs, largest first."""
+    def _counts(self) -> np.ndarray:
+        """Return the pixels of each class."""
         # A bincount takes 8 bytes a pixel.
         bands = np.array_split(self.labels, max(self.labels.size >> 24, 1))
-        counts = np.sum([np.bincount(band.ravel(), minlength=len(self.class_names)) for band in bands], 0)
-        order = np.argsort(-counts, kind="stable")
-        return [(int(index), int(counts[index]) / self.labels.size) for index in order if counts[index]]
+        return np.sum([np.bincount(band.ravel(), minlength=len(self.class_names)) for band in bands], 0)
+
+    def _legend(self) -> list[tuple[Color | None, str]]:
+        return legend_of(self._counts(), self.palette, self.class_names)
 
     def _size(self, classes: int) -> str:
         return f"{self.raster.width} x {self.raster.height}, {classes} class{'es' if classes > 1 else ''}"
 
     def __repr__(self) -> str:
         """Return one line: width x height, number of classes that occur, and the three largest."""
-        shares = [f"{name} {_percent(share)}" for name, share in self.share_by_class().items()]
+        shares = [f"{name} {percent(share)}" for name, share in self.share_by_class().items()]
         dots = ", ..." if len(shares) > 3 else ""
         return f"Prediction({self._size(len(shares))}: {', '.join(shares[:3])}{dots})"
 
@@ -86,17 +95,10 @@ class Prediction:
         picture = visualize.reduced_overlay(
             self.raster, lambda top, bottom: self.labels[top:bottom], self.palette, _NOTEBOOK_SIDE
         )
-        shares = self._shares()
-        legend = [
-            (self.palette[index], f"{self.class_names[index]} {_percent(share)}")
-            for index, share in shares[:_NOTEBOOK_CLASSES]
-        ]
-        title = self._size(len(shares)) + (f", the {len(legend)} largest:" if len(legend) < len(shares) else ":")
+        legend = [(color, text) for color, text in self._legend() if color is not None]
+        classes = int((self._counts() > 0).sum())
+        title = self._size(classes) + (f", the {len(legend)} largest:" if len(legend) < classes else ":")
         return visualize.html_figure(picture, title, legend)
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.005 else "<1 %"
 
 
 @overload

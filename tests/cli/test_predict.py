@@ -28,7 +28,7 @@ def test_files_become_labels_and_overlays(dtype: str, tmp_path: Path) -> None:
     expected = sf.predict(model, source, scales=(1.0, 1.5), flip=True)
     assert np.array_equal(labels(out)["x.png"], expected.labels)
     with Image.open(out / "overlays/x.png") as image:
-        assert np.array_equal(np.asarray(image), np.asarray(expected.overlay()))
+        assert np.array_equal(np.asarray(image), np.asarray(expected.captioned_overlay()))
     assert tree(out) == ["labels/x.png", "overlays/x.png"]
 
 

@@ -158,11 +158,12 @@ def test_the_overlay_of_a_large_image_is_reduced(job: Job, monkeypatch: pytest.M
     run(model, job, SETTINGS)
     result = sf.predict(model, pixels(300, 100), window=32, stride=24)
     with Image.open(job.overlay) as image:
-        assert np.array_equal(np.asarray(image), np.asarray(result.overlay()))
+        assert np.array_equal(np.asarray(image), np.asarray(result.captioned_overlay()))
     monkeypatch.setattr(folders, "OVERLAY_SIDE", 43)
     run(model, job, SETTINGS)
     with Image.open(job.overlay) as image:
-        assert image.size == (15, 43)
+        assert image.width == 256  # of the legend, below the 15 x 43 pixels of the overlay
+        assert np.asarray(image)[42, 14].tolist() != np.asarray(image)[43, 15].tolist() == [250, 250, 248]
         block = pixels(300, 100)[140:147, 70:77].mean((0, 1)) / 2
         colour = np.array(result.palette[result.labels[143, 73]]) / 2
         assert abs(np.asarray(image)[20, 10] - block - colour).max() < 2

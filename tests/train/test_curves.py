@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
 from segmenter_fast.cli import app
-from segmenter_fast.train.curves import draw_curves, read_curves, running_mean
+from segmenter_fast.train.curves import Curves, draw_curves, read_curves, running_mean
 from segmenter_fast.train.logs import LOG
 
 
@@ -78,3 +79,19 @@ def test_errors_are_one_line(
     assert result.exit_code == 2
     assert message in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("points", [1, 2, 5])
+def test_short_runs_have_marked_points_whole_steps_and_the_best_score(
+    points: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    curves = Curves("short", {step: 1 / step for step in range(1, points + 1)}, {points: 0.031})
+    kept: list[Figure] = []
+    monkeypatch.setattr("matplotlib.pyplot.close", kept.append)
+    draw_curves([curves], tmp_path / "x.png")
+    left, right = kept[0].axes
+    assert [line.get_marker() for line in left.lines] == ["o", "None"]
+    assert all(float(tick).is_integer() for tick in left.get_xticks())
+    assert right.get_ylim()[1] < 0.05
+    assert [text.get_text() for text in right.texts] == ["0.031"]
+    assert left.get_title() == "training loss"

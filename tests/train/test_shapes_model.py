@@ -44,7 +44,7 @@ def test_the_picture_shows_scenes_truth_and_prediction() -> None:
 
     model = load_shapes_model()
     picture = np.asarray(compare_scenes(model, Black(size=96), scenes=1, rows=1)[0])
-    panels = [picture[60:300, 16 + 304 * column : 304 * (column + 1)] for column in range(3)]
+    panels = [picture[21 : 21 + 288, 294 * column : 294 * column + 288] for column in range(3)]
     assert not panels[0].any()
     assert (panels[1] == Shapes.palette[3]).all()
     assert {tuple(color) for color in panels[2].reshape(-1, 3)} <= set(Shapes.palette)
