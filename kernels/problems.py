@@ -12,9 +12,12 @@ from torch import Tensor
 from .costs import ASSUMED, CLOCK, SCHEDULERS, TARGET, cost
 from .gpu.attention_backward import attention_backward
 from .gpu.attention_forward import attention_forward
+from .gpu.best_match import best_match
+from .gpu.bipartite_groups import bipartite_groups
 from .gpu.lattice_argmax import lattice_argmax
 from .gpu.launches import bind, empty
 from .gpu.mask_scores import mask_scores, mask_scores_backward
+from .gpu.merge_tokens import merge_tokens
 from .gpu.upsample_argmax import upsample_argmax
 from .gpu.upsample_cross_entropy import scale_gradient, upsample_cross_entropy
 from .gpu.upsample_softmax import upsample_softmax
@@ -67,12 +70,32 @@ def problems() -> Iterator[Problem]:
     yield Problem("attention", call, (_bytes(qkv, out), scores, 4 * 64 * scores), {})
     call = partial(attention_backward, out, qkv, out, lse, 0.125)
     yield Problem("attention backward", call, (_bytes(qkv, qkv, out, out), scores, 10 * 64 * scores), {})
+    call = partial(attention_forward, qkv, 0.125, False, empty(8, 1025))
+    yield Problem("attention with a bias", call, (_bytes(qkv, out), scores, 4 * 64 * scores), {})
+    for tokens, dim in ((1024, 384), (1024, 768), (4096, 384)):
+        yield _merging(tokens, dim)
     inputs, norm, grad = (bf16(8, 1024, 768), bf16(8, 150, 768)), bf16(150), bf16(8, 1024, 150)
     least = (_bytes(*inputs, grad), 0, 2 * 768 * grad.numel())
     call = partial(mask_scores, *inputs, norm, norm, 1e-5)
     yield Problem("mask scores, K=150", call, least, {})
     call = partial(mask_scores_backward, grad, *inputs, norm, norm, 1e-5)
     yield Problem("mask scores backward, K=150", call, (2 * least[0], 0, 3 * least[2]), {})
+
+
+def _merging(tokens: int, dim: int) -> Problem:
+    """Match, group and merge 8 % of the tokens, with a class token; the products are the least that matching does."""
+    x, groups = bf16(8, 1 + tokens, dim), 1 + tokens - round(0.08 * tokens)
+
+    def call() -> None:
+        value, match = best_match(x[:, 2::2], x[:, 1::2], None)
+        index = bipartite_groups(value, match, tokens, 1 + tokens - groups, 1, None)
+        merge_tokens(x, index, groups, empty(8, 1 + tokens))
+
+    least = (3 * _bytes(x), 0, 8 * tokens**2 * dim / 2)
+    # The mean of the longest group of each 8. Those that merge, in blocks of 64, are visited by 8 programs.
+    data = {"tl.min(current, 0) < seq_len": 1.5, "end": tokens / 2}
+    data |= {"others": 0.08 * tokens, "first_t": -64, "start_t": 0.04 * tokens}
+    return Problem(f"merge tokens, {tokens} of {dim}", call, least, data)
 
 
 def _loss_and_gradient(masks: Tensor, target: Tensor, options: LossOptions) -> None:

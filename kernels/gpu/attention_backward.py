@@ -25,6 +25,7 @@ from .attention_forward import (
     check,
     fills,
     load_at,
+    load_bias,
     load_rows,
     locate,
     qkv_strides,
@@ -48,13 +49,16 @@ from .common import (
 
 @triton.jit
 def _add_keys(
-    dq, q, grad_out, lse, delta, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
+    dq, q, grad_out, lse, delta, k_ptr, v_ptr, bias_ptr, start, stride_n, seq_len, scale_log2,
     ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to ``dq``, not yet scaled, the share of ROWS keys."""
     k = load_rows(k_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     v = load_rows(v_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
-    p = tl.exp2(tl.dot(q, k.T, input_precision=PRECISION) * scale_log2 - lse[:, None])  # (BLOCK_M, ROWS)
+    scores = tl.dot(q, k.T, input_precision=PRECISION) * scale_log2  # (BLOCK_M, ROWS)
+    if bias_ptr is not None:
+        scores += load_bias(bias_ptr, start, seq_len, ROWS, EDGE)[None, :]
+    p = tl.exp2(scores - lse[:, None])
     ds = p * (tl.dot(grad_out, v.T, input_precision=PRECISION) - delta[:, None])
     if EDGE:
         ds = tl.where(start + tl.arange(0, ROWS)[None, :] < seq_len, ds, 0.0)
@@ -63,7 +67,7 @@ def _add_keys(
 
 @triton.jit
 def _add_queries(
-    dk, dv, k, v, q_ptrs, grad_out_ptrs, lse_ptrs, delta_ptrs, start, seq_len, scale_log2,
+    dk, dv, k, v, bias, q_ptrs, grad_out_ptrs, lse_ptrs, delta_ptrs, start, seq_len, scale_log2,
     ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add to ``dk``, not yet scaled, and ``dv`` the share of ROWS queries."""
@@ -76,7 +80,10 @@ def _add_queries(
     else:
         lse = tl.load(lse_ptrs)
         delta = tl.load(delta_ptrs)
-    p = tl.exp2(tl.dot(k, q.T, input_precision=PRECISION) * scale_log2 - lse[None, :])  # (BLOCK_N, ROWS)
+    scores = tl.dot(k, q.T, input_precision=PRECISION) * scale_log2  # (BLOCK_N, ROWS)
+    if bias is not None:
+        scores += bias[:, None]
+    p = tl.exp2(scores - lse[None, :])
     if EDGE:
         p = tl.where(mask_m[None, :], p, 0.0)
     dv = add_product(dv, p.to(grad_out.dtype), grad_out, PRECISION)
@@ -92,6 +99,7 @@ def attention_backward_queries_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     out_ptr,  # (B, N, H, D), contiguous
     lse_ptr,  # (B, H, N), contiguous, to base 2
+    bias_ptr,  # (B, N), contiguous, or None
     delta_ptr,  # (B, H, N), contiguous, written
     grad_qkv_ptr,  # (B, N, 3, H, D), contiguous; the queries' slice is written
     stride_grad_b: tl.int64, stride_grad_n: tl.int64, stride_grad_h: tl.int64,
@@ -109,6 +117,8 @@ def attention_backward_queries_kernel(
     stride_out = heads.to(tl.int64) * HEAD_DIM
     grad_out_ptr += b * stride_grad_b + h * stride_grad_h
     out_ptr += b * seq_len * stride_out + h * HEAD_DIM
+    if bias_ptr is not None:
+        bias_ptr += b * seq_len
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < seq_len
 
@@ -123,12 +133,12 @@ def attention_backward_queries_kernel(
     full = seq_len // BLOCK_N * BLOCK_N
     if TAIL_N > 0:
         dq = _add_keys(
-            dq, q, grad_out, lse, delta, k_ptr, v_ptr, full, stride_n, seq_len, scale_log2,
+            dq, q, grad_out, lse, delta, k_ptr, v_ptr, bias_ptr, full, stride_n, seq_len, scale_log2,
             TAIL_N, HEAD_DIM, PAD_DIM, True, PRECISION,
         )  # fmt: skip
     for start in tl.range(0, full, BLOCK_N):
         dq = _add_keys(
-            dq, q, grad_out, lse, delta, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
+            dq, q, grad_out, lse, delta, k_ptr, v_ptr, bias_ptr, start, stride_n, seq_len, scale_log2,
             BLOCK_N, HEAD_DIM, PAD_DIM, False, PRECISION,
         )  # fmt: skip
     dq_ptr = grad_qkv_ptr + b * seq_len * 3 * stride_out + h * HEAD_DIM
@@ -140,6 +150,7 @@ def attention_backward_keys_kernel(
     grad_out_ptr,  # (B, N, H, D)
     qkv_ptr,  # (B, N, 3, H, D)
     lse_ptr,  # (B, H, N), contiguous, to base 2
+    bias_ptr,  # (B, N), contiguous, or None
     delta_ptr,  # (B, H, N), contiguous
     grad_qkv_ptr,  # (B, N, 3, H, D), contiguous; the slices of keys and values are written
     stride_grad_b: tl.int64, stride_grad_n: tl.int64, stride_grad_h: tl.int64,
@@ -161,6 +172,9 @@ def attention_backward_keys_kernel(
 
     k = load_rows(k_ptr, start_n, stride_n, seq_len, BLOCK_N, HEAD_DIM, PAD_DIM, True)
     v = load_rows(v_ptr, start_n, stride_n, seq_len, BLOCK_N, HEAD_DIM, PAD_DIM, True)
+    bias = None
+    if bias_ptr is not None:
+        bias = load_bias(bias_ptr + b * seq_len, start_n, seq_len, BLOCK_N, True)
     dk = tl.zeros((BLOCK_N, PAD_DIM), tl.float32)
     dv = tl.zeros((BLOCK_N, PAD_DIM), tl.float32)
     full = seq_len // BLOCK_M * BLOCK_M
@@ -169,7 +183,7 @@ def attention_backward_keys_kernel(
     lse_ptrs, delta_ptrs = lse_ptr + tl.arange(0, BLOCK_M), delta_ptr + tl.arange(0, BLOCK_M)
     for start in tl.range(0, full, BLOCK_M):  # pointers that move on, and the rest last: fewer registers
         dk, dv = _add_queries(
-            dk, dv, k, v, q_ptrs, grad_out_ptrs, lse_ptrs, delta_ptrs, start, seq_len, scale_log2,
+            dk, dv, k, v, bias, q_ptrs, grad_out_ptrs, lse_ptrs, delta_ptrs, start, seq_len, scale_log2,
             BLOCK_M, HEAD_DIM, PAD_DIM, False, PRECISION,
         )  # fmt: skip
         q_ptrs += BLOCK_M * stride_n
@@ -179,7 +193,7 @@ def attention_backward_keys_kernel(
     for start in tl.range(full, seq_len, TAIL_M, num_stages=1):
         offs_m = start + tl.arange(0, TAIL_M)
         dk, dv = _add_queries(
-            dk, dv, k, v, row_pointers(q_ptr, start, stride_n, TAIL_M, PAD_DIM),
+            dk, dv, k, v, bias, row_pointers(q_ptr, start, stride_n, TAIL_M, PAD_DIM),
             row_pointers(grad_out_ptr, start, stride_grad_n, TAIL_M, PAD_DIM), lse_ptr + offs_m, delta_ptr + offs_m,
             start, seq_len, scale_log2, TAIL_M, HEAD_DIM, PAD_DIM, True, PRECISION,
         )  # fmt: skip
@@ -230,7 +244,9 @@ def launch_config(
     return (many if queries else few)[0], (many if keys else few)[1]
 
 
-def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float) -> Tensor:
+def attention_backward(
+    grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, scale: float, bias: Tensor | None = None
+) -> Tensor:
     """Gradient of ``qkv``, ``(B, N, 3, H, D)``, contiguous. A ``grad_out`` whose last stride is not 1 is copied."""
     check(qkv)
     b, n, _, heads, dim = qkv.shape
@@ -245,6 +261,7 @@ def attention_backward(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, 
         grad_out_ptr=grad_out,
         qkv_ptr=qkv,
         lse_ptr=lse,
+        bias_ptr=bias,
         delta_ptr=delta,
         grad_qkv_ptr=grad_qkv,
         stride_grad_b=grad_out.stride(0),

@@ -2,6 +2,7 @@
 
 For each head of ``qkv (B, N, 3, H, D)``, with s = q k^T * scale of shape (N, N):
     lse_i = log sum_j exp(s_ij)        out_i = sum_j exp(s_ij - lse_i) v_j
+A bias ``(B, N)`` of the keys adds to s; without one nothing of it is compiled in.
 One program owns BLOCK_M queries of one head and visits the keys with an online softmax in base 2: the statistics are
 in units of log 2, so that ``exp2(q k^T * (scale * log2 e) - max)`` is one fused multiply-add and one exponential.
 Full key blocks run without masks, after the one masked block that the rest of a ragged sequence needs: TAIL_N keys,
@@ -87,6 +88,15 @@ def store_rows(ptr, tile, start, stride_n, seq_len, ROWS: tl.constexpr, DIM: tl.
 
 
 @triton.jit
+def load_bias(bias_ptr, start, seq_len, ROWS: tl.constexpr, EDGE: tl.constexpr):
+    """Biases of ROWS keys in units of log 2, ``(ROWS,)``."""
+    offs = start + tl.arange(0, ROWS)
+    if EDGE:
+        return tl.load(bias_ptr + offs, mask=offs < seq_len, other=0.0) * LOG2_E
+    return tl.load(bias_ptr + offs) * LOG2_E
+
+
+@triton.jit
 def add_product(acc, a, b, PRECISION: tl.constexpr):
     """``acc + a b``; in float32 ``a b`` is summed by itself, because one long chain of additions rounds too often."""
     if a.dtype == tl.float32:  # as an fma, which Triton does not turn into a product that starts from acc
@@ -96,7 +106,7 @@ def add_product(acc, a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, acc, row_max, row_sum, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
+    q, acc, row_max, row_sum, k_ptr, v_ptr, bias_ptr, start, stride_n, seq_len, scale_log2,
     ROWS: tl.constexpr, DIM: tl.constexpr, PAD: tl.constexpr, EDGE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add ROWS keys to the online softmax. ``row_max`` is scaled once, so that all exponents round it alike.
@@ -107,8 +117,13 @@ def _attend(
     if ROWS <= 16:  # few enough to load both before the first wait
         v = load_rows(v_ptr, start, stride_n, seq_len, ROWS, DIM, PAD, EDGE)
     scores = tl.dot(q, k.T, input_precision=PRECISION)  # (BLOCK_M, ROWS)
-    if EDGE:
+    if bias_ptr is not None:
+        scores = scores * scale_log2 + load_bias(bias_ptr, start, seq_len, ROWS, EDGE)[None, :]
+        if EDGE:
+            scores = tl.where(start + tl.arange(0, ROWS)[None, :] < seq_len, scores, -float("inf"))
+    elif EDGE:
         scores = tl.where(start + tl.arange(0, ROWS)[None, :] < seq_len, scores * scale_log2, -float("inf"))
+    if EDGE or bias_ptr is not None:
         new_max = tl.maximum(row_max, tl.max(scores, 1))
         p = tl.exp2(scores - new_max[:, None])
     else:
@@ -126,6 +141,7 @@ def attention_forward_kernel(
     qkv_ptr,  # (B, N, 3, H, D)
     out_ptr,  # (B, N, H, D), contiguous
     lse_ptr,  # (B, H, N), contiguous
+    bias_ptr,  # (B, N), contiguous, or None
     stride_b: tl.int64, stride_n: tl.int64, stride_s: tl.int64, stride_h: tl.int64,
     seq_len, heads,
     scale_log2,  # |scale| * log2(e)
@@ -141,6 +157,8 @@ def attention_forward_kernel(
     stride_out = heads.to(tl.int64) * HEAD_DIM
     out_ptr += b * seq_len * stride_out + h * HEAD_DIM
     lse_ptr += head_index * seq_len
+    if bias_ptr is not None:
+        bias_ptr += b * seq_len
     q = load_rows(q_ptr, start_m, stride_n, seq_len, BLOCK_M, HEAD_DIM, PAD_DIM, True)
     if NEGATIVE:
         q = -q
@@ -150,12 +168,12 @@ def attention_forward_kernel(
     full = seq_len // BLOCK_N * BLOCK_N
     if TAIL_N > 0:
         acc, row_max, row_sum = _attend(
-            q, acc, row_max, row_sum, k_ptr, v_ptr, full, stride_n, seq_len, scale_log2,
+            q, acc, row_max, row_sum, k_ptr, v_ptr, bias_ptr, full, stride_n, seq_len, scale_log2,
             TAIL_N, HEAD_DIM, PAD_DIM, True, PRECISION,
         )  # fmt: skip
     for start in tl.range(0, full, BLOCK_N):
         acc, row_max, row_sum = _attend(
-            q, acc, row_max, row_sum, k_ptr, v_ptr, start, stride_n, seq_len, scale_log2,
+            q, acc, row_max, row_sum, k_ptr, v_ptr, bias_ptr, start, stride_n, seq_len, scale_log2,
             BLOCK_N, HEAD_DIM, PAD_DIM, False, PRECISION,
         )  # fmt: skip
 
@@ -243,8 +261,11 @@ def qkv_strides(qkv: Tensor) -> dict[str, int]:
     return dict(zip(("stride_b", "stride_n", "stride_s", "stride_h"), qkv.stride()[:4], strict=True))
 
 
-def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` and the log-sum-exp ``(B, H, N)`` to base 2, empty unless asked for."""
+def attention_forward(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` and the log-sum-exp ``(B, H, N)`` to base 2, empty unless asked for.
+
+    ``bias`` is ``(B, N)``, float32 and contiguous.
+    """
     check(qkv)
     b, n, _, heads, dim = qkv.shape
     out = qkv.new_empty((b, n, heads, dim))
@@ -257,6 +278,7 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool) -> tuple[Tensor
         qkv_ptr=qkv,
         out_ptr=out,
         lse_ptr=lse,
+        bias_ptr=bias,
         **qkv_strides(qkv),
         seq_len=n,
         heads=heads,

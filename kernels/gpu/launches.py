@@ -6,6 +6,7 @@ gives a hook what it would compile. The tensors are on the meta device: nothing 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -23,9 +24,12 @@ from ..loss_options import LossOptions
 from ..registry import HEAD_SIZES
 from .attention_backward import attention_backward
 from .attention_forward import attention_forward
+from .best_match import best_match
+from .bipartite_groups import bipartite_groups
 from .lattice import lattice_softmax
 from .lattice_argmax import lattice_argmax
 from .mask_scores import mask_scores, mask_scores_backward
+from .merge_tokens import merge_tokens, merge_tokens_backward
 from .upsample_argmax import upsample_argmax
 from .upsample_cross_entropy import pixel_backward, scale_gradient, upsample_cross_entropy
 from .upsample_softmax import upsample_softmax
@@ -135,6 +139,7 @@ def representative_calls(arch: str) -> Iterator[tuple[str, Callable[[], object]]
         yield from _attention(arch not in ("sm_86", "sm_89", "sm_120", "gfx950"))
     yield from _lattice()
     yield from _mask_scores(half)
+    yield from _tokens(half)
     yield from _upsample_argmax(half)
     yield from _upsample_softmax(half)
     yield from _upsample_cross_entropy(half)
@@ -158,6 +163,11 @@ def _attention(all_sizes: bool) -> Iterator[tuple[str, Callable[[], object]]]:
                     yield label, partial(attention_forward, qkv, 0.125, False)
                     yield f"{label} lse", partial(attention_forward, qkv, 0.125, True)
                     yield label, partial(attention_backward, out, qkv, out, lse, 0.125)
+                    if not rest:  # merged tokens
+                        bias = empty(BATCH, seq_len)
+                        yield f"{label} bias", partial(attention_forward, qkv, 0.125, False, bias)
+                        yield f"{label} lse bias", partial(attention_forward, qkv, 0.125, True, bias)
+                        yield f"{label} bias", partial(attention_backward, out, qkv, out, lse, 0.125, bias)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
 
 
@@ -184,6 +194,28 @@ def _mask_scores(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
         label = f"K={num_classes} {name}"
         yield label, partial(mask_scores, patches, classes, norm, norm, 1e-5)
         yield label, partial(mask_scores_backward, grad, patches, classes, norm, norm, 1e-5)
+
+
+def _tokens(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Tokens of ViT-Tiny, ViT-Small and ViT-Large; merging also of other widths, such as angles of rotary positions."""
+    for name, dim in itertools.product((half, "fp16", "fp32") if half == "bf16" else (half, "fp32"), (192, 384, 1024)):
+        for images, tokens in ((BATCH, 1024), (BATCH, 16384)):
+            both = empty(images, tokens, dim, dtype=DTYPES[name])
+            a, b, label = both[:, 1::2], both[:, ::2], f"D={dim} {name}"
+            yield label, partial(best_match, a, b, None)
+            yield f"{label} ragged", partial(best_match, a, b, empty(images, dtype=torch.int64))
+    value, match = empty(BATCH, 512), empty(BATCH, 512, dtype=torch.int64)
+    yield "", partial(bipartite_groups, value, match, 1025, 80, 1, None)
+    yield "above a threshold", partial(bipartite_groups, value, match, 1025, None, 1, 0.9)
+    value, match = empty(BATCH, 8192), empty(BATCH, 8192, dtype=torch.int64)
+    yield "many", partial(bipartite_groups, value, match, 16384, 800, 1, None)
+    for name, dim in ((half, 384), ("fp32", 384), ("fp32", 1024), ("fp32", 66)):
+        tokens, index = empty(BATCH, 1025, dim, dtype=DTYPES[name]), empty(BATCH, 1025, dtype=torch.int64)
+        for weights in (None, empty(BATCH, 1025)):
+            label = f"D={dim} {name}{'' if weights is None else ' weights'}"
+            yield label, partial(merge_tokens, tokens, index, 945, weights)
+            grad, sizes = empty(BATCH, 945, dim, dtype=tokens.dtype), empty(BATCH, 945)
+            yield label, partial(merge_tokens_backward, grad, index, weights, sizes)
 
 
 def _masks(num_classes: int, name: str, channels_last: bool = True) -> Tensor:

@@ -60,7 +60,7 @@ def best_match(a: Tensor, b: Tensor, lengths: Tensor | None = None) -> tuple[Ten
 
 define(
     "best_match(Tensor a, Tensor b, Tensor? lengths) -> (Tensor, Tensor)",
-    triton=None,
+    triton=".gpu.best_match:best_match",
     plain=cpu.best_match,
     fake=lambda a, b, lengths: (
         a.new_empty(a.shape[:2], dtype=statistics_dtype(a.dtype)),
@@ -111,7 +111,7 @@ def bipartite_groups(
 define(
     "bipartite_groups(Tensor value, Tensor match, SymInt tokens, SymInt? merged, SymInt prefix, float? threshold)"
     " -> Tensor",
-    triton=None,
+    triton=".gpu.bipartite_groups:bipartite_groups",
     plain=cpu.bipartite_groups,
     fake=lambda value, match, tokens, merged, prefix, threshold: match.new_empty((match.shape[0], prefix + tokens)),
 )
@@ -169,7 +169,7 @@ def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None, None]
 
 define(
     "merge_tokens(Tensor tokens, Tensor index, SymInt groups, Tensor? weights) -> (Tensor, Tensor)",
-    triton=None,
+    triton=".gpu.merge_tokens:merge_tokens",
     plain=cpu.merge_tokens,
     fake=lambda tokens, index, groups, weights: (
         tokens.new_empty((tokens.shape[0], groups, tokens.shape[2])),
@@ -180,7 +180,7 @@ define(
 )
 define(
     "merge_tokens_backward(Tensor grad, Tensor index, Tensor? weights, Tensor sizes) -> Tensor",
-    triton=None,
+    triton=".gpu.merge_tokens:merge_tokens_backward",
     plain=cpu.merge_tokens_backward,
     fake=lambda grad, index, weights, sizes: grad.new_empty((*index.shape, grad.shape[2])),
     backward=no_second_derivative("merge_tokens"),
