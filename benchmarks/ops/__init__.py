@@ -15,7 +15,7 @@ from ..case import Case
 from ..deadline import deadline_after
 from ..results import RESULTS
 from ..runner import Runner
-from . import attention, mask_scores, sliding, upsample
+from . import attention, mask_scores, sliding, tokens, upsample
 
 # (device, quick) -> the cases of an op.
 MakeCases = Callable[[torch.device, bool], list[Case]]
@@ -27,7 +27,7 @@ OPS: dict[str, MakeCases] = {
 # The number of cases of an op that come before all others: both passes at the main shape, and attention at each length.
 FIRST, FIRST_OF = 2, {"attention": 2 * len(attention.FILLING)}
 # Measured only where it is named.
-NAMED: dict[str, MakeCases] = {"sliding": sliding.cases}
+NAMED: dict[str, MakeCases] = {"sliding": sliding.cases, "tokens": tokens.cases}
 
 
 def run_ops(

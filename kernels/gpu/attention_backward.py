@@ -229,7 +229,7 @@ _FLOAT_GFX[128] = Tiles(16, 32, 4, 2), Tiles(32, 16, 4, 2)
 
 @lru_cache
 def launch_config(
-    head_dim: int, seq_len: int, dtype: torch.dtype, arch: str, heads: int, processors: int
+    head_dim: int, seq_len: int, dtype: torch.dtype, arch: str, heads: int, processors: int, biased: bool = False
 ) -> tuple[Tiles, Tiles]:
     """Tiles of the queries' pass and of the keys' pass, each chosen as in the forward."""
     if dtype == torch.float32:
@@ -240,6 +240,10 @@ def launch_config(
         few = many = Tiles(32, 64, 4, 2), few[1]
     if TRITON_3_6 and head_dim == 32 and row in ("sm_80", "sm_100"):
         many = many[0], many[1]._replace(num_stages=2)
+    if biased and (row, head_dim > 64) == ("sm_90", False):  # biases need a few registers more
+        many = many[0], few[1]
+    if biased and (row, head_dim) == ("gfx942", 32):
+        many = few[0], many[1]
     queries, keys = (fills(seq_len, rows, heads, processors) for rows in (many[0].block_m, many[1].block_n))
     return (many if queries else few)[0], (many if keys else few)[1]
 
@@ -256,7 +260,7 @@ def attention_backward(
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
     delta = torch.empty_like(lse)
     arch = device_arch(qkv)
-    queries, keys = launch_config(dim, n, qkv.dtype, arch, b * heads, processors(qkv))
+    queries, keys = launch_config(dim, n, qkv.dtype, arch, b * heads, processors(qkv), bias is not None)
     shared = dict(
         grad_out_ptr=grad_out,
         qkv_ptr=qkv,

@@ -213,12 +213,16 @@ _FLOAT = {16: Tiles(64, 32, 8, 3), 32: Tiles(32, 32, 4, 3), 64: Tiles(32, 32, 4,
 
 
 @lru_cache
-def launch_config(head_dim: int, seq_len: int, dtype: torch.dtype, arch: str, heads: int, processors: int) -> Tiles:
+def launch_config(
+    head_dim: int, seq_len: int, dtype: torch.dtype, arch: str, heads: int, processors: int, biased: bool = False
+) -> Tiles:
     """Tiles of a launch for ``heads`` heads of all images; measured are sm_90's for 16-bit types and heads of 64."""
     if dtype == torch.float32:
         tiles = _FLOAT[next_power_of_2(head_dim)]
         return tiles._replace(num_stages=2) if arch.startswith("gfx") else tiles
     few, many = _HALF[table_arch(arch), head_dim > 64]
+    if biased and head_dim > 64 and arch.startswith("gfx"):  # wide heads leave no registers for biases
+        many = few
     return many if fills(seq_len, many.block_m, heads, processors) else few
 
 
@@ -273,7 +277,7 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | 
     if out.numel() == 0:
         return out, lse
     arch = device_arch(qkv)
-    tiles = launch_config(dim, n, qkv.dtype, arch, b * heads, processors(qkv))
+    tiles = launch_config(dim, n, qkv.dtype, arch, b * heads, processors(qkv), bias is not None)
     attention_forward_kernel[programs(cdiv(n, tiles.block_m) * b * heads, qkv=qkv.shape)](
         qkv_ptr=qkv,
         out_ptr=out,

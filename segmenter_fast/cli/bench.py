@@ -93,7 +93,7 @@ def kernels(
     out: OutOption = RESULTS,
     budget: BudgetOption = None,
 ) -> None:
-    """Every fused op against its peers; `sliding`, where it is named: sliding windows against the canvas method."""
+    """Every fused op against its peers; where named, `sliding` windows and the `tokens` that merge against theirs."""
     from ..benchmarks.ops import run_ops
     from ..devices import choose_device
 

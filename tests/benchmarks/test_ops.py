@@ -16,7 +16,7 @@ import torch
 from segmenter_fast import kernels
 from segmenter_fast.benchmarks import runner
 from segmenter_fast.benchmarks.case import OURS, Case, DisagreementError, Variant, run_case
-from segmenter_fast.benchmarks.ops import OPS, attention, in_turns, upsample
+from segmenter_fast.benchmarks.ops import OPS, attention, in_turns, tokens, upsample
 from segmenter_fast.benchmarks.results import read
 from segmenter_fast.kernels import reference
 from support.benchmarks import CEILINGS, CPU, small_case, timed_rows
@@ -32,6 +32,7 @@ def with_ours(case: Case, change: Callable[[Any], Any]) -> Case:
 PASSES = [(op, pass_) for op, table in upsample.OPS.items() for pass_ in table.copies]
 PASSES += [("attention", "forward"), ("attention", "backward")]
 PASSES += [("mask_scores", "forward"), ("mask_scores", "forward+backward")]
+PASSES += [(op, "forward") for op in tokens.OPS]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -44,7 +45,7 @@ def test_every_case_agrees_and_is_timed(op: str, pass_: str, dtype: torch.dtype)
         assert row.timing is not None
         assert row.timing.median_ms > 0
         assert row.share is not None
-        assert (row.tflops is not None) == (op in {"attention", "mask_scores"})
+        assert (row.tflops is not None) == (op in {"attention", "mask_scores", "best_match", "attention with a bias"})
 
 
 def one_label_wrong(labels: torch.Tensor) -> torch.Tensor:

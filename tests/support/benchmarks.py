@@ -8,7 +8,7 @@ import torch
 
 from segmenter_fast.benchmarks.case import Case, Row, run_case
 from segmenter_fast.benchmarks.device import Ceilings
-from segmenter_fast.benchmarks.ops import attention, mask_scores, upsample
+from segmenter_fast.benchmarks.ops import attention, mask_scores, tokens, upsample
 from segmenter_fast.benchmarks.timing import Timing
 
 CPU = torch.device("cpu")
@@ -25,6 +25,8 @@ def small_case(op: str, pass_: str, dtype: torch.dtype = torch.float32, map_: st
         case = attention.attention_case(CPU, dtype, 2, 17, pass_)
     elif op == "mask_scores":
         case = mask_scores.scores_case(CPU, dtype, 2, pass_, 17, 8, 7)
+    elif op in tokens.OPS:
+        case = tokens.tokens_case(op, CPU, dtype, 2, 17, 64)
     else:
         case = upsample.upsample_case(op, CPU, dtype, 2, pass_, upsample.Masks(map_, 7, 8, 32))
     return replace(case, variants={name: v for name, v in case.variants.items() if name != "compile"})
