@@ -75,14 +75,16 @@ class Tiles(NamedTuple):
 
 
 @lru_cache
-def launch_config(dim: int, dtype: torch.dtype, arch: str, rows: int, processors: int) -> Tiles:
+def launch_config(dtype: torch.dtype, arch: str, rows: int, processors: int) -> Tiles:
     """Tiles of a launch for ``rows`` rows of all images; none is measured."""
     stages = 2 if arch.startswith("gfx") else 3
     if dtype == torch.float32:
         return Tiles(32, 32, 32, 4, stages)
-    if 2 * cdiv(rows, 128) >= processors:
-        return Tiles(128, 64, 64, 8, stages)
-    return Tiles(64, 64, 64, 4, stages)
+    if arch == "sm_75":  # larger tiles spill
+        return Tiles(32, 32, 32, 8, 2)
+    if arch != "sm_90":  # products take registers there: with 4 warps the tile spills
+        return Tiles(64, 64, 64, 8, stages)
+    return Tiles(128, 64, 64, 8, 3) if 2 * cdiv(rows, 128) >= processors else Tiles(64, 64, 64, 4, 3)
 
 
 def best_match(a: Tensor, b: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -94,7 +96,7 @@ def best_match(a: Tensor, b: Tensor, lengths: Tensor | None) -> tuple[Tensor, Te
     if value.numel() == 0:
         return value, match
     arch = device_arch(a)
-    tiles = launch_config(dim, a.dtype, arch, images * rows, processors(a))
+    tiles = launch_config(a.dtype, arch, images * rows, processors(a))
     best_match_kernel[programs(images * cdiv(rows, tiles.block_m), a=a.shape)](
         a_ptr=a,
         b_ptr=b,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .common import next_power_of_2, programs, refuse_float64
 
-_MOST = 4096
+_MOST = 2048
 
 
 @triton.jit
@@ -104,6 +104,6 @@ def bipartite_groups(
             prefix=prefix,
             threshold=threshold,
             BLOCK=block,
-            num_warps=8 if block >= 1024 else 4,
+            num_warps=8 if block > 1024 else 4,
         )
     return index

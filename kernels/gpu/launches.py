@@ -210,11 +210,11 @@ def _tokens(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
     value, match = empty(BATCH, 8192), empty(BATCH, 8192, dtype=torch.int64)
     yield "many", partial(bipartite_groups, value, match, 16384, 800, 1, None)
     for name, dim in ((half, 384), ("fp32", 384), ("fp32", 1024), ("fp32", 66)):
-        tokens, index = empty(BATCH, 1025, dim, dtype=DTYPES[name]), empty(BATCH, 1025, dtype=torch.int64)
+        x, index = empty(BATCH, 1025, dim, dtype=DTYPES[name]), empty(BATCH, 1025, dtype=torch.int64)
         for weights in (None, empty(BATCH, 1025)):
             label = f"D={dim} {name}{'' if weights is None else ' weights'}"
-            yield label, partial(merge_tokens, tokens, index, 945, weights)
-            grad, sizes = empty(BATCH, 945, dim, dtype=tokens.dtype), empty(BATCH, 945)
+            yield label, partial(merge_tokens, x, index, 945, weights)
+            grad, sizes = empty(BATCH, 945, dim, dtype=x.dtype), empty(BATCH, 945)
             yield label, partial(merge_tokens_backward, grad, index, weights, sizes)
 
 

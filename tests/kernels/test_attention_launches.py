@@ -15,6 +15,7 @@ from segmenter_fast.kernels.registry import HEAD_SIZES, INTERPRET
 
 from .conftest import Backend
 from .test_attention import assert_attention, inputs
+from .test_attention_bias import assert_attention as assert_with_bias
 
 module = importlib.import_module("segmenter_fast.kernels.ops.attention")
 
@@ -26,7 +27,7 @@ def test_launch_config_of_every_chip(arch: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for dim in HEAD_SIZES:
             for n, heads in ((1, 1), (257, 96), (4097, 96), (1025, 12)):
-                case = dim, n, dtype, arch, heads, 132
+                case = dim, n, dtype, arch, heads, 132, n == 4097
                 for tiles in (forward.launch_config(*case), *backward.launch_config(*case)):
                     assert tiles.block_m % forward.TAIL == tiles.block_n % forward.TAIL == 0
 
@@ -89,4 +90,6 @@ def test_tiles_of_many_programs_compute_the_same(monkeypatch: pytest.MonkeyPatch
         kernel = importlib.import_module(f"segmenter_fast.kernels.gpu.attention_{name}")
         tiles = kernel.launch_config(64, 4097, torch.float16, "sm_90", 96, 132)
         monkeypatch.setattr(kernel, "launch_config", lambda *args, tiles=tiles: tiles)
-    assert_attention(*inputs(Backend("interpret", "cpu", ()), 1, n, 1, 64, torch.float16))
+    arguments = inputs(Backend("interpret", "cpu", ()), 1, n, 1, 64, torch.float16)
+    assert_attention(*arguments)
+    assert_with_bias(*arguments, torch.arange(n)[None].log1p())
