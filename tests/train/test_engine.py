@@ -23,7 +23,7 @@ from segmenter_fast.train.logs import read_log
 from segmenter_fast.train.presets import Recipe
 from segmenter_fast.train.run_folder import checkpoint_path, checkpoint_steps, read_checkpoint
 from support import training as support
-from support.training import RECIPE, Signalled, Squares, small_model, step_gradients, weights
+from support.training import RECIPE, ROUNDING, Signalled, Squares, difference, small_model, step_gradients, weights
 
 VALIDATION = Squares(4, 1)
 
@@ -165,7 +165,7 @@ def test_activation_checkpointing_and_parts_change_nothing_but_rounding(tmp_path
     }.items():
         run(tmp_path / name, plain.replace(**fields))
         found = weights(tmp_path / name)
-        assert all(torch.allclose(found[key], wanted[key], atol=1e-5) for key in wanted), name
+        assert difference(found, wanted) < 20 * ROUNDING, name  # after six steps
 
 
 def test_a_frozen_encoder_stays_as_it_is(tmp_path: Path) -> None:
@@ -229,7 +229,7 @@ def test_gradients_of_two_processes_are_those_of_one_with_the_double_batch(two: 
         assert (out / f"{name}.pt").exists(), done.stderr
         found = torch.load(out / f"{name}.pt")
         assert found.keys() == wanted.keys()
-        assert max((found[key] - wanted[key]).abs().max() for key in wanted) < 1e-6, name
+        assert difference(found, wanted) < ROUNDING, name
 
 
 def test_a_signal_to_one_process_stops_all_and_a_killed_one_ends_the_run(two: Any) -> None:

@@ -16,7 +16,7 @@ from segmenter_fast.train import run_folder
 from segmenter_fast.train.presets import Recipe
 from segmenter_fast.train.stepping import Stepper, StepResult
 from segmenter_fast.weights.reading import CheckpointError
-from support.training import RECIPE, small_model, step_gradients
+from support.training import RECIPE, ROUNDING, difference, small_model, step_gradients
 
 
 def noise(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +58,7 @@ def test_parts_of_a_batch_change_nothing_but_rounding(accumulate: int) -> None:
     recipe = RECIPE.replace(drop_path=0.0)
     wanted, found = step_gradients(World(), recipe), step_gradients(World(), recipe.replace(accumulate=accumulate))
     assert found.keys() == wanted.keys()
-    assert max((found[key] - wanted[key]).abs().max() for key in wanted) < 1e-6
+    assert difference(found, wanted) < ROUNDING
 
 
 def test_the_gradient_is_clipped_and_the_average_follows() -> None:
