@@ -183,10 +183,33 @@ def test_tiles_of_the_cpu_change_nothing(limit, monkeypatch) -> None:
     for masks in (smooth(1, 12, 6, 7), torch.randn(1, 12, 6, 7), unpruned):
         arguments = (masks, (50, 61), (47, 61), False)
         whole = module.upsample_argmax(*arguments)
-        for name in ("TILE", "_CHUNK", "_UNPRUNED_CHUNK"):
+        for name in ("TILE", "_CHUNK", "_DENSE_CHUNK"):
             monkeypatch.setattr(module, name, limit)
         assert torch.equal(module.upsample_argmax(*arguments), whole)
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("resize", RESIZES, ids=str)
+def test_both_formulations_of_the_cpu(pruned, resize, monkeypatch, poisoned) -> None:
+    module = importlib.import_module("segmenter_fast.kernels.cpu.upsample_argmax")
+    monkeypatch.setattr(module, "_pruning_pays", lambda *args: pruned)
+    shape, *rest = resize
+    for kind in MAPS.values():
+        check(kind(*shape), *rest)
+
+
+def test_bounds_are_taken_where_they_prune(monkeypatch) -> None:
+    module = importlib.import_module("segmenter_fast.kernels.cpu.upsample_argmax")
+    chosen: list[str] = []
+    for name in ("_pruned", "_dense"):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, name=name, own=own: (chosen.append(name), own(*args)))
+    maps = {"smooth": 4 * smooth(1, 50, 16, 16), "noise": torch.randn(1, 50, 16, 16)}
+    for masks in maps.values():
+        for scale in (2, 16):
+            check(masks, (16 * scale, 16 * scale))
+    assert chosen == ["_dense", "_pruned", "_dense", "_dense"]
 
 
 @pytest.mark.interpret
