@@ -136,7 +136,10 @@ def no_second_derivative(op: str) -> Callable[..., None]:
 
 def derivative_error(op: str, kind: str) -> NotImplementedError:
     """Error for a derivative that ``op`` does not have."""
-    return NotImplementedError(f"{op} has no {kind} derivative; use segmenter_fast.kernels.reference.{op} for it")
+    return NotImplementedError(
+        f"{op} has no {kind} derivative; use segmenter_fast.kernels.reference.{op} for it, or, in "
+        "a model given to accelerate, segmenter_fast.restore(model) first"
+    )
 
 
 def dtype_error(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> TypeError:

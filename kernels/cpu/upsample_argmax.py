@@ -3,8 +3,8 @@
 All pixels of a cell lie between the smallest and the largest of its four corners. A class whose largest corner is
 below another class's smallest cannot win in the cell. If one class is left, the cell is filled with it. If few are
 left, only they are compared. If many are left, all classes are compared, a few cells at a time, so that their logits
-stay in the cache. Where a sample of the cells shows that this costs more than it saves (noise, cells of few pixels), all
-pixels are compared row by row. ``prunable``, ``Cells`` and ``cell_labels`` serve ``lattice_argmax``, too.
+stay in the cache. Where a sample of the cells shows that this costs more than it saves (noise, cells of few pixels),
+all pixels are compared row by row. ``prunable``, ``Cells`` and ``cell_labels`` serve ``lattice_argmax``, too.
 """
 
 from __future__ import annotations

@@ -84,7 +84,8 @@ def accelerate(model: Model, heads: Collection[str] = ()) -> Model:
 
     Args:
         model: on any device, in any dtype, in train or eval mode.
-        heads: names, as in ``named_modules``, of further modules whose output is resized bilinearly.
+        heads: names, as in ``named_modules``, of further modules whose output, scores ``(B, K, h, w)`` or
+            ``(B, N, K)``, is resized bilinearly. A later call keeps them.
 
     Returns:
         The model. ``acceleration_report(model)`` lists the modules that were replaced, and those left with the reason;
@@ -92,17 +93,19 @@ def accelerate(model: Model, heads: Collection[str] = ()) -> Model:
 
     Raises:
         AttributeError: ``heads`` names a module that the model does not have.
+        ValueError: ``heads`` names the model, a container, or a module that contains a known head. One that returns
+            no scores is an error at its first call.
         TypeError: not a ``torch.nn.Module``, or a TorchScript module, whose forward is compiled already.
     """
     import torch
 
     from .forwards import Fused, fused_class
-    from .heads import mark_heads, unmark_heads
+    from .heads import mark_heads, named_heads, unmark_heads
     from .match import match_modules
 
     if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must be a torch.nn.Module that is not TorchScript, got {type(model).__name__}")
-    heads = (heads,) if isinstance(heads, str) else heads
+    named = named_heads(model, (heads,) if isinstance(heads, str) else heads)
     unmark_heads(model)
     replaced, left = [], []
     for name, module, match in list(match_modules(model)):
@@ -113,7 +116,7 @@ def accelerate(model: Model, heads: Collection[str] = ()) -> Model:
             replaced.append(Replaced(name, f"{cls.__module__}.{cls.__qualname__}", match.op, match.condition(module)))
             if not isinstance(module, Fused):
                 module.__class__ = fused_class(match, cls)
-    patch_sized = mark_heads(model, heads)
+    patch_sized = mark_heads(model, named)
     report = AccelerationReport(tuple(replaced), tuple(left), patch_sized)
     model.__dict__[_REPORT] = report
     if not replaced and not patch_sized:
@@ -126,8 +129,13 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
     """The report of the last ``accelerate(model)``.
 
     Raises:
+        TypeError: not a ``torch.nn.Module``.
         ValueError: the model was not given to ``accelerate``, or it was restored.
     """
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     report = vars(model).get(_REPORT)
     if not isinstance(report, AccelerationReport):
         raise ValueError(f"this {type(model).__name__} was not accelerated: call segmenter_fast.accelerate(model)")
@@ -138,7 +146,7 @@ def made_full_size(model: nn.Module) -> dict[str, int]:
     """The calls that made full-size logits of an accelerated model, by function and line, and how often each did.
 
     Raises:
-        ValueError: as ``acceleration_report``.
+        TypeError, ValueError: as ``acceleration_report``.
     """
     from .full_size import CALLS
 

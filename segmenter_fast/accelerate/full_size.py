@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 CALLS = "_full_size_calls"  # key in a head's __dict__, so that deepcopy and pickle keep it
 _INSIDE = tuple(str(Path(file).parent) for file in (torch.__file__ or "", __file__))
@@ -20,6 +21,21 @@ class FullSizeCalls:
     def __init__(self) -> None:
         self.counts: dict[str, int] = {}
         self.warned = False
+        self.named: str | None = None
+        """Name of the head, if the user gave it."""
+
+    def check(self, output: Any) -> None:
+        """Check the output of a head that the user named.
+
+        Raises:
+            ValueError: it is no scores per patch.
+        """
+        if self.named is not None and not (isinstance(output, Tensor) and output.ndim in (3, 4)):
+            found = str(tuple(output.shape)) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"accelerate(heads=) must name modules that return scores (B, K, h, w) or (B, N, K), {self.named!r} "
+                f"returns {found}: segmenter_fast.restore(model), and name the last layer before the resize"
+            )
 
     def add(self, function: Any, shape: torch.Size) -> None:
         """Count a call; the first one gives a warning, unless it is the model's own second resize."""

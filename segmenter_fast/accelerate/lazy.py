@@ -9,6 +9,7 @@ below them (autograd functions, extensions, compiled code) reaches ``__torch_dis
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -21,18 +22,18 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 from .full_size import CALLS, FullSizeCalls
-from .lazy_functions import COPIES, METADATA, VIEWS, destination, has_kernel, pays, without_resize
+from .lazy_functions import COPIES, METADATA, SHAPES, VIEWS, destination, has_kernel, pays, without_resize
 from .upsampling import Upsampling
-from .waiting import Birth, State
+from .waiting import Birth, State, gradients
 
 
 def patch_scores(scores: Tensor, calls: FullSizeCalls) -> Tensor:
-    """Mark ``(B, K, h, w)`` scores as ``PatchScores``; return them as they are where a subclass would be in the way."""
+    """Mark ``(B, K, h, w)`` or ``(B, N, K)`` scores as ``PatchScores``, unless a subclass would be in the way."""
     if (
         type(scores) is not Tensor
         or torch.compiler.is_compiling()
         or torch.jit.is_tracing()
-        or scores.ndim != 4
+        or scores.ndim not in (3, 4)
         or not scores.is_floating_point()
         or not has_kernel(scores.device, scores.dtype)
         or torch._C._are_functorch_transforms_active()
@@ -43,9 +44,16 @@ def patch_scores(scores: Tensor, calls: FullSizeCalls) -> Tensor:
 
 
 def mark_output(module: nn.Module, output: Any) -> Any:
-    """The output of a head, marked if ``accelerate`` counts the head's calls."""
+    """The output of a head, marked if ``accelerate`` counts the head's calls.
+
+    Raises:
+        ValueError: the user named the head, and its output is none of one.
+    """
     calls = vars(module).get(CALLS)
-    return patch_scores(output, calls) if calls is not None and isinstance(output, Tensor) else output
+    if calls is None:
+        return output
+    calls.check(output)
+    return patch_scores(output, calls) if isinstance(output, Tensor) else output
 
 
 def _marked(scores: Tensor, calls: FullSizeCalls) -> PatchScores:
@@ -71,7 +79,11 @@ class PatchScores(Tensor):
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
-            if (func in VIEWS or func in COPIES) and type(out) is Tensor and isinstance(first, PatchScores):
+            if (
+                (func in VIEWS or func in COPIES or func in SHAPES)
+                and type(out) is Tensor
+                and isinstance(first, PatchScores)
+            ):
                 out = _marked(out, first.calls)
         return out
 
@@ -128,8 +140,20 @@ def _child(
     rebuild = state.rebuild  # without the state, because nodes of the graph keep the function
     meta = function(state.meta)
     return _make(
-        State(upsampling, meta, state.root, lambda x: function(rebuild(x)), state.calls, parent=parent, view=function)
+        State(upsampling, meta, state.root, lambda x: function(rebuild(x)), state.calls, parent, function, source=state)
     )
+
+
+def _grad(outputs: Any, inputs: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
+    """``torch.autograd.grad`` of, or by, tensors that wait."""
+    outputs = tree_map_only(Upsampled, _in_full, outputs)
+    waiting = {i: x.state for i, x in enumerate(inputs) if isinstance(x, Upsampled) and x.state.results}
+    values = {i: inputs[i].values(torch.autograd.grad) for i in waiting}
+    inputs = tuple(values[i] if i in waiting else _in_full(x) for i, x in enumerate(inputs))
+    options.pop("only_inputs", None)
+    if waiting:
+        return gradients(waiting, outputs, inputs, **options)
+    return torch.autograd.grad(outputs, inputs, **options)
 
 
 class Upsampled(Tensor):
@@ -143,6 +167,8 @@ class Upsampled(Tensor):
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
         first = args[0] if args else None
+        if func is torch.autograd.grad:
+            return _grad(*args, **kwargs)
         if isinstance(first, Upsampled):
             if func in METADATA and first.state.full is None:
                 with torch._C.DisableTorchFunctionSubclass():
@@ -200,7 +226,7 @@ class Upsampled(Tensor):
     def in_full(self, function: Any = None) -> Tensor:
         """The resized tensor, computed once; ``function`` is the call that needs it.
 
-        This object becomes that tensor, unless something else holds it.
+        This object becomes that tensor, unless something else holds it, or a gradient may need the graph of results.
         """
         state = self.state
         if state.full is not None:
@@ -222,12 +248,12 @@ class Upsampled(Tensor):
                 full = self.rebuilt()
             else:
                 full = state.view(_in_full(state.parent))
-        try:
-            torch.utils.swap_tensors(self, full)
-            return self
-        except RuntimeError:
-            state.full = full
-            return full
+        if not state.results:  # see _grad
+            with contextlib.suppress(RuntimeError):
+                torch.utils.swap_tensors(self, full)
+                return self
+        state.full = full
+        return full
 
     def answer(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The result without the resized tensor, or None."""
@@ -240,8 +266,16 @@ class Upsampled(Tensor):
             self.in_full()
             return None
         out = without_resize(upsampling, function, args, kwargs)
+
+        def plain(full: Tensor) -> Any:
+            return function(full, *args, **kwargs)
+
         if isinstance(out, Upsampling):
-            return _child(self.state, out, lambda full: function(full, *args, **kwargs), self)
+            return _child(self.state, out, plain, self)
+        first = out[0] if isinstance(out, tuple) else out
+        if isinstance(first, Tensor) and first.requires_grad:
+            edge = torch.autograd.graph.get_gradient_edge(first)
+            self.state.note(edge, plain if first is out else lambda full: plain(full)[0])
         return out
 
     def _unbound(self, i: int) -> Upsampled:

@@ -29,6 +29,13 @@ _LAYOUTS = frozenset({Tensor.contiguous, Tensor.clone, torch.clone})
 _CASTS = {Tensor.float: torch.float32, Tensor.double: torch.float64, Tensor.half: torch.float16} | {
     Tensor.bfloat16: torch.bfloat16
 }
+# From scores per token to scores per patch.
+_SHAPES = "reshape view unflatten permute transpose swapaxes movedim mT"
+SHAPES = frozenset(
+    [getattr(Tensor, name) for name in _SHAPES.split()[:-1]]
+    + [getattr(torch, name) for name in _SHAPES.split() if hasattr(torch, name)]
+    + [Tensor.mT.__get__]  # type: ignore[attr-defined]
+)
 COPIES = frozenset({*_CASTS, *_LAYOUTS, Tensor.to, Tensor.cpu})
 VIEWS: dict[Any, Callable[..., Upsampling | None]] = {
     **{function: Upsampling.detach for function in (Tensor.detach, torch.detach)},

@@ -111,12 +111,12 @@ def _reason_without_kind(module: nn.Module) -> str | None:
         return "it runs on kernels.attention already"
     if isinstance(module, nn.MultiheadAttention):
         return "torch.nn.MultiheadAttention is taken only inside mmcv's wrapper, which drops its attention map"
-    if _named_attention(module) and not any(map(_named_attention, list(module.modules())[1:])):
+    if named_attention(module) and not any(map(named_attention, list(module.modules())[1:])):
         return "it has separate q, k and v" if projections(module) else "it has no qkv and proj"
     return None
 
 
-def _named_attention(module: nn.Module) -> bool:
+def named_attention(module: nn.Module) -> bool:
     named = re.search("attn|attention", type(module).__name__, re.IGNORECASE)
     return bool(named) or isinstance(module, (Fused, nn.MultiheadAttention)) or _is_attention(module)
 

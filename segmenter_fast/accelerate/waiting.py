@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,12 +29,33 @@ class State:
     """The tensor that this is a view of, by the function ``view``; a copy has none."""
     view: Callable[[Tensor], Tensor] | None = None
     full: Tensor | None = None
+    source: State | None = None
+    """The state of the tensor that this is ``view`` of, a copy's also."""
+    results: list[tuple[Any, Callable[[Tensor], Any]]] = field(default_factory=list)
+    """Edges of the graph to results of the fused ops, and PyTorch's functions that give them from the tensor."""
     node: Any = None
     """The graph node of the tensor without storage."""
     version: int | None = None
     used: bool = False
     frozen: bool = False
     """True for a view that was made without gradients of a tensor with: a leaf for PyTorch."""
+
+    def note(self, edge: Any, function: Callable[[Tensor], Any]) -> None:
+        """Remember how a result, an edge of the graph, comes from this tensor and from the source of this one."""
+        self.results.append((edge, function))
+        if self.source is not None and self.view is not None:
+            view = self.view
+            self.source.note(edge, lambda full: function(view(full)))
+
+    def gradient(self, tensor: Tensor, grads: dict[Any, Tensor | None]) -> Tensor | None:
+        """The gradient by this tensor, from those by its results, and by the resized tensor; None without any."""
+        found = [grad for grad in [grads.get(self.full)] if grad is not None]
+        with torch.enable_grad():
+            for edge, function in self.results:
+                if grads.get(edge) is not None:
+                    leaf = tensor.detach().requires_grad_()
+                    found += torch.autograd.grad(function(leaf), leaf, grads[edge])
+        return sum(found[1:], found[0]) if found else None
 
     def empty(self, cls: type[Tensor]) -> Tensor:
         """A tensor of the class with the metadata and no storage."""
@@ -57,3 +78,32 @@ class Birth(torch.autograd.Function):
         with torch.enable_grad():
             root = ctx.root.detach().requires_grad_()
             return torch.autograd.grad(ctx.rebuild(root), root, grad)[0], None, None
+
+
+def gradients(waiting: dict[int, State], outputs: Any, inputs: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
+    """``torch.autograd.grad``, where the inputs at the indices ``waiting`` have results of the fused ops.
+
+    Those do not depend on their logits in the graph: PyTorch's functions give the same results once more, from these.
+
+    Raises:
+        RuntimeError: as ``torch.autograd.grad``, and for gradients with a graph of their own, or in batches.
+    """
+    if options.get("create_graph") or options.get("is_grads_batched"):
+        raise RuntimeError(
+            "gradients by logits whose loss is computed already have no graph and no batches: "
+            "segmenter_fast.restore(model) before the loss"
+        )
+    unused = options.pop("allow_unused", None)
+    edges = dict.fromkeys(edge for state in waiting.values() for edge, _ in state.results)
+    edges |= {state.full: None for state in waiting.values() if state.full is not None}
+    others = [x for i, x in enumerate(inputs) if i not in waiting]
+    zeros = options.pop("materialize_grads", False)
+    found = torch.autograd.grad(outputs, [*others, *edges], allow_unused=True, **options)
+    rest, grads = iter(found), dict(zip(edges, found[len(others) :], strict=True))
+    result = [waiting[i].gradient(x, grads) if i in waiting else next(rest) for i, x in enumerate(inputs)]
+    for i, (x, grad) in enumerate(zip(inputs, result, strict=True)):
+        if grad is None and zeros:
+            result[i] = torch.zeros_like(x)
+        elif grad is None and not unused:
+            raise RuntimeError(f"input {i} was not used in the graph; allow_unused=True gives None for it")
+    return tuple(result)

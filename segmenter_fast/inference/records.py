@@ -99,7 +99,7 @@ def _examine(job: Job, run: dict[str, Any]) -> tuple[list[Path], str | None]:
         same = record is not None and (record.get("input") == wanted["input"] or record.get("image") == wanted["image"])
         if not same:
             foreign.append(path)
-        other = differing(record or {}, {name: wanted[name] for name in ("model", "options", "image")})
+        other = differing(record or {}, {name: wanted.get(name) for name in ("dtype", "model", "options", "image")})
         reasons[path] = (
             "its output is damaged" if same and not complete else f"its output had {other}" if other else None
         )

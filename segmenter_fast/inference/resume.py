@@ -39,7 +39,9 @@ def describe_run(model: nn.Module, settings: Settings) -> dict[str, Any]:
     options = json.loads(json.dumps(asdict(settings)))
     if settings.channels.colours:
         del options["channels"]
-    return {"model": {"weights": digest.hexdigest(), "configuration": fields.hexdigest()}, "options": options}
+    dtypes = {str(tensor.dtype).removeprefix("torch.") for tensor in model.parameters() if tensor.is_floating_point()}
+    described = {"weights": digest.hexdigest(), "configuration": fields.hexdigest()}
+    return {"dtype": ", ".join(sorted(dtypes)), "model": described, "options": options}
 
 
 def describe_image(source: Path) -> dict[str, Any]:
@@ -117,8 +119,13 @@ def resume_files(output: Path) -> tuple[Path, Path]:
 
 
 def differing(found: dict[str, Any], run: dict[str, Any]) -> str:
-    """Name the parts of a run that a description has otherwise; empty for none."""
-    other = [part for part, value in run.items() if found.get(part) != value]
+    """Name the parts of a run that a description has otherwise; empty for none.
+
+    Another dtype changes the digest of the model, and is named instead of it where both dtypes are known.
+    """
+    other = [part for part, value in run.items() if found.get(part) != value and part != "dtype"]
+    if found.get("dtype") and run.get("dtype") not in (None, found["dtype"]):
+        other = ["dtype" if part == "model" else part for part in other]
     return " and ".join("other options" if part == "options" else f"another {part}" for part in other)
 
 

@@ -82,7 +82,14 @@ def read_backbone(
     settings = {field: described[entry] for entry, field in _FIELDS.items() if described.get(entry)}
     fields = _FAMILIES[family] | encoder_fields(ours, settings, rotary) | settings | _positions(name, ours)
     _check_activation(name, family, described.get("hidden_act"), fields["mlp"])
-    if "model_type" not in described and family in ("vit", "deit"):  # the weights of DINO have one setting each
+    if "model_type" not in described and rotary:
+        gate = f" and the activation {'silu' if fields['mlp'] == 'swiglu' else 'gelu'!r}"
+        warnings.warn(
+            f"{name} comes without config.json: rope_theta {SegmenterConfig.rope_temperature:g}{gate} of a {family!r} "
+            "are assumed; load the folder of save_pretrained, or override what differs",
+            stacklevel=5,
+        )
+    elif "model_type" not in described and family in ("vit", "deit"):  # other weights have one setting each
         warnings.warn(
             f"{name} comes without config.json: heads of {fields['embed_dim'] // fields['num_heads']}, and eps, mean "
             f"and std of a {family!r} are assumed; override what differs",
@@ -155,7 +162,10 @@ def _positions(name: str, ours: Mapping[str, Tensor]) -> dict[str, Any]:
     tokens = 1 + ("encoder.dist_token" in ours) if "encoder.reg_token" not in ours else 0
     side = math.isqrt(max(positions.shape[1] - tokens, 0))
     if side**2 + tokens != positions.shape[1]:
-        raise CheckpointError(f"{name}: position_embeddings make no square grid: {positions.shape[1]} entries")
+        raise CheckpointError(
+            f"{name}: {positions.shape[1] - tokens} position_embeddings of patches, beside {tokens} of other tokens, "
+            "make no square grid"
+        )
     size = side * ours["encoder.patch_embed.proj.weight"].shape[-1]
     return {"pos_embed_prefix": tokens > 0, "image_size": (size, size)}
 

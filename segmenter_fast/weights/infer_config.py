@@ -129,5 +129,6 @@ def _grid(positions: int, fields: Mapping[str, Any], image_size: tuple[int, int]
         if side**2 == patches > 0:
             return {"image_size": (side * patch_size, side * patch_size), "pos_embed_prefix": has_prefix}
     raise CheckpointError(
-        f"the {positions} entries of the position embedding make no square grid; pass image_size=(height, width)"
+        f"the {positions - prefix} patches of the position embedding (beside {prefix} other tokens) make no square "
+        "grid; pass image_size=(height, width)"
     )

@@ -57,6 +57,7 @@ def load(source: Source, num_classes: int | None = None, merge: Merge = None, **
     """
     if not isinstance(source, (str, os.PathLike, Mapping)):
         raise TypeError(f"source must be a path, a hub id or a state dict, got {type(source).__name__}")
+    source = _expanded(source)
     if num_classes is not None:
         fields["num_classes"] = num_classes
     if merge is not None:
@@ -100,9 +101,23 @@ def create_model(
     if not isinstance(pretrained, (str, os.PathLike, Mapping, type(None))):
         kind = type(pretrained).__name__
         raise TypeError(f"pretrained must be True, False, None, 'timm', a name, a state dict or a path, got {kind}")
+    pretrained = None if pretrained is None else _expanded(pretrained)
     config = (variant_config(variant) if isinstance(variant, str) else variant).replace(**fields)
     model = Segmenter(config) if pretrained is None else _pretrained(config, pretrained, fields)
     return model.freeze_encoder() if freeze_encoder else model
+
+
+def _expanded(source: Source) -> Source:
+    """Return a source whose ~ is a home folder.
+
+    Raises:
+        CheckpointError: an empty path.
+    """
+    if isinstance(source, Mapping):
+        return source
+    if not os.fspath(source):
+        raise CheckpointError("the source is empty: name a file, a folder or a hub id such as org/name")
+    return os.path.expanduser(source)
 
 
 def _pretrained(config: SegmenterConfig, source: Source, fields: Mapping[str, Any]) -> Segmenter:
@@ -174,12 +189,18 @@ def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
         return _from_state(*find_state(source, "the state dict"), source.get("meta"), "the state dict", overrides)
     path = Path(source)
     if not path.exists() and _HUB_ID.fullmatch(os.fspath(source)):
+        if path.parent.is_dir():  # a mistyped path; the hub would be asked for half a minute
+            others = ", ".join(sorted(other.name for other in path.parent.iterdir())[:10]) or "nothing"
+            raise FileNotFoundError(
+                f"{path}: no such file or folder; {path.parent.absolute()} has {others}. A hub id whose first part is "
+                "a folder here is loaded by Segmenter.from_pretrained"
+            )
         try:
             return hub.read_hub(os.fspath(source))
         except (OSError, HfHubHTTPError) as error:
             reason = str(error).splitlines()[0]
             raise CheckpointError(
-                f"{source} is no file or folder here, and the Hugging Face Hub does not give it either: {reason}"
+                f"{path.absolute()} is no file or folder, nor does the Hugging Face Hub give {source}: {reason}"
             ) from error
     if not path.exists():
         hint = did_you_mean(str(path), VARIANTS)
@@ -197,7 +218,8 @@ def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
             raise CheckpointError(f"{path} holds no checkpoint: expected {expected}; name a file to load another one")
         for name in parts:
             if not (path / name).exists() and not (name == hub.WEIGHTS and hub.weights_path(path).exists()):
-                raise FileNotFoundError(f"{path / name}: no such file")
+                there = next(part for part in parts if part != name)
+                raise FileNotFoundError(f"{path / name}: no such file; {path / there} alone is loaded by its own name")
         if parts == ours:
             return hub.read_folder(path)
         path /= official.WEIGHTS
@@ -251,6 +273,10 @@ def _from_state(
             return SavedModel(name, config, state)
     except ValueError as error:
         raise CheckpointError(f"{name}: {error}") from error
-    raise CheckpointError(
-        f"{name} holds no Segmenter: its keys are {', '.join(key[:80] for key in list(state)[:5])}, ..."
-    )
+    keys = ", ".join(key[:80] for key in list(state)[:5])
+    if timm.recognises(state):
+        raise CheckpointError(
+            f"{name} holds an encoder in timm's or Meta's names, no Segmenter: create_model(variant, pretrained=...) "
+            f"takes it; its keys are {keys}, ..."
+        )
+    raise CheckpointError(f"{name} holds no Segmenter: its keys are {keys}, ...")

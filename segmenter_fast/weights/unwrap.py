@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .pickles import Placeholder
 from .reading import CheckpointError, read_safetensors, read_torch, require_stored, shown
 
 # A tensor of every model, by format: a Segmenter's before those of a backbone alone, in timm's or Hugging Face's names.
@@ -62,6 +63,12 @@ def find_state(content: Any, name: str) -> tuple[dict[str, Tensor], list[str]]:
             others = tuple(prefix for _, prefix, other in found if other is mapping)
             return _tensors(mapping, prefix, name), [key for key in map(_plain, mapping) if not key.startswith(others)]
     if not mappings:
+        whole = content.values() if isinstance(content, Mapping) else [content]
+        if objects := [type(value).__name__ for value in whole if isinstance(value, Placeholder)]:
+            raise CheckpointError(
+                f"{name} holds pickled objects ({', '.join(objects)[:200]}), a whole model perhaps, whose code is "
+                "not run: save the state dict instead, torch.save(model.state_dict(), path)"
+            )
         raise CheckpointError(f"{name} holds no state dict: neither is it one, nor has it 'model' or 'state_dict'")
     return _tensors(mappings[0][1], "", name), []
 

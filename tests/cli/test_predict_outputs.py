@@ -95,7 +95,7 @@ def test_resume_renews_what_is_damaged_or_of_another_run_and_says_so(tmp_path: P
         assert (out / "labels/a.png").read_bytes() == same
     output = resumed("--dtype", "bfloat16", "--flip")
     assert "2 written" in output
-    assert f"restarted: {folder / 'a.png'} and 1 more: its output had another model and other options" in output
+    assert f"restarted: {folder / 'a.png'} and 1 more: its output had another dtype and other options" in output
     fields = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps(fields | {"mean": [0.4, 0.4, 0.4]}))
     output = resumed("--dtype", "bfloat16", "--flip")
