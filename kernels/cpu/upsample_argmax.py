@@ -88,10 +88,10 @@ def _pruning_pays(grid: Tensor, groups: Tensor | None, ys: Axis, xs: Axis) -> bo
 
 
 def _dense(grid: Tensor, groups: Tensor | None, ys: Axis, xs: Axis, align_corners: bool | None, out: Tensor) -> None:
-    """Write the labels of ``(h, w, K)`` scores, or of ``(M, K)`` ones of groups, by comparing all classes at every pixel, a few rows at a time.
+    """Write the labels of ``(h, w, K)`` scores, or of ``(M, K)`` ones of groups, a few rows at a time.
 
-    PyTorch resizes the mixed rows along x; without ``align_corners``, for NaN and infinities, products do, because its
-    resize would multiply each row by 0 once more.
+    All classes are compared at every pixel. PyTorch resizes the mixed rows along x; without ``align_corners``, for NaN
+    and infinities, products do, because its resize would multiply each row by 0 once more.
     """
     grid, width = grid.contiguous(), xs.size_out
     (top, bottom, v), (left, right, u) = ys.taps(grid.device), xs.taps(grid.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import segmenter_fast as sf
 from segmenter_fast.accelerate import lazy_functions
+from segmenter_fast.accelerate.forwards import Fused
 from segmenter_fast.accelerate.full_size import FullSizeCalls
 from segmenter_fast.accelerate.lazy import Upsampled, patch_scores
 from support.other_models import build, images
@@ -201,6 +203,69 @@ def test_named_heads() -> None:
     assert isinstance(resized(model(torch.zeros(1, 3, 4, 4)), 8), Upsampled)
     with pytest.raises(AttributeError):
         sf.accelerate(model, heads=["head"])
+    sf.accelerate(model)
+    assert sf.acceleration_report(model).patch_sized == ("1",)
+
+
+def test_what_cannot_be_a_head_is_an_error() -> None:
+    model = build("official")
+    for name, found in (("", "contains the head 'decoder', which is known"), ("encoder.blocks", "returns no scores")):
+        with pytest.raises(ValueError, match=rf"heads must name .* such as the last convolution; '{name}', .* {found}"):
+            sf.accelerate(model, heads=[name])
+    with pytest.raises(ValueError, match=r"contains the head '0\.decoder', which is known"):
+        sf.accelerate(nn.Sequential(nn.Sequential(OrderedDict(decoder=model.decoder))), heads="0")
+    assert not any(isinstance(part, Fused) for part in model.modules())
+    pooled = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())
+    with pytest.raises(ValueError, match=r"accelerate\(heads=\) must name .* '1' returns \(2, 64\): .*restore"):
+        sf.accelerate(pooled, heads="1")(torch.zeros(2, 3, 4, 4))
+
+
+def test_full_size_calls_outlive_a_second_call() -> None:
+    _, fast, x, _ = pair()
+    with torch.no_grad(), pytest.warns(UserWarning, match="in full"):
+        fast(x).sin()
+    calls = sf.made_full_size(fast)
+    assert len(calls) == 1
+    assert sf.made_full_size(sf.accelerate(fast)) == calls
+    for function in (sf.made_full_size, sf.acceleration_report):
+        with pytest.raises(TypeError, match="got NoneType"):
+            function(None)
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_gradients_by_logits_whose_loss_is_computed(full: bool) -> None:
+    leaf = torch.randn(2, 5, 4, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(5, (2, 12, 13))
+
+    def found(mark: bool) -> tuple[Tensor, ...]:
+        scores = patch_scores(leaf * 1, FullSizeCalls()) if mark else leaf * 1
+        logits = resized(scores, 16)
+        cropped = logits.double()[..., :12, :13]
+        loss = 2 * F.cross_entropy(cropped, labels, ignore_index=0)
+        loss = loss + logits.softmax(1).square().sum() + logits[1].max(0)[0].sum()
+        if full:
+            loss = loss + (logits.sin() * logits.detach()).sum()
+        grads = torch.autograd.grad(loss, [logits, leaf], retain_graph=True)
+        grads += torch.autograd.grad(loss, (cropped, logits, leaf), retain_graph=True)
+        if mark:
+            with pytest.raises(RuntimeError, match=r"have no graph.*segmenter_fast\.restore\(model\)"):
+                torch.autograd.grad(loss, logits, create_graph=True)
+            with pytest.raises(RuntimeError, match="input 1 was not used"):
+                torch.autograd.grad(loss, (logits, torch.ones(1, requires_grad=True)), retain_graph=True)
+        return grads + torch.autograd.grad(loss, logits)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for ours, plain in zip(found(True), found(False), strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
+
+
+def test_second_derivatives_name_the_way_out() -> None:
+    leaf = torch.randn(1, 3, 4, 4, requires_grad=True)
+    loss = F.cross_entropy(resized(patch_scores(leaf * 1, FullSizeCalls()), 8), torch.zeros(1, 8, 8, dtype=torch.long))
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"no second derivative.*segmenter_fast\.restore\(model\)"):
+        grad.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
