@@ -44,11 +44,7 @@ def patch_scores(scores: Tensor, calls: FullSizeCalls) -> Tensor:
 
 
 def mark_output(module: nn.Module, output: Any) -> Any:
-    """The output of a head, marked if ``accelerate`` counts the head's calls.
-
-    Raises:
-        ValueError: the user named the head, and its output is none of one.
-    """
+    """The output of a head, after ``FullSizeCalls.check``, marked if ``accelerate`` counts the head's calls."""
     calls = vars(module).get(CALLS)
     if calls is None:
         return output

@@ -58,7 +58,7 @@ def test_a_file_of_encoder_weights(kind: str, tmp_path: Path) -> None:
     assert same(after, encoder)
     with pytest.raises(CheckpointError, match=r"encoder\.\w+ does not fit.*\n\tMissing key.*: \"blocks\.2\.norm1"):
         sf.create_model(SMALL, pretrained=path, depth=3)
-    with pytest.raises(CheckpointError, match=r"encoder\.\w+ holds no Segmenter"):
+    with pytest.raises(CheckpointError, match=r"encoder\.\w+ holds an encoder"):
         sf.load(path)
 
 

@@ -37,7 +37,7 @@ def test_registers_and_layer_scale_are_recognised(pos_embed_prefix: bool) -> Non
 
 def test_a_grid_that_is_no_square_needs_the_image_size() -> None:
     state = small_model(image_size=(24, 40)).state_dict()
-    with pytest.raises(CheckpointError, match=r"16 entries.*image_size="):
+    with pytest.raises(CheckpointError, match=r"15 patches.*image_size="):
         fields_from_shapes(state, {})
     assert fields_from_shapes(state, {"image_size": (24, 40)})["image_size"] == (24, 40)
 

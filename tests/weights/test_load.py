@@ -272,7 +272,7 @@ def test_a_hub_id_without_network_is_refused_clearly(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(
-        CheckpointError, match="nobody/nothing is no file or folder here, and the Hugging Face Hub does not give it"
+        CheckpointError, match="nobody/nothing is no file or folder, nor does the Hugging Face Hub give nobody"
     ):
         sf.load("nobody/nothing")
 
