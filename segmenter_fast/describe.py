@@ -127,6 +127,7 @@ def describe_config(config: SegmenterConfig) -> dict[str, str]:
         "position embedding": f"learned, resized {resizing}" if learned else resizing,
         "masks upsampled to": "padded size, then cropped" if config.upsample_to == "padded" else "image size",
         "channels": str(config.in_channels) + (f": bands {', '.join(map(str, config.bands))}" if config.bands else ""),
+        "value that stands for 1": f"{config.pixel_scale:g}" if config.pixel_scale else "255 of 8 bits, 65535 of 16",
         "mean": ", ".join(f"{value:g}" for value in config.mean),
         "std": ", ".join(f"{value:g}" for value in config.std),
         "classes": f"{config.num_classes}: {', '.join(config.class_names) or 'no names'}",

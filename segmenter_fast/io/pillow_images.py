@@ -117,7 +117,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "I" or image.mode.startswith("I;16"):
         return np.stack([to_eight_bits(np.asarray(image))] * 3, 2)
     if image.mode == "F":
-        raise ValueError("image has mode F, whose floating point values have no defined range; convert it to uint8")
+        raise ValueError("image has mode F, floating point without a defined range: name what stands for 1 by --scale")
     try:
         return np.array(image.convert("RGB"))
     except ValueError as error:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from segmenter_fast.io.label_tiff import check_label_tiff, write_label_tiff
+from segmenter_fast.io.label_tiff import check_label_tiff, georeference, write_label_tiff
 from segmenter_fast.visualize import default_palette
 
 NAMES = ("sky", "tree", "straße", "person", "car")
@@ -94,3 +94,28 @@ def test_what_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ValueError, match=r"tifffile: pip install 'segmenter-fast\[large\]'"):
         write_label_tiff(path, [labels(10, 9, 5)], (10, 9), palette, NAMES)
     assert not os.listdir(tmp_path)
+
+
+def test_labels_lie_where_a_geotiff_of_gdal_lies(tmp_path: Path) -> None:
+    rasterio = pytest.importorskip("rasterio", reason="needs rasterio to write and read by GDAL")
+    source, written = tmp_path / "x.tif", tmp_path / "y.tif"
+    place = rasterio.transform.from_origin(5e5, 5e6, 10, 20)
+    size = {"width": 40, "height": 30, "count": 4, "dtype": "uint16"}
+    with rasterio.open(source, "w", driver="GTiff", crs="EPSG:32633", transform=place, nodata=0, **size) as file:
+        file.write(np.ones((4, 30, 40), np.uint16))
+        file.update_tags(SENSOR="a & <b>")
+        file.update_tags(1, STATISTICS_MAXIMUM="9")
+    write_label_tiff(written, bands(labels(30, 40, 5), 7), (30, 40), default_palette(5), NAMES, source=source)
+    with rasterio.open(written) as file:
+        assert (file.crs.to_epsg(), file.transform, file.nodata) == (32633, place, None)
+        assert (file.tags()["SENSOR"], file.tags(1)) == ("a & <b>", {})
+        assert np.array_equal(file.read(1), labels(30, 40, 5))
+
+
+def test_what_says_no_place_gives_no_tags(tmp_path: Path) -> None:
+    scale = (33550, 12, 3, (1.0, 1.0, 0.0), True)
+    for name, tags, found in (("a", [scale], [scale]), ("b", [scale, (274, 3, 1, 6, True)], []), ("c", [], [])):
+        tifffile.imwrite(tmp_path / f"{name}.tif", labels(9, 9, 5), extratags=tags)
+        assert georeference(tmp_path / f"{name}.tif") == found
+    Image.new("L", (3, 3)).save(tmp_path / "x.png")
+    assert georeference(tmp_path / "x.png") == georeference(tmp_path / "absent.tif") == []

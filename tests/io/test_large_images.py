@@ -217,5 +217,11 @@ def test_missing_tiles_are_an_error_at_every_size(kind: str, tmp_path: Path, mon
             tags["ImageWidth"].overwrite(60_000)
     for limit in (1, 1 << 26):
         monkeypatch.setattr(images, "LARGE_PIXELS", limit)
-        with pytest.raises(OSError, match=r"x\.tif cannot be read: .* tiles or strips are missing or end behind"):
-            images.open_raster(path)
+        for read in (images.open_raster, read_image):
+            with pytest.raises(
+                OSError, match=r"x\.tif cannot be read: .* tiles or strips are missing or end behind"
+            ) as caught:
+                read(path)
+            assert ("4 were never written (GDAL's SPARSE_OK): gdal_translate" in str(caught.value)) == (
+                kind == "sparse"
+            )

@@ -60,6 +60,18 @@ def test_any_sign_of_a_run_needs_resume_or_overwrite(sign: str, out: Path) -> No
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+def test_fields_that_an_earlier_version_did_not_have_have_their_defaults(out: Path) -> None:
+    described = json.loads((out / "run.json").read_text())
+    for name in ("in_channels", "bands", "pixel_scale"):
+        del described["model"][name]
+    (out / "run.json").write_text(json.dumps(described))
+    assert run(out, resume="auto").finished
+    described["model"]["in_channels"] = 4
+    (out / "run.json").write_text(json.dumps(described))
+    with pytest.raises(ValueError, match="the model's in_channels is 3, was 4"):
+        run(out, resume="auto")
+
+
 def test_overwrite_starts_a_new_run(out: Path) -> None:
     (out / "notes.txt").write_text("mine")
     result = run(out, RECIPE.replace(steps=2, evaluate_every=2, seed=3), overwrite=True)
