@@ -36,11 +36,7 @@ def lock(run: Path) -> FileLock:
 
 
 def record(run: Path, *patterns: str) -> None:
-    """Record files that are about to be written, relative to the run's folder, which is made.
-
-    Raises:
-        OSError: the record cannot be written.
-    """
+    """Record files that are about to be written, by their paths in the run's folder, which is made."""
     if new := [pattern for pattern in patterns if pattern not in recorded(run)]:
         run.mkdir(parents=True, exist_ok=True)
         with (run / RECORD).open("a", encoding="utf-8") as file:
@@ -60,32 +56,21 @@ def remove(run: Path, names: Iterable[str]) -> None:
         FileExistsError: there are files that are not in the record; then nothing is removed. Names some.
         OSError: a file cannot be removed.
     """
-    patterns, found, folders = recorded(run), list[Path](), list[Path]()
-    for path in (run / name for name in names):
-        if not path.is_dir():
-            found += [path] if os.path.lexists(path) else []
-            continue
-        for folder, inner, leaves in os.walk(path):
-            folders.append(Path(folder))
-            links = [name for name in inner if Path(folder, name).is_symlink()]
-            found += [Path(folder, name) for name in (*leaves, *links)]
-    places = [path.relative_to(run) for path in found]
-    others = [
-        place.as_posix()
-        for place in places
-        if not any(fnmatchcase(place.as_posix(), pattern) for pattern in patterns)
-        and not any(part.startswith(SAVING) for part in place.parts)
-    ]
+    found = [path for name in names for path in (run / name, *(run / name).rglob("*")) if os.path.lexists(path)]
+    # a link in the place of a folder of the run is followed, and stays
+    files = [path for path in found if not path.is_dir() or (path.is_symlink() and path.parent != run)]
+    patterns = [*recorded(run), f"*/{SAVING}*"]
+    places = sorted(path.relative_to(run).as_posix() for path in files)
+    others = [place for place in places if not any(fnmatchcase(place, pattern) for pattern in patterns)]
     if others:
-        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        named = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         raise FileExistsError(
-            f"{run} holds {', '.join(sorted(others)[:3])}{more}, which no run is recorded to have written; nothing was "
-            "removed: move or delete that yourself, or choose another --out"
+            f"{run} holds {named}, which no run is recorded to have written; nothing was removed: move or delete that "
+            "yourself, or choose another --out"
         )
-    for path in found:
+    for path in files:
         path.unlink()
-    for folder_path in reversed(folders):
-        if not folder_path.is_symlink():
-            folder_path.rmdir()
+    for folder in reversed([path for path in found if path.is_dir() and not path.is_symlink()]):
+        folder.rmdir()
     if (run / RECORD).exists():
         (run / RECORD).unlink()

@@ -34,6 +34,7 @@ import torch
 
 from ..config import SegmenterConfig
 from ..io.atomic import atomic_files, atomic_path, write_json
+from ..io.pillow_images import check_regular
 from ..segmenter import Segmenter
 from ..version import __version__
 from ..weights.hub import CONFIG, WEIGHTS, write_folder
@@ -199,16 +200,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: damaged, of a newer version, or no checkpoint of a training run.
     """
-    if path.exists() and not path.is_file():
-        raise CheckpointError(f"{path} cannot be read: it is no regular file")
     try:
+        check_regular(path, "checkpoint")
         with zipfile.ZipFile(path) as file:
             if damaged := file.testzip():  # torch.load would take changed weights for the right ones
                 raise CheckpointError(f"{path} is damaged: {damaged} has another checksum")
         content = read_torch(path)
     except zipfile.BadZipFile as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    except OSError as error:  # a folder, a link to nothing, no permission
+    except OSError as error:  # a folder, a pipe, a link to nothing, no permission
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     if not isinstance(content, dict) or not set(content) >= set(_KINDS):
         raise CheckpointError(f"{path} is no checkpoint of a training run")
@@ -267,12 +267,10 @@ def export_last(run: Path, config: SegmenterConfig, content: dict[str, Any]) -> 
 
 def save_scores(run: Path, summary: EvaluationSummary, keep: int) -> None:
     """Write ``scores.json``, after a copy of ``last`` to ``best`` if it is the best; delete older checkpoints."""
-    record(run, SCORES)
+    record(run, SCORES, f"{BEST}/{CONFIG}", f"{BEST}/{WEIGHTS}")
     if summary.best_step == summary.last_step:
-        names = [file.name for file in (run / LAST).iterdir() if file.name in (CONFIG, WEIGHTS)]
-        record(run, *(f"{BEST}/{name}" for name in names))
         with atomic_files(run / BEST) as temporary:
-            for name in names:
+            for name in (CONFIG, WEIGHTS):
                 shutil.copy(run / LAST / name, temporary)
     write_json(run / SCORES, asdict(summary), indent=2)
     prune(run, keep, summary.best_step)

@@ -228,8 +228,7 @@ def check_new(path: Path, overwrite: bool, same: bool = False) -> None:
         raise FileExistsError(f"{path} exists; choose another path, or replace it by --overwrite")
     folder = next(each for each in path.absolute().parents if each.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK):
-        reason = "takes no files" if folder.is_dir() else "is no folder"
-        raise PermissionError(f"{path} cannot be written: {folder} {reason}")
+        raise PermissionError(f"{path} cannot be written: {folder} takes no files")
 
 
 def check_windows(window: int | None, stride: int | None, batch_size: int | None) -> None:

@@ -168,11 +168,10 @@ def _known_window(model: str) -> int | None:
 
             described = read_mapping(folder / "variant.yml")
             side = described["net_kwargs"]["image_size"]
-            sizes = {"window_size": side if isinstance(side, int) else side[0], **described.get("inference_kwargs", {})}
+            found = described.get("inference_kwargs", {}).get("window_size", side if isinstance(side, int) else side[0])
         else:
-            sizes = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        found = sizes["window_size"]
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["window_size"]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
     return found if isinstance(found, int) and found > 0 else None
 

@@ -127,13 +127,11 @@ def train(
     run_options: dict[str, Any] = {"resume": resume.value, "overwrite": overwrite, "device": device.value}
     result = run(model, dataset, val_dataset, recipe, out, **run_options, timeout=timeout)
     if World.from_environment().rank == 0:
-        best = result.summary
+        best, now = result.summary, result.steps - result.started
         if best.best_step >= 0:
             typer.echo(f"best mIoU {best.best_miou:.4f} after step {best.best_step}: {out / 'best'}")
-        taken = result.steps - result.started
-        call = f", {taken or 'none'} in this call" if result.started else ""
-        call += f", {result.skipped} skipped in this call" if taken else ""
-        typer.echo(f"{counted(result.steps, 'step')} done{call}; the last model: {out / 'last'}")
+        steps = f"{counted(result.steps, 'step')} done, {now} in this call, {result.skipped} skipped"
+        typer.echo(f"{steps}; the last model: {out / 'last'}")
     if not result.finished:
         say("stopped by a signal; the same command with --resume auto goes on", "yellow")
         raise typer.Exit(STOPPED)

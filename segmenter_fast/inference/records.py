@@ -62,9 +62,9 @@ def unfinished(
     """
     with ThreadPoolExecutor(side_threads()) as pool:
         found = list(pool.map(lambda job: _examine(job, run), jobs))
-    cut = {index: paths[0] for index, (paths, _) in enumerate(found) if paths and all(map(_is_cut, paths))}
-    cut = cut if resume and not overwrite else {}
-    foreign = [path for index, (paths, _) in enumerate(found) if index not in cut for path in paths]
+    examined = list(zip(jobs, found, strict=True))
+    cut = {job: paths[0] for job, (paths, _) in examined if resume and not overwrite and _are_cut(paths)}
+    foreign = [path for job, (paths, _) in examined if job not in cut for path in paths]
     if foreign and not overwrite:
         more = f" and {len(foreign) - 1} more files are" if len(foreign) > 1 else " is"
         raise FileExistsError(
@@ -73,14 +73,13 @@ def unfinished(
         )
     if not resume:
         return list(jobs), [], []
-    reason = "is cut off, and no record in it says who wrote it; delete it, or replace it by --overwrite"
-    refused = [(str(jobs[index].source), f"{path} {reason}") for index, path in cut.items()]
-    left = [
-        (job, reason)
-        for index, (job, (_, reason)) in enumerate(zip(jobs, found, strict=True))
-        if reason is not None and index not in cut
-    ]
-    return [job for job, _ in left], [(str(job.source), reason) for job, reason in left if reason], refused
+    hint = "is cut off, and no record in it says who wrote it; delete it, or replace it by --overwrite"
+    left = {job: reason for job, (_, reason) in examined if reason is not None and job not in cut}
+    return (
+        list(left),
+        [(str(job.source), reason) for job, reason in left.items() if reason],
+        [(str(job.source), f"{path} {hint}") for job, path in cut.items()],
+    )
 
 
 def _examine(job: Job, run: dict[str, Any]) -> tuple[list[Path], str | None]:
@@ -110,14 +109,11 @@ def _examine(job: Job, run: dict[str, Any]) -> tuple[list[Path], str | None]:
     return foreign, reason
 
 
-def _is_cut(path: Path) -> bool:
-    """Return whether a file begins as an output does, but ends before its record and its pixels do."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(len(_PNG))
-    begun = start and (_PNG.startswith(start) or start[:4] in _TIFF)
-    return bool(begun) and read_record(path) == (None, False)
+def _are_cut(paths: Sequence[Path]) -> bool:
+    """Return whether files begin as outputs do, but end before their record and their pixels do; False for none."""
+    starts = [path.open("rb").read(len(_PNG)) if path.is_file() else b"" for path in paths]
+    begun = [start[:4] in _TIFF or (bool(start) and _PNG.startswith(start)) for start in starts]
+    return bool(paths) and all(begun) and all(read_record(path) == (None, False) for path in paths)
 
 
 def _read_png(file: Any) -> tuple[str, bool]:

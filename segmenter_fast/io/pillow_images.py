@@ -90,10 +90,10 @@ def count_pages(path: str | os.PathLike[str]) -> int:
         return 1  # the reader raises a better error
 
 
-def check_regular(path: str | os.PathLike[str]) -> None:
+def check_regular(path: str | os.PathLike[str], what: str = "image") -> None:
     """Refuse a pipe, a socket or a device: reading it could wait for ever."""
     if not os.path.isfile(path) and not os.path.isdir(path) and os.path.exists(path):
-        raise OSError(f"image {os.fspath(path)} cannot be read: it is no regular file")
+        raise OSError(f"{what} {os.fspath(path)} cannot be read: it is no regular file")
 
 
 def register_heif(path: str | os.PathLike[str]) -> None:

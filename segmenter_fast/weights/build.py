@@ -46,13 +46,8 @@ class SavedModel:
 
 @torch.no_grad()
 def take_classes(model: nn.Module, fresh: nn.Module, state: Mapping[str, Tensor], places: Sequence[int]) -> None:
-    """Give each class of a model the weights of the class of a state dict that ``places`` names.
-
-    Args:
-        fresh: a model of the same configuration, whose weights the classes of place -1 get.
-    """
-    parameters = dict(fresh.named_parameters())
-    given = torch.tensor(places)
+    """Give each class of a model the weights of a state dict's class that ``places`` names, of place -1 fresh ones."""
+    parameters, given = dict(fresh.named_parameters()), torch.tensor(places)
     kept = (given >= 0).nonzero()[:, 0]
     for name, tensor in model.named_parameters():
         if name in _CLASS_TENSORS:

@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..io.pillow_images import check_regular
 from .pickles import names_in, placeholders
 
 _ALLOWING = threading.Lock()  # torch keeps one list of allowed names for the whole process
@@ -61,12 +62,6 @@ def shown(value: object) -> str:
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def _require_regular(path: Path) -> None:
-    """Refuse a pipe, a socket or a device: reading it could wait for ever."""
-    if path.exists() and not path.is_file() and not path.is_dir():
-        raise CheckpointError(f"{path} cannot be read: it is no regular file")
-
-
 def read_mapping(path: Path) -> dict[str, Any]:
     """Return the mapping in a file whose name ends in .json, or in a YAML file.
 
@@ -76,7 +71,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         FileNotFoundError: no such file.
         CheckpointError: not of that language, a refused tag, no mapping, too large or nested too deeply.
     """
-    _require_regular(path)
+    check_regular(path, "checkpoint")
     language = "JSON" if path.suffix == ".json" else "YAML"
     if (size := path.stat().st_size) > _LARGEST[language]:
         raise CheckpointError(f"{path} has {size:,} bytes, more than the {_LARGEST[language]:,} of a {language} file")
@@ -102,7 +97,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     """
     if path.name.endswith(".json"):
         return _read_shards(path)
-    _require_regular(path)
+    check_regular(path, "checkpoint")
     try:
         return load_file(path)
     except safetensors.SafetensorError as error:
@@ -148,7 +143,7 @@ def read_torch(path: Path) -> Any:
         FileNotFoundError: no such file.
         CheckpointError: damaged, truncated, of another format, or it names other code.
     """
-    _require_regular(path)
+    check_regular(path, "checkpoint")
     with path.open("rb") as file:
         return read_pickled(file, path.stat().st_size, str(path), path)
 

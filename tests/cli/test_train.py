@@ -45,7 +45,7 @@ def run(out: Path, *options: str, preset: str = "folder") -> Result:
 def test_options_override_the_preset(tmp_path: Path, squares: dict[str, Any]) -> None:
     done = run(tmp_path, "--lr", "0.002", "--no-flip", "--optimizer", "sgd")
     assert done.exit_code == 0, done.output
-    assert "2 steps done, 0 skipped" in done.output
+    assert "2 steps done, 2 in this call, 0 skipped; " in done.output
     recipe = json.loads((tmp_path / "run.json").read_text())["recipe"]
     assert (recipe["lr"], recipe["flip"], recipe["optimizer"], recipe["clip"]) == (0.002, False, "sgd", 1.0)
     assert squares["kind"] == "folder"
@@ -91,8 +91,8 @@ def test_a_signal_ends_with_the_code_that_help_tells(tmp_path: Path, squares: di
     assert stopped.exit_code == 75, stopped.output
     assert "--resume auto goes on" in stopped.output
     squares["train"] = Squares()
-    assert "2 steps done, 1 in this call, 0 skipped in this call; " in run(tmp_path, "--resume", "auto").output
-    assert "2 steps done, none in this call; " in run(tmp_path, "--resume", "auto").output
+    assert "2 steps done, 1 in this call, 0 skipped; " in run(tmp_path, "--resume", "auto").output
+    assert "2 steps done, 0 in this call, 0 skipped; " in run(tmp_path, "--resume", "auto").output
     assert [record["step"] for record in read_log(tmp_path) if record["kind"] == "step"] == [1, 2]
     assert "75" in CliRunner().invoke(app, ["train", "--help"], env={"COLUMNS": "200"}).output
 
