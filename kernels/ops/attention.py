@@ -51,8 +51,8 @@ def attention(qkv: Tensor, scale: float | None = None, bias: Tensor | None = Non
     ``torch.func.vmap`` folds its dimension into the batch. PyTorch refuses ``torch.func.grad`` for every operator with
     a registered derivative; ``torch.autograd.grad`` computes the same, also around ``vmap``.
     """
-    if qkv.ndim != 5 or qkv.shape[2] != 3:
-        raise ValueError(f"qkv must be (B, N, 3, H, D), got {tuple(qkv.shape)}")
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or qkv.shape[4] < 1:
+        raise ValueError(f"qkv must be (B, N, 3, H, D), D at least 1, got {tuple(qkv.shape)}")
     if qkv.dtype not in FLOATS:
         raise dtype_error("qkv", qkv, FLOATS)
     if qkv.shape[-1] > 1 and qkv.stride(-1) != 1:

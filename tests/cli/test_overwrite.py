@@ -44,8 +44,9 @@ def test_a_plot_of_the_same_runs_is_drawn_again(tmp_path: Path, run: Path) -> No
 
 def test_a_place_that_takes_no_files_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    refused = call("evaluate", MODEL, "--data", "absent", "--json", tmp_path / "file/x.json")
-    assert refused.stderr == f"error: {tmp_path / 'file/x.json'} cannot be written: {tmp_path / 'file'} takes no files\n"
+    place = tmp_path / "file/x.json"
+    refused = call("evaluate", MODEL, "--data", "absent", "--json", place)
+    assert refused.stderr == f"error: {place} cannot be written: {place.parent} takes no files\n"
     monkeypatch.setattr("os.access", lambda *_, **__: False)  # as root may write anywhere
     refused = call("export", "absent", tmp_path / "new/x.onnx")
     assert refused.stderr == f"error: {tmp_path / 'new/x.onnx'} cannot be written: {tmp_path} takes no files\n"

@@ -279,10 +279,12 @@ def test_vmap_of_the_gradient(backend: Backend) -> None:
 
 def test_errors_name_the_argument(backend: Backend) -> None:
     device = backend.device
-    with pytest.raises(ValueError, match=r"qkv must be \(B, N, 3, H, D\), got \(2, 5, 48\)"):
+    with pytest.raises(ValueError, match=r"qkv must be \(B, N, 3, H, D\), D at least 1, got \(2, 5, 48\)"):
         attention(torch.zeros(2, 5, 48, device=device))
     with pytest.raises(ValueError, match=r"qkv must be \(B, N, 3, H, D\)"):
         attention(torch.zeros(2, 5, 2, 1, 16, device=device))
+    with pytest.raises(ValueError, match="D at least 1"):
+        attention(torch.zeros(2, 5, 3, 1, 0, device=device))
     with pytest.raises(ValueError, match="last stride of 1"):
         attention(torch.zeros(2, 5, 3, 1, 32, device=device)[..., ::2])
     with pytest.raises(TypeError, match="qkv must be float32"):
