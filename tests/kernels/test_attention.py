@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 
 import numpy as np
 import pytest
@@ -279,12 +280,9 @@ def test_vmap_of_the_gradient(backend: Backend) -> None:
 
 def test_errors_name_the_argument(backend: Backend) -> None:
     device = backend.device
-    with pytest.raises(ValueError, match=r"qkv must be \(B, N, 3, H, D\), D at least 1, got \(2, 5, 48\)"):
-        attention(torch.zeros(2, 5, 48, device=device))
-    with pytest.raises(ValueError, match=r"qkv must be \(B, N, 3, H, D\)"):
-        attention(torch.zeros(2, 5, 2, 1, 16, device=device))
-    with pytest.raises(ValueError, match="D at least 1"):
-        attention(torch.zeros(2, 5, 3, 1, 0, device=device))
+    for shape in ((2, 5, 48), (2, 5, 2, 1, 16), (2, 5, 3, 1, 0)):
+        with pytest.raises(ValueError, match=re.escape(f"qkv must be (B, N, 3, H, D), D at least 1, got {shape}")):
+            attention(torch.zeros(shape, device=device))
     with pytest.raises(ValueError, match="last stride of 1"):
         attention(torch.zeros(2, 5, 3, 1, 32, device=device)[..., ::2])
     with pytest.raises(TypeError, match="qkv must be float32"):
