@@ -32,7 +32,7 @@ def legend_of(
     """
     order = [int(place) for place in np.argsort(-counts, kind="stable") if counts[place]]
     shown: list[tuple[Color | None, str]] = [
-        (palette[place], f"{names[place]} {percent(counts[place] / counts.sum())}" if shares else names[place])
+        (palette[place], f"{names[place]}, {percent(counts[place] / counts.sum())}" if shares else names[place])
         for place in order[:_MOST_ENTRIES]
     ]
     left = len(order) - len(shown)

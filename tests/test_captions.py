@@ -24,7 +24,7 @@ def holds(picture: np.ndarray, color: tuple[int, int, int]) -> bool:
 
 def test_a_legend_names_the_classes_that_occur_the_largest_first() -> None:
     counts = np.array([1, 0, 999])
-    assert legend_of(counts, COLORS, ("a", "b", "c")) == [(COLORS[2], "c 100 %"), (COLORS[0], "a <1 %")]
+    assert legend_of(counts, COLORS, ("a", "b", "c")) == [(COLORS[2], "c, 100 %"), (COLORS[0], "a, <1 %")]
     assert legend_of(counts, COLORS, ("a", "b", "c"), shares=False) == [(COLORS[2], "c"), (COLORS[0], "a")]
     many = legend_of(np.arange(30), COLORS * 10, [str(place) for place in range(30)], shares=False)
     assert many[0] == (COLORS[2], "29")

@@ -49,7 +49,7 @@ def given_weights(wish: str, names: Sequence[str]) -> list[float]:
 def frequency_weights(pixels: Sequence[int] | np.ndarray) -> list[float]:
     """Return ``1 / ln(1.02 + share)`` for the share of each class in the labelled pixels: 1.4 for all, 50.5 for none.
 
-    Source: Paszke et al., ENet, 2016, section 5.2.
+    Source: Paszke et al., ENet, 2016.
 
     Raises:
         ValueError: no labelled pixel.

@@ -72,6 +72,9 @@ def test_training_keeps_the_values_of_its_labels(told: dict[str, object], tmp_pa
     assert "1 written" in done.output, done.output
     written = labels(tmp_path / "out")["d.png"]
     assert set(np.unique(written)) <= set(wanted)
+    done = call("evaluate", tmp_path / "run/last", "--data", data, "--device", "cpu", "--reduce-zero-label")
+    assert (done.exit_code == 0) == ("values" not in told)
+    assert ("mIoU" in done.stdout) or "reduce_zero_label must be true or false, and false beside values" in done.stderr
 
 
 def test_pages_of_the_input(checkpoint: Path, tmp_path: Path) -> None:
@@ -90,3 +93,27 @@ def test_pages_of_the_input(checkpoint: Path, tmp_path: Path) -> None:
     assert read_record(tmp_path / "out/labels/x.png")[0]["options"]["page"] == 1
     done = call(*arguments, "--page", 5)
     assert (done.exit_code, "it has the pages 0 to 1 and no page 5" in done.stderr) == (1, True)
+
+
+def test_dataset_check_reads_colours(tmp_path: Path) -> None:
+    data, palette = write_folder(tmp_path / "data", values=(0, 1)), tmp_path / "p.csv"
+    palette.write_text("sky,0,0,0\nsea,1,1,1\nsand,9,9,9\n")
+    for path in (data / "labels").rglob("*.png"):
+        with Image.open(path) as image:
+            image.convert("RGB").save(path)
+    assert call("dataset", "check", data).exit_code == 1
+    assert call("dataset", "check", data, "--palette", palette).exit_code == 0
+    palette.write_text("sky,0,0,0\nsea,1,1,2\nsand,9,9,9\n")
+    done = call("dataset", "check", data, "--palette", palette)
+    assert done.exit_code == 1
+    assert "hold 27 pixels of colour (1, 1, 1); the nearest that is known is sea (1, 1, 2)" in done.stderr
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_dataset_check_fits_the_terminal(columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    done = call("dataset", "check", write_folder(tmp_path, values=(0, 1)))
+    assert max(map(len, done.stdout.splitlines())) <= columns
+    if columns >= 80:
+        (line,) = (line for line in done.stdout.splitlines() if "sky" in line)
+        assert line.count("%") == 2

@@ -248,9 +248,9 @@ def test_a_prediction_is_one_line_and_a_figure_in_a_notebook() -> None:
     assert repr(prediction) == "Prediction(800 x 4, 5 classes: <b> 50 %, floor 25 %, sky 12 %, ...)"
     html = prediction._repr_html_()
     assert "800 x 4, 5 classes:" in html
-    assert "&lt;b&gt; 50 %" in html
+    assert "&lt;b&gt;, 50 %" in html
     assert "<b>" not in html
-    assert "dot &lt;1 %" in html
+    assert "dot, &lt;1 %" in html
     assert "none" not in html
     assert f"background:rgb{default_palette(6)[3]}" in html
     with Image.open(io.BytesIO(base64.b64decode(re.search('base64,([^"]*)', html)[1]))) as picture:
