@@ -265,5 +265,5 @@ def test_a_figure_names_the_largest_of_many_classes() -> None:
     names = tuple(f"class {index}" for index in range(30))
     html = Prediction(labels, raster, names, default_palette(30))._repr_html_()
     assert "30 classes, the 24 largest:" in html
-    assert "class 23 " in html
-    assert "class 24 " not in html
+    assert "class 23, " in html
+    assert "class 24, " not in html
