@@ -22,6 +22,7 @@ from ..inference.predict import class_table, predict_raster
 from ..inference.settings import Settings
 from ..io.images import Pixels
 from ..segmenter import Segmenter
+from ..token_merging import MERGING
 from ..visualize import displayed, side_by_side
 from .datasets.base import IGNORE
 from .datasets.class_lists import ReadOptions, color_table
@@ -33,6 +34,7 @@ from .evaluation import ConfusionMatrix, Scores
 FORMS: dict[str, dict[str, Any]] = {
     **{name: {"dtype": name} for name in ("float32", "bfloat16", "float16")},
     **{name: {"quantize": name} for name in ("int8", "fp8")},
+    **{f"merge {name}": {"merge": name} for name in MERGING},
 }
 """Arguments of ``Segmenter.optimize`` by the form's name; all are compared with the first."""
 TIMED_IMAGES, REPEATS = 4, 3
@@ -191,4 +193,4 @@ def python_line(source: str, device: str, form: str) -> str:
     random = source in VARIANTS and not Path(source).exists()
     load = f"sf.create_model({json.dumps(source)}).eval()" if random else f"sf.load({json.dumps(source)})"
     place = "" if device == "cpu" else f".to({json.dumps(device)})"
-    return f'model = {load}{place}.optimize({"" if key == "dtype" else "quantize="}"{value}")'
+    return f'model = {load}{place}.optimize({"" if key == "dtype" else f"{key}="}"{value}")'

@@ -82,6 +82,8 @@ class Recipe:
 
     drop_path: Annotated[float, "Stochastic depth of the last encoder layer."] = 0.1
     dropout: Annotated[float, "Dropout of the encoder."] = 0.0
+    merge: Annotated[str, "Token merging: none, fast, faster, or fields of TokenMerging in JSON."] = "none"
+    merge_warmup: Annotated[int, "Steps in which the shares of merged tokens rise from 0, in four stairs."] = 0
     decoder_dropout: Annotated[
         float, "Dropout of the mask decoder; 0.1 in the official program, the paper finds 0 best."
     ] = 0.0
@@ -129,6 +131,7 @@ class Recipe:
             "drop_path_rate": self.drop_path,
             "dropout": self.dropout,
             "decoder_dropout": self.decoder_dropout,
+            "merging": self.merge,
             "window_size": self.window,
             "window_stride": self.stride,
         }

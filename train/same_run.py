@@ -38,7 +38,8 @@ def check_same(
         ValueError: something differs; names all that does.
     """
     before = read_mapping(description)
-    now, default = (json.loads(json.dumps(each.to_dict())) for each in (config, SegmenterConfig()))
+    configs = (config, SegmenterConfig())
+    now, default = ({"merging": None} | json.loads(json.dumps(each.to_dict())) for each in configs)
     old_fields, old = before.get("model", {}), before.get("recipe", {})
     if not isinstance(old_fields, dict) or not isinstance(old, dict):
         raise CheckpointError(f"{description} is no description of a run: model and recipe must be mappings")

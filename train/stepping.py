@@ -31,6 +31,8 @@ from .optimization import freeze, make_optimizer, make_schedule
 from .presets import Recipe
 
 FORMAT_VERSION = 1
+STAIRS = 4
+"""Steps in which the shares of token merging rise over ``merge_warmup``."""
 
 
 class SummedLoss(nn.Module):
@@ -108,6 +110,9 @@ class Stepper:
         self.optimizer = make_optimizer(model, recipe)
         self.schedule = make_schedule(self.optimizer, recipe, total_steps)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
+        merging = model.config.merging
+        # The same objects at every step: the compiler compiles again for another one.
+        self.mergings = [merging and merging.fewer(stair / STAIRS) for stair in range(STAIRS)] + [merging]
 
     def weigh(self, weights: Sequence[float]) -> None:
         """Weigh the classes in the loss, before the first step; no weights weigh them alike."""
@@ -136,6 +141,8 @@ class Stepper:
         ).float()  # times size, as the processes' gradients are averaged
         total = torch.zeros((), device=world.device)
         parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
+        stair = STAIRS * self.steps // recipe.merge_warmup if recipe.merge_warmup else STAIRS
+        self.model.encoder.merging = self.mergings[min(stair, STAIRS)]
         for number, (part, target) in enumerate(parts, 1):
             last = number == len(parts)
             wait: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -148,6 +155,7 @@ class Stepper:
                     loss = self.module(part, target) * share
                 self.scaler.scale(loss).backward()
             total += loss.detach()
+        self.model.encoder.merging = self.model.config.merging
         return self._update(total / world.size, request)
 
     def _update(self, loss: Tensor, request: StopRequest) -> StepResult:

@@ -118,6 +118,16 @@ ScaleOption = Annotated[
 ]
 
 
+MergeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--merge",
+        help="Merge tokens that are alike, for speed: fast, faster, none, or fields of TokenMerging in JSON. "
+        "Default: the model's.",
+    ),
+]
+
+
 class InferenceOptions:
     """Options of ``Settings``."""
 
@@ -150,7 +160,7 @@ def _options(
     pass
 
 
-def load_model(name: str, device: Device, dtype: Dtype) -> Segmenter:
+def load_model(name: str, device: Device, dtype: Dtype, merge: str | None = None) -> Segmenter:
     """Load a checkpoint, or make a variant with random weights and warn about them."""
     from .. import create_model, load
     from ..devices import choose_device, choose_dtype
@@ -159,21 +169,23 @@ def load_model(name: str, device: Device, dtype: Dtype) -> Segmenter:
     kind = choose_dtype(dtype.value, place)
     if name in VARIANTS and not Path(name).exists():
         say(f"WARNING: {name} has RANDOM weights. Its labels mean nothing; give a checkpoint for real ones.", "yellow")
-        model = create_model(name).eval()
+        model = create_model(name, merging=merge).eval()
     else:
         with short_warnings():
-            model = load(name)
+            model = load(name, merge=merge)
     return model.to(place, kind)
 
 
-def load_for_inference(name: str, device: Device, dtype: Dtype, optimize: bool, images: int) -> Model:
+def load_for_inference(
+    name: str, device: Device, dtype: Dtype, optimize: bool, images: int, merge: str | None = None
+) -> Model:
     """``load_model``, in the inference form where ``optimize`` is set, compiled where that pays for so many images."""
     if not optimize:
-        return load_model(name, device, dtype)
+        return load_model(name, device, dtype, merge)
     from ..devices import choose_device, choose_dtype
 
     kind = choose_dtype(dtype.value, choose_device(device.value))
-    model = load_model(name, device, Dtype.float32)
+    model = load_model(name, device, Dtype.float32, merge)
     with short_warnings():
         # Without enlarging, images below the window have more sizes than graphs are kept for.
         graph = model.config.upscale_small_images

@@ -87,7 +87,8 @@ def check(
     headings = ["images/s", "MiB of weights", "labels of float32", "mIoU with float32", "mIoU with labels"][
         : 4 + labelled
     ]
-    table = Table("form", title=f"{model} on {len(found)} images, {place}", header_style="bold")
+    table = Table(title=f"{model} on {len(found)} images, {place}", header_style="bold")
+    table.add_column("form", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")
     for form in forms:

@@ -23,6 +23,7 @@ from .app import (
     Dtype,
     DtypeOption,
     InferenceOptions,
+    MergeOption,
     OverwriteOption,
     ScaleOption,
     app,
@@ -57,6 +58,7 @@ def evaluate(
     stride: Annotated[int | None, InferenceOptions.stride] = None,
     batch_size: Annotated[int | None, InferenceOptions.batch_size] = None,
     optimize: Annotated[bool, InferenceOptions.optimize] = True,
+    merge: MergeOption = None,
     bands: BandsOption = None,
     scale: ScaleOption = None,
     device: DeviceOption = Device.auto,
@@ -86,7 +88,7 @@ def evaluate(
         check_new(out, overwrite, _inputs(out) == inputs)
     with process_group(device.value) as world:
         dataset = open_dataset(data, kind, split, ReadOptions(palette, reduce_zero_label, page))
-        segmenter = load_for_inference(model, device, dtype, optimize, len(dataset) // world.size)
+        segmenter = load_for_inference(model, device, dtype, optimize, len(dataset) // world.size, merge)
         batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
         options = window, stride, factor_list, flip or multiscale, batch_size, numbers, scale
         settings = Settings.of(segmenter.config, *options)
@@ -123,6 +125,7 @@ def evaluate(
             **asdict(settings),
             "dtype": str(next(segmenter.parameters()).dtype),
             "optimized": optimize,
+            "merging": segmenter.config.merging and asdict(segmenter.config.merging),
             "classes": list(dataset.class_names),
             **asdict(scores),
         }

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .app import Device, Dtype, ModelArgument, OverwriteOption, app, check_new, load_model
+from .app import Device, Dtype, MergeOption, ModelArgument, OverwriteOption, app, check_new, load_model
 
 
 class Format(str, Enum):
@@ -41,6 +41,7 @@ def export(
     dtype: Annotated[
         Dtype, typer.Option(help="Dtype of weights and activations; bfloat16 for .pt2 only.")
     ] = Dtype.float32,
+    merge: MergeOption = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write an ONNX file or an AOTInductor package (.pt2), and check that it gives the model's labels."""
@@ -52,7 +53,7 @@ def export(
     if format and out.suffix != f".{format.value}":
         raise typer.BadParameter(f"OUT must end in .{format.value} for --format {format.value}, got {out}")
     check_new(out, overwrite)
-    segmenter = load_model(model, device, Dtype.float32)
+    segmenter = load_model(model, device, Dtype.float32, merge)
     with Console(stderr=True).status(f"exporting to {out} ..."):
         exported = write_export(
             segmenter,

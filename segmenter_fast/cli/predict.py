@@ -28,6 +28,7 @@ from .app import (
     Dtype,
     DtypeOption,
     InferenceOptions,
+    MergeOption,
     OverwriteOption,
     ScaleOption,
     app,
@@ -75,6 +76,7 @@ def predict(
     overlap: Annotated[int | None, typer.Option(metavar="N", help="Same as --stride WINDOW - N.")] = None,
     batch_size: Annotated[int | None, InferenceOptions.batch_size] = None,
     optimize: Annotated[bool, InferenceOptions.optimize] = True,
+    merge: MergeOption = None,
     bands: BandsOption = None,
     scale: ScaleOption = None,
     overlay: Annotated[bool, typer.Option(help="Write overlays.")] = True,
@@ -121,7 +123,7 @@ def predict(
         report = PredictionReport()
         try:
             missing = sum(not (resume and (job.labels.exists() or job.tiled.exists())) for job in jobs)
-            segmenter = load_for_inference(model, device, dtype, optimize, missing)
+            segmenter = load_for_inference(model, device, dtype, optimize, missing, merge)
             stride = _stride(stride, overlap, window or segmenter.config.window_size)
             batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
             settings = Settings.of(segmenter.config, window, stride, factors, flip, batch_size, numbers, scale)

@@ -62,6 +62,7 @@ def test_training_learns(tmp_path: Path) -> None:
         {"drop_path": 0.5, "ema": 0.9},
         {"optimizer": "adamw", "lr": 1e-3, "warmup": 2, "weight_decay": 0.1, "clip": 0.5, "accumulate": 2},
         {"workers": 2, "batch_size": 3},
+        {"merge": '{"layers": [1], "share": 0.5}', "merge_warmup": 5, "activation_checkpointing": True, "ema": 0.9},
     ],
     ids=lambda fields: ",".join(fields),
 )
@@ -88,6 +89,27 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, fields: dict[str
         for part in ("parts", "whole")
     ]
     assert losses[0] == losses[1]
+
+
+def test_the_shares_of_merging_rise_in_four_stairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shares = []
+    merged = sf.segmenter.VisionTransformer.merged
+
+    def seen(encoder: Any, images: torch.Tensor) -> Any:
+        shares.append(encoder.merging.shares[0] if encoder.merging else 0.0)
+        return merged(encoder, images)
+
+    monkeypatch.setattr(sf.segmenter.VisionTransformer, "merged", seen)
+    recipe = RECIPE.replace(merge='{"layers": [1], "share": 0.4}', merge_warmup=4, steps=6, evaluate_every=6)
+    train(small_model(recipe), Squares(), None, recipe, tmp_path, device="cpu")
+    assert shares == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.4])
+    assert sf.load(tmp_path / "last").config.merging == sf.TokenMerging((1,), 0.4)
+    described = json.loads((tmp_path / "run.json").read_text())
+    assert (described["recipe"]["merge"], described["recipe"]["merge_warmup"]) == (recipe.merge, 4)
+    with pytest.raises(ValueError, match="merge is 'none'"):
+        train(small_model(), Squares(), None, recipe.replace(merge="none"), tmp_path, resume="auto", device="cpu")
+    with pytest.raises(ValueError, match="did you mean fast"):
+        small_model(recipe.replace(merge="fsat"))
 
 
 def _stopped_after_save(out: Path, recipe: Recipe, number: signal.Signals) -> Any:
