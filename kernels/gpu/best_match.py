@@ -79,7 +79,7 @@ def launch_config(dtype: torch.dtype, arch: str, rows: int, processors: int) -> 
     """Tiles of a launch for ``rows`` rows of all images; none is measured."""
     stages = 2 if arch.startswith("gfx") else 3
     if dtype == torch.float32:
-        return Tiles(32, 32, 32, 4, stages)
+        return Tiles(32, 32, 32, 8, stages)
     if arch == "sm_75":  # larger tiles spill
         return Tiles(32, 32, 32, 8, 2)
     if arch != "sm_90":  # products take registers there: with 4 warps the tile spills
