@@ -131,6 +131,23 @@ def side_by_side(
     return captioned([panels], titles, legend)
 
 
+def draw_groups(image: np.ndarray, index: np.ndarray, patch_size: int) -> Image.Image:
+    """``(H, W, 3)`` uint8 pixels in the mean colours of groups of patches, with dark lines between groups.
+
+    Args:
+        index: ``(h, w)`` group of each patch.
+        patch_size: pixels of a patch's side.
+    """
+    height, width = image.shape[:2]
+    groups = index.repeat(patch_size, 0).repeat(patch_size, 1)[:height, :width]
+    counts = np.bincount(groups.ravel()).clip(1)
+    sums = [np.bincount(groups.ravel(), image[..., channel].ravel()) for channel in range(3)]
+    drawn = np.stack([total / counts for total in sums], 1)[groups].astype(np.uint8)
+    drawn[1:][groups[1:] != groups[:-1]] //= 3
+    drawn[:, 1:][groups[:, 1:] != groups[:, :-1]] //= 3
+    return Image.fromarray(drawn)
+
+
 def html_figure(image: Image.Image, title: str, legend: Sequence[tuple[Color, str]]) -> str:
     """An HTML figure: the image as inline JPEG, a title, and a swatch of colour beside each text of the legend."""
     file = io.BytesIO()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ import segmenter_fast as sf
 from segmenter_fast import TokenMerging
 from segmenter_fast.merging import run_blocks
 from segmenter_fast.segmenter import Segmenter
+from segmenter_fast.visualize import draw_groups
 
 SMALL: dict[str, Any] = {"depth": 4, "decoder_depth": 1, "num_classes": 5, "image_size": 64}
 MERGING = TokenMerging((1, 2), 0.3)
@@ -211,3 +213,16 @@ def test_training_with_merging_moves_every_parameter() -> None:
 def test_attention_maps_refuse_merged_patches() -> None:
     with pytest.raises(ValueError, match=r"this model merges patches.*with_merging\(None\)"):
         made().with_merging("fast").attention_maps(images(), 0)
+
+
+def test_groups_are_drawn_in_their_mean_colours() -> None:
+    model, given = made().with_merging(MERGING), images(1)
+    index = model.token_groups(given)
+    assert torch.equal(index, model.encoder.merged(given)[1].index)
+    exact = model.with_merging(None).token_groups(given)
+    assert exact.flatten(1).tolist() == [list(range(5 * 6))]
+    pixels = np.zeros((4, 5, 3), np.uint8)
+    pixels[:, :2], pixels[:, 2:4], pixels[:, 4] = 90, 30, 200
+    drawn = np.asarray(draw_groups(pixels, np.array([[0, 0, 1], [0, 0, 1]]), 2))
+    assert (drawn[:, :4] == 60).all()
+    assert (drawn[:, 4] == 200 // 3).all()  # a line
