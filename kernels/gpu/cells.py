@@ -140,7 +140,35 @@ def _largest3(a0, a1, a2, b0, b1, b2):
 
 
 @triton.jit
-def open_corners(masks_ptr, masks_strides, num_classes, b, cell_y, cell_x, ys, xs, offs_c, dtype: tl.constexpr):
+def corner_ptrs(masks_ptr, masks_strides, index_ptr, b, top, left, ys, xs):
+    """Pointers to class 0 of a cell's corners: the upper left, upper right, lower left and lower right one.
+
+    ``index_ptr``, or None: contiguous ``(B, h, w)`` groups of the inputs, which the last stride counts.
+    """
+    stride_mb, _, stride_mh, stride_mw = masks_strides
+    # Without a change of size there is no second input, as in PyTorch: 0 * inf would be NaN.
+    bottom = tl.minimum(top + tl.cast(ys.step != ys.denominator, tl.int32), ys.size_in - 1)
+    right = tl.minimum(left + tl.cast(xs.step != xs.denominator, tl.int32), xs.size_in - 1)
+    if index_ptr is not None:
+        masks_ptr += b * stride_mb
+        upper_row = index_ptr + (b * ys.size_in + top) * xs.size_in
+        lower_row = index_ptr + (b * ys.size_in + bottom) * xs.size_in
+        ptrs = (
+            masks_ptr + tl.load(upper_row + left) * stride_mw, masks_ptr + tl.load(upper_row + right) * stride_mw,
+            masks_ptr + tl.load(lower_row + left) * stride_mw, masks_ptr + tl.load(lower_row + right) * stride_mw,
+        )  # fmt: skip
+    else:
+        upper_row = masks_ptr + b * stride_mb + top.to(tl.int64) * stride_mh
+        lower_row = masks_ptr + b * stride_mb + bottom.to(tl.int64) * stride_mh
+        west, east = left.to(tl.int64) * stride_mw, right.to(tl.int64) * stride_mw
+        ptrs = upper_row + west, upper_row + east, lower_row + west, lower_row + east
+    return ptrs
+
+
+@triton.jit
+def open_corners(
+    masks_ptr, masks_strides, index_ptr, num_classes, b, cell_y, cell_x, ys, xs, offs_c, dtype: tl.constexpr
+):  # fmt: skip
     """A cell's corner pointers, stride of the classes, their number and the base; and whether the cell is far.
 
     The base is the largest corner, which no logit exceeds; 0 where the cell is far. The largest of the classes'
@@ -148,14 +176,8 @@ def open_corners(masks_ptr, masks_strides, num_classes, b, cell_y, cell_x, ys, x
     corner is below -DEEP, and where the only class has probability 1 exactly. A NaN makes all pixels of a cell NaN,
     far or not. ``offs_c`` are the classes of a step, with 64 bits where offsets need them.
     """
-    stride_mb, stride_mk, stride_mh, stride_mw = masks_strides
-    # Without a change of size there is no second input, as in PyTorch: 0 * inf would be NaN.
-    bottom = tl.minimum(cell_y + tl.cast(ys.step != ys.denominator, tl.int32), ys.size_in - 1)
-    right = tl.minimum(cell_x + tl.cast(xs.step != xs.denominator, tl.int32), xs.size_in - 1)
-    top_ptr = masks_ptr + b * stride_mb + cell_y.to(tl.int64) * stride_mh
-    bottom_ptr = masks_ptr + b * stride_mb + bottom.to(tl.int64) * stride_mh
-    left, right = cell_x.to(tl.int64) * stride_mw, right.to(tl.int64) * stride_mw
-    ptrs = top_ptr + left, top_ptr + right, bottom_ptr + left, bottom_ptr + right
+    stride_mk = masks_strides[1]
+    ptrs = corner_ptrs(masks_ptr, masks_strides, index_ptr, b, cell_y, cell_x, ys, xs)
     BLOCK_C: tl.constexpr = offs_c.shape[0]
     highest = tl.full((BLOCK_C,), -float("inf"), dtype)
     lowest = tl.full((BLOCK_C,), -float("inf"), dtype)

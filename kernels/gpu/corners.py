@@ -82,8 +82,12 @@ def sum_parts_kernel(
 
 def sum_parts(parts: Tensor, grad_loss: Tensor | None, masks: Tensor, index: Tensor | None = None) -> Tensor:
     """Gradient of the masks: sum of the parts for each input, with a ``grad_loss`` times it and the scale."""
-    batch, num_classes, height, width = shape = shape_on_grid(masks, index)
-    grad = torch.empty_like(masks) if index is None else parts.new_empty(shape)
+    batch, num_classes, height, width = shape_on_grid(masks, index)
+    grad = (
+        torch.empty_like(masks)
+        if index is None
+        else parts.new_empty(batch, height, width, num_classes).permute(0, 3, 1, 2)
+    )
     block_k, block_x = 32, min(32, next_power_of_2(width))
     if batch:
         count = batch * height * cdiv(width, block_x) * cdiv(num_classes, block_k)
@@ -101,4 +105,4 @@ def sum_parts(parts: Tensor, grad_loss: Tensor | None, masks: Tensor, index: Ten
             BLOCK_X=block_x,
             num_warps=4,
         )
-    return grad if index is None else sum_groups(grad, index, masks.shape[2]).to(masks.dtype)
+    return grad if index is None else sum_groups(grad, index, masks.new_empty(masks.shape))

@@ -11,7 +11,6 @@ points, so that most loads hit the first-level cache. Not differentiable, nothin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from .common import LOG2_E, TRITON_3_6, cdiv, launch_arguments, programs
 
+Lattice = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]  # what the ops take
 SIZES = ["num_classes", "lattices", "height", "width"]
 
 
@@ -37,20 +37,29 @@ def open_tile(size, BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, WIDE: tl.const
 
 
 @triton.jit
-def axis_points(index_ptr, weights_ptr, s, offs, size, num_classes):
-    """Offsets in the scores of both points of outputs ``offs`` of one axis, and the weight of the second."""
+def axis_points(index_ptr, weights_ptr, s, offs, size, stride):
+    """Both points of outputs ``offs`` of one axis, times ``stride``, and the weight of the second."""
     index_ptr += size.to(tl.int64) * 2 * s
-    first = tl.load(index_ptr + offs).to(offs.dtype) * num_classes
-    second = tl.load(index_ptr + size + offs).to(offs.dtype) * num_classes
+    first = tl.load(index_ptr + offs).to(offs.dtype) * stride
+    second = tl.load(index_ptr + size + offs).to(offs.dtype) * stride
     return first, second, tl.load(weights_ptr + size.to(tl.int64) * s + offs)
+
+
+@triton.jit
+def point_stride(groups_ptr, num_classes):
+    """Scores from a point to the next one; 1 where points count their groups first."""
+    if groups_ptr is not None:
+        num_classes = 1
+    return num_classes
 
 
 @triton.jit
 def tile_points(lattice_ptrs, s, tile, num_classes, size):
     """``axis_points`` of a tile's rows and columns in lattice ``s``."""
-    _, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr = lattice_ptrs
-    rows = axis_points(rows_ptr, row_weights_ptr, s, tile[0], size[0], num_classes)
-    return rows, axis_points(cols_ptr, col_weights_ptr, s, tile[1], size[1], num_classes)
+    _, rows_ptr, row_weights_ptr, cols_ptr, col_weights_ptr, groups_ptr = lattice_ptrs
+    stride = point_stride(groups_ptr, num_classes)
+    rows = axis_points(rows_ptr, row_weights_ptr, s, tile[0], size[0], stride)
+    return rows, axis_points(cols_ptr, col_weights_ptr, s, tile[1], size[1], stride)
 
 
 @triton.jit
@@ -60,7 +69,15 @@ def step_classes(BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def lattice_logits(scores_ptr, points, offs_k):
+def of_groups(groups_ptr, points, num_classes):
+    """Offsets in the scores of points that are offsets already, or have groups."""
+    if groups_ptr is not None:
+        points = tl.load(groups_ptr + points).to(points.dtype) * num_classes
+    return points
+
+
+@triton.jit
+def lattice_logits(scores_ptr, groups_ptr, points, offs_k, num_classes):
     """``(BLOCK_Y, BLOCK_K, BLOCK_X)`` logits of a tile, for classes ``offs_k`` behind ``scores_ptr``."""
     rows, cols = points
     r0, r1, v = rows
@@ -68,14 +85,18 @@ def lattice_logits(scores_ptr, points, offs_k):
     r0, r1, v = r0[:, None, None], r1[:, None, None], v[:, None, None]
     c0, c1, u = c0[None, None, :], c1[None, None, :], u[None, None, :]
     k = offs_k[None, :, None]
-    top = tl.load(scores_ptr + (r0 + c0) + k) * (1 - u) + tl.load(scores_ptr + (r0 + c1) + k) * u
-    bottom = tl.load(scores_ptr + (r1 + c0) + k) * (1 - u) + tl.load(scores_ptr + (r1 + c1) + k) * u
+    p00, p01 = of_groups(groups_ptr, r0 + c0, num_classes), of_groups(groups_ptr, r0 + c1, num_classes)
+    p10, p11 = of_groups(groups_ptr, r1 + c0, num_classes), of_groups(groups_ptr, r1 + c1, num_classes)
+    top = tl.load(scores_ptr + p00 + k) * (1 - u) + tl.load(scores_ptr + p01 + k) * u
+    bottom = tl.load(scores_ptr + p10 + k) * (1 - u) + tl.load(scores_ptr + p11 + k) * u
     return top * (1 - v) + bottom * v
 
 
 @triton.jit(do_not_specialize=SIZES)
 def lattice_log_sum_kernel(
-    lattice_ptrs,  # scores (N, K), rows (S, 2, H), row weights (S, H), columns (S, 2, W), column weights (S, W)
+    # Scores (N, K), rows (S, 2, H), row weights (S, H), columns (S, 2, W), column weights (S, W), and None or
+    # groups (N,) of the points, whose scores are then (groups, K).
+    lattice_ptrs,
     out_ptr,  # (S, 2, H, W)
     num_classes, lattices, height, width,
     BLOCK_Y: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
@@ -91,7 +112,7 @@ def lattice_log_sum_kernel(
     exp_sum = tl.zeros((BLOCK_Y, BLOCK_X), dtype)
     for begin in range(0, num_classes, BLOCK_K):
         start = tl.minimum(begin, num_classes - BLOCK_K)
-        logit = lattice_logits(lattice_ptrs[0] + start, points, offs_k)
+        logit = lattice_logits(lattice_ptrs[0] + start, lattice_ptrs[5], points, offs_k, num_classes)
         if start < begin:
             logit = tl.where((start + offs_k >= begin)[None, :, None], logit, -float("inf"))
         before, shift = shift, tl.maximum(shift, tl.max(logit, 1))  # without NaNs on a GPU; the sum has them
@@ -114,7 +135,7 @@ def lattice_votes(lattice_ptrs, log_sum_ptr, start, offs_k, tile, num_classes, l
     for s in range(lattices):
         points = tile_points(lattice_ptrs, s, tile, num_classes, size)
         shift, log_sum = tl.load(ptrs), tl.load(ptrs + plane)
-        logit = lattice_logits(lattice_ptrs[0] + start, points, offs_k)
+        logit = lattice_logits(lattice_ptrs[0] + start, lattice_ptrs[5], points, offs_k, num_classes)
         votes += tl.exp2((logit - shift[:, None, :]) * LOG2_E - log_sum[:, None, :])
         ptrs += 2 * plane
     return votes
@@ -160,9 +181,9 @@ def launch_config(num_classes: int, dtype: torch.dtype = torch.float32) -> Tiles
     return Tiles(1, 32, min(1 << num_classes.bit_length() - 1, most), num_warps=1)
 
 
-def launch(kernel: Any, lattice: Sequence[Tensor], tiles: Tiles, of_a_tile: int = 1, **arguments: Any) -> None:
-    """Launch ``kernel`` on all tiles, with ``of_a_tile`` programs for each. ``lattice`` is what the ops take."""
-    scores, rows, _, cols, _ = lattice
+def launch(kernel: Any, lattice: Lattice, tiles: Tiles, of_a_tile: int = 1, **arguments: Any) -> None:
+    """Launch ``kernel`` on all tiles, with ``of_a_tile`` programs for each."""
+    scores, rows, _, cols, *_ = lattice
     height, width = rows.shape[2], cols.shape[2]
     count = cdiv(height, tiles.block_y) * cdiv(width, tiles.block_x)
     kernel[programs(count, of_a_tile, rows=rows.shape, cols=cols.shape)](
@@ -177,9 +198,9 @@ def launch(kernel: Any, lattice: Sequence[Tensor], tiles: Tiles, of_a_tile: int 
     )
 
 
-def log_sum(lattice: Sequence[Tensor]) -> Tensor:
+def log_sum(lattice: Lattice) -> Tensor:
     """Shift and log2 of the sum of the exponentials of each pixel and lattice, ``(S, 2, H, W)``."""
-    scores, rows, _, cols, _ = lattice
+    scores, rows, _, cols, *_ = lattice
     out = scores.new_empty((len(rows), 2, rows.shape[2], cols.shape[2]))
     tiles = launch_config(scores.shape[1], scores.dtype)
     launch(lattice_log_sum_kernel, lattice, tiles, of_a_tile=len(rows), out_ptr=out)
@@ -190,7 +211,7 @@ def lattice_softmax(
     scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None = None
 ) -> Tensor:
     """``(K, H, W)``: the mean over S of the softmaxes."""
-    lattice = scores if index is None else scores[index], rows, row_weights, cols, col_weights
+    lattice = scores, rows, row_weights, cols, col_weights, index
     out = scores.new_empty((scores.shape[1], rows.shape[2], cols.shape[2]))
     launch(lattice_softmax_kernel, lattice, launch_config(scores.shape[1]), log_sum_ptr=log_sum(lattice), out_ptr=out)
     return out

@@ -172,14 +172,16 @@ def _attention(all_sizes: bool) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _lattice() -> Iterator[tuple[str, Callable[[], object]]]:
-    for num_classes, name in ((2, "fp32"), (150, "fp32"), (1000, "fp32"), (150, "fp64")):
-        scores = empty(4096, num_classes, dtype=DTYPES[name])
+    cases = [(2, "fp32", ""), (150, "fp32", ""), (1000, "fp32", ""), (150, "fp64", "")]
+    for num_classes, name, groups in (*cases, (150, "fp32", " groups"), (150, "fp64", " groups")):
+        scores = empty(600 if groups else 4096, num_classes, dtype=DTYPES[name])
+        points = empty(4096, dtype=torch.int64) if groups else None
 
-        def lattice(count: int, scores: Tensor = scores) -> tuple[Tensor, ...]:
+        def lattice(count: int, scores: Tensor = scores, points: Tensor | None = points) -> tuple[Any, ...]:
             index, weights = empty(count, 2, 512, dtype=torch.int64), empty(count, 512, dtype=scores.dtype)
-            return scores, index, weights, index, weights
+            return scores, index, weights, index, weights, points
 
-        label = f"K={num_classes} {name}"
+        label = f"K={num_classes} {name}{groups}"
         yield label, partial(lattice_softmax, *lattice(2))
         yield f"of one {label}", partial(lattice_argmax, *lattice(1))
         yield f"of votes {label}", partial(lattice_argmax, *lattice(2))
@@ -225,6 +227,11 @@ def _masks(num_classes: int, name: str, channels_last: bool = True) -> Tensor:
     return empty(BATCH, num_classes, GRID, GRID, dtype=DTYPES[name])
 
 
+def _groups(name: str) -> tuple[Tensor, Tensor]:
+    """Masks ``(B, 150, 600)`` of groups, channels-last, and the groups of the patches."""
+    return empty(BATCH, 600, 150, dtype=DTYPES[name]).mT, empty(BATCH, GRID, GRID, dtype=torch.int64)
+
+
 def _upsample_argmax(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for patch in (1, 2, 4, 8, 16):
         size = (GRID * patch, GRID * patch)
@@ -236,11 +243,20 @@ def _upsample_argmax(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
                     yield label, partial(upsample_argmax, masks, size, size, False)
     size = (GRID * 16,) * 2
     yield "16x16 K=150 fp64", partial(upsample_argmax, _masks(150, "fp64"), size, size, False)
+    for name in (half, "fp32"):
+        masks, index = _groups(name)
+        yield f"16x16 K=150 {name} groups", partial(upsample_argmax, masks, size, size, False, index)
     wide = (1 << 29) + 1  # rows, whose positions pass 32 bits
     yield f"wide K=150 {half}", partial(upsample_argmax, _masks(150, half), (wide, GRID), (16, GRID), False)
 
 
 def _upsample_softmax(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    size = (GRID * 16,) * 2
+    for name in (half, "fp32"):
+        (masks, index), probabilities = _groups(name), empty(BATCH, 150, *size, dtype=DTYPES[name])
+        label = f"K=150 P=16 {name} groups"
+        yield label, partial(upsample_softmax, masks, size, size, False, index)
+        yield label, partial(upsample_softmax_backward, probabilities, probabilities, (600,), size, False, index)
     cases = [(half, num_classes, patch) for num_classes in (19, 150, 1000) for patch in (4, 16)]
     for name, num_classes, patch in (*cases, ("fp64", 150, 16), ("fp32", 150, 16)):
         label, masks, size = f"K={num_classes} P={patch} {name}", _masks(num_classes, name), (GRID * patch,) * 2
@@ -257,20 +273,22 @@ def _upsample_softmax(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _upsample_cross_entropy(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Letters of a label: g a gradient, w class weights, s smoothing; "pixels" is reduction "none"."""
+    """Letters of a label: g a gradient, w class weights, s smoothing, i an index; "pixels" is reduction "none"."""
     cases = [(half, num_classes, patch, "g") for num_classes in (19, 150, 1000) for patch in (4, 8, 16)]
-    cases += [("fp64", 150, 16, "g"), ("fp32", 150, 16, "g"), ("fp32", 150, 16, "wsg"), (half, 150, 16, "")]
+    cases += [("fp64", 150, 16, "g"), ("fp32", 150, 16, "g"), ("fp32", 150, 16, "wsg"), (half, 150, 16, "gi")]
+    cases += [("fp32", 150, 16, "wsgi"), (half, 150, 16, "")]
 
     def step(masks: Tensor, target: Tensor, options: LossOptions, with_grad: bool) -> None:
         loss, parts = upsample_cross_entropy(masks, target, options, with_grad)
         if with_grad:
-            scale_gradient(loss, parts, masks)
+            scale_gradient(loss, parts, masks, options.groups)
 
     for name, num_classes, patch, present in cases:
-        masks, size = _masks(num_classes, name), (GRID * patch, GRID * patch)
+        masks, index = _groups(name) if "i" in present else (_masks(num_classes, name), None)
+        size = (GRID * patch, GRID * patch)
         target = empty(BATCH, *size, dtype=torch.int64)
         weight, smoothing = empty(num_classes) if "w" in present else None, 0.1 if "s" in present else 0.0
-        options = LossOptions(size, 255, weight, smoothing, "mean", align_corners=False)
+        options = LossOptions(size, 255, weight, smoothing, "mean", False, index)
         label = f"K={num_classes} P={patch} {name} {present}".strip()
         yield label, partial(step, masks, target, options, "g" in present)
     wide = torch.empty_strided(masks.shape, (1 << 33, 1 << 26, 1 << 5, 1), dtype=masks.dtype, device="meta")

@@ -22,10 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..bilinear import Axis
-from .cells import GEOMETRY, cell_start, geometry, tile_weights
+from ..bilinear import Axis, shape_on_grid
+from .cells import GEOMETRY, cell_start, corner_ptrs, geometry, tile_weights
 from .common import cdiv, launch_arguments, next_power_of_2, programs
-from .groups import on_grid
+from .groups import contiguous, strides_on_grid
 
 FEW = tl.constexpr(8)  # classes of a tile that cost less than the bounds of its quarters
 LANES = tl.constexpr(32)  # classes of a step, one to each bit of a word
@@ -123,7 +123,8 @@ def compare_parts(best, label, parts, part, wy_range, wx_range, num_classes, cel
 
 @triton.jit(do_not_specialize=["num_classes", "cells_y", "cells_x", *GEOMETRY])
 def upsample_argmax_kernel(
-    masks_ptr,  # (B, K, h, w)
+    masks_ptr,  # (B, K, h, w), or with an index (B, K, groups)
+    index_ptr,  # (B, h, w) groups of the inputs, contiguous, or None
     labels_ptr,  # (B, H', W'), contiguous
     masks_strides,
     num_classes,
@@ -138,7 +139,7 @@ def upsample_argmax_kernel(
     dtype: tl.constexpr = tl.float64 if masks_ptr.dtype.element_ty == tl.float64 else tl.float32
     ys = Axis(size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y)
     xs = Axis(size_in_x, size_out_x, kept_x, step_x, offset_x, denominator_x)
-    stride_mb, stride_mk, stride_mh, stride_mw = masks_strides
+    stride_mk = masks_strides[1]
     pid = tl.program_id(0)
     part_x = pid % parts_x
     cell_x = pid // parts_x % cells_x - 1
@@ -154,14 +155,8 @@ def upsample_argmax_kernel(
     if (begin_y >= end_y) | (begin_x >= end_x):
         return
 
-    # Without a change of size there is no second input, as in PyTorch: 0 * inf would be NaN.
     top, left = tl.maximum(cell_y, 0), tl.maximum(cell_x, 0)
-    bottom = tl.minimum(top + tl.cast(ys.step != ys.denominator, tl.int32), ys.size_in - 1)
-    right = tl.minimum(left + tl.cast(xs.step != xs.denominator, tl.int32), xs.size_in - 1)
-    upper_row = masks_ptr + b * stride_mb + top.to(tl.int64) * stride_mh
-    lower_row = masks_ptr + b * stride_mb + bottom.to(tl.int64) * stride_mh
-    west, east = left.to(tl.int64) * stride_mw, right.to(tl.int64) * stride_mw
-    ptrs = upper_row + west, upper_row + east, lower_row + west, lower_row + east
+    ptrs = corner_ptrs(masks_ptr, masks_strides, index_ptr, b, top, left, ys, xs)
 
     # Columns are lanes: those of the tile, side by side for each of its bands of ROWS rows.
     COLUMNS: tl.constexpr = BLOCK_Y * BLOCK_X if BLOCK_Y * BLOCK_X < 32 else 32
@@ -244,14 +239,18 @@ def upsample_argmax(
     masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool, index: Tensor | None = None
 ) -> Tensor:
     """``(B, K, h, w)``, or ``(B, K, groups)`` with an index -> ``(B, H', W')``, uint8 if K <= 256 and else int32."""
-    masks = on_grid(masks, index)
-    batch, num_classes, *grid = masks.shape
+    batch, num_classes, *grid = shape_on_grid(masks, index)
     labels = masks.new_empty((batch, *crop), dtype=torch.uint8 if num_classes <= 256 else torch.int32)
     if num_classes == 1 or batch == 0:
         return labels.zero_()
     wide = num_classes * masks.stride(1) >= 2**31
     count, sizes = _launch_sizes(num_classes, tuple(grid), tuple(size), tuple(crop), align_corners, wide)
     upsample_argmax_kernel[programs(batch * count, masks=masks.shape, labels=labels.shape)](
-        masks_ptr=masks, labels_ptr=labels, masks_strides=masks.stride(), num_classes=num_classes, **sizes
+        masks_ptr=masks,
+        index_ptr=contiguous(index),
+        labels_ptr=labels,
+        masks_strides=strides_on_grid(masks, index),
+        num_classes=num_classes,
+        **sizes,
     )
     return labels

@@ -25,26 +25,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..bilinear import Axis
+from ..bilinear import Axis, shape_on_grid
 from ..loss_options import SEGMENT, LossOptions, size_of_parts
 from ..registry import statistics_dtype
-from .cells import (
-    GEOMETRY,
-    Tiles,
-    cell_start,
-    geometry,
-    open_corners,
-    open_tile,
-)
+from .cells import GEOMETRY, Tiles, cell_start, geometry, open_corners, open_tile
 from .common import TRITON_3_6, cdiv, device_arch, launch_arguments, next_power_of_2, programs
 from .corners import sum_parts
 from .cross_entropy_tile import IGNORED, linear_terms, load_tile, read_target, tile_loss
-from .groups import on_grid
+from .groups import contiguous, strides_on_grid
 
 
 @triton.jit(do_not_specialize=["batch", "num_classes", "ignore_index", "splits", *GEOMETRY])
 def cross_entropy_kernel(
-    masks_ptr,  # (B, K, h, w)
+    masks_ptr,  # (B, K, h, w), or with an index (B, K, groups)
+    index_ptr,  # (B, h, w) groups of the inputs, contiguous, or None
     target_ptr,  # (B, H', W')
     weight_ptr,  # (K,) or None
     grad_loss_ptr,  # (B, H', W'), or None: all 1
@@ -89,7 +83,9 @@ def cross_entropy_kernel(
         cols = cell_x, tl.where(cell_x == 0, 0, cell_start(cell_x, xs)), cell_start(cell_x + 1, xs)
         tiles = tl.cdiv(rows[2] - rows[1], BLOCK_Y) * tl.cdiv(cols[2] - cols[1], BLOCK_X)
         if split < tiles:
-            cell, far = open_corners(masks_ptr, masks_strides, num_classes, b, cell_y, cell_x, ys, xs, offs_c, dtype)
+            cell, far = open_corners(
+                masks_ptr, masks_strides, index_ptr, num_classes, b, cell_y, cell_x, ys, xs, offs_c, dtype
+            )
             apart = apart_y, (cell_x + 1 < size_in_x) & (step_x != denominator_x)
             linear = 0.0, 0.0, 0.0, 0.0, 0.0
             if SMOOTHING > 0:
@@ -220,10 +216,10 @@ def upsample_cross_entropy(
     masks: Tensor, target: Tensor, options: LossOptions, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss and, where asked for, the parts of the gradient of the masks with their scale; else an empty tensor."""
-    masks = on_grid(masks, options.groups)
     dtype, per_pixel = statistics_dtype(masks.dtype), options.reduction == "none"
     cells = _plan(masks, target, options)
-    parts = masks.new_empty((size_of_parts(*masks.shape) if with_grad else 0,), dtype=dtype)
+    elements = size_of_parts(*shape_on_grid(masks, options.groups)) if with_grad else 0
+    parts = masks.new_empty((elements,), dtype=dtype)
     losses = masks.new_empty(target.shape if per_pixel else (3, cells.programs), dtype=dtype)
     _launch(cells, masks, target, None, losses, parts if with_grad else None, options)
     if per_pixel:
@@ -249,9 +245,9 @@ def scale_gradient(grad_loss: Tensor, parts: Tensor, masks: Tensor, index: Tenso
 
 def pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     """Gradient of the masks for a loss gradient per pixel (reduction "none")."""
-    grid = on_grid(masks, options.groups)
-    parts = masks.new_empty(size_of_parts(*grid.shape), dtype=statistics_dtype(masks.dtype))
-    _launch(_plan(grid, target, options, grad_loss), grid, target, grad_loss, None, parts, options)
+    elements = size_of_parts(*shape_on_grid(masks, options.groups))
+    parts = masks.new_empty(elements, dtype=statistics_dtype(masks.dtype))
+    _launch(_plan(masks, target, options, grad_loss), masks, target, grad_loss, None, parts, options)
     return sum_parts(parts, None, masks, options.groups)
 
 
@@ -259,9 +255,10 @@ def _plan(masks: Tensor, target: Tensor, options: LossOptions, *others: Tensor) 
     double = masks.dtype == torch.float64
     lean = not double and options.weight is None and not options.label_smoothing
     lean = lean and (options.reduction != "none" or bool(others))  # losses of pixels take more registers to store
-    strides = (masks.stride(), target.stride(), *(other.stride() for other in others))
-    size, kept = tuple(options.size), target.shape[1:]
-    return plan(masks.shape, kept, strides, size, options.align_corners, device_arch(masks), lean, double)
+    lean = lean and (options.groups is None or device_arch(masks) == "sm_90")  # groups take more registers
+    strides = (strides_on_grid(masks, options.groups), target.stride(), *(other.stride() for other in others))
+    shape, size, kept = shape_on_grid(masks, options.groups), tuple(options.size), target.shape[1:]
+    return plan(shape, kept, strides, size, options.align_corners, device_arch(masks), lean, double)
 
 
 def _launch(
@@ -281,12 +278,13 @@ def _launch(
         scratch = parts.new_empty((cells.splits, parts.numel() - 1))
     cross_entropy_kernel[(cells.programs,)](
         masks_ptr=masks,
+        index_ptr=contiguous(options.groups),
         target_ptr=target,
         weight_ptr=options.weight,
         grad_loss_ptr=grad_loss,
         loss_ptr=losses,
         parts_ptr=scratch,
-        masks_strides=masks.stride(),
+        masks_strides=strides_on_grid(masks, options.groups),
         target_strides=target.stride(),
         grad_loss_strides=None if grad_loss is None else grad_loss.stride(),
         ignore_index=options.ignore_index,

@@ -21,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..bilinear import Axis
+from ..bilinear import Axis, shape_on_grid
 from .cells import DEEP, GEOMETRY, SAFE_SPREAD, aligned, geometry, mix, tile_of, tiles_of, upper_weight, wide
 from .common import LOG2_E, cdiv, device_arch, launch_arguments, next_power_of_2, programs
-from .groups import on_grid
+from .groups import contiguous, strides_on_grid
 
 STRIDES = [f"stride_m{axis}" for axis in "bkhw"]
 SAFE_POWERS = tl.constexpr(80.0)  # spread of the corners at which no power of the exponentials leaves float32
@@ -32,7 +32,8 @@ SAFE_POWERS = tl.constexpr(80.0)  # spread of the corners at which no power of t
 
 @triton.jit(do_not_specialize=["num_classes", "blocks_y", "tiles_y", *STRIDES, *GEOMETRY])
 def softmax_kernel(
-    masks_ptr,  # (B, K, h, w)
+    masks_ptr,  # (B, K, h, w), or with an index (B, K, groups)
+    index_ptr,  # (B, h, w) groups of the inputs, contiguous, or None
     out_ptr,  # (B, K, H', W'), contiguous
     stride_mb, stride_mk, stride_mh, stride_mw, num_classes, blocks_y, tiles_y,
     size_in_y, size_out_y, kept_y, step_y, offset_y, denominator_y,
@@ -59,12 +60,20 @@ def softmax_kernel(
         # Without a change of size there is no second input, as in PyTorch: 0 * inf would be NaN.
         left, right = tl.minimum(cell_x, size_in_x - 1), cell_x + tl.cast(step_x != denominator_x, tl.int32)
         lower = tl.minimum(cell_y + tl.cast(step_y != denominator_y, tl.int32), size_in_y - 1)
-        left, right = left * stride_mw, tl.minimum(right, size_in_x - 1) * stride_mw
         masks_ptr += b * stride_mb
-        corners = (
-            masks_ptr + cell_y.to(tl.int64) * stride_mh, masks_ptr + lower.to(tl.int64) * stride_mh,
-            left, right, stride_mk.to(tl.int64),
-        )  # fmt: skip
+        if index_ptr is not None:
+            right = tl.minimum(right, size_in_x - 1)
+            upper_row = index_ptr + (b * size_in_y + cell_y) * size_in_x
+            lower_row = index_ptr + (b * size_in_y + lower) * size_in_x
+            above = tl.load(upper_row + left) * stride_mw, tl.load(upper_row + right) * stride_mw
+            below = tl.load(lower_row + left) * stride_mw, tl.load(lower_row + right) * stride_mw
+            corners = masks_ptr, masks_ptr, above, below, stride_mk.to(tl.int64)
+        else:
+            sides = left * stride_mw, tl.minimum(right, size_in_x - 1) * stride_mw
+            corners = (
+                masks_ptr + cell_y.to(tl.int64) * stride_mh, masks_ptr + lower.to(tl.int64) * stride_mh,
+                sides, sides, stride_mk.to(tl.int64),
+            )  # fmt: skip
 
         highest = tl.full((CELLS, LANES), -float("inf"), dtype)
         lowest = tl.full((CELLS, LANES), -float("inf"), dtype)
@@ -116,13 +125,13 @@ def softmax_kernel(
 @triton.jit
 def load_corners(corners, k, dtype: tl.constexpr):
     """``(CELLS, LANES)`` for each corner of class ``k``."""
-    upper_ptr, lower_ptr, left, right, stride_k = corners
+    upper_ptr, lower_ptr, above, below, stride_k = corners
     upper_ptr, lower_ptr = upper_ptr + k * stride_k, lower_ptr + k * stride_k
     return (
-        tl.load(upper_ptr + left).to(dtype),
-        tl.load(upper_ptr + right).to(dtype),
-        tl.load(lower_ptr + left).to(dtype),
-        tl.load(lower_ptr + right).to(dtype),
+        tl.load(upper_ptr + above[0]).to(dtype),
+        tl.load(upper_ptr + above[1]).to(dtype),
+        tl.load(lower_ptr + below[0]).to(dtype),
+        tl.load(lower_ptr + below[1]).to(dtype),
     )
 
 
@@ -209,11 +218,11 @@ def upsample_softmax(
     masks: Tensor, size: Sequence[int], crop: Sequence[int], align_corners: bool, index: Tensor | None = None
 ) -> Tensor:
     """``(B, K, h, w)``, or ``(B, K, groups)`` with an index ``(B, h, w)`` -> ``(B, K, H', W')``."""
-    masks = on_grid(masks, index)
-    batch, num_classes, *grid = masks.shape
+    batch, num_classes, *grid = shape = shape_on_grid(masks, index)
     out = masks.new_empty((batch, num_classes, *crop))
     if batch:
         ys, xs = (Axis.make(*axis, align_corners) for axis in zip(grid, size, crop, strict=True))
-        launch = plan(masks.shape, masks.stride(), ys, xs, masks.dtype, device_arch(masks))
-        softmax_kernel[launch.grid](masks_ptr=masks, out_ptr=out, **launch.arguments)
+        launch = plan(shape, strides_on_grid(masks, index), ys, xs, masks.dtype, device_arch(masks))
+        tensors = {"masks_ptr": masks, "index_ptr": contiguous(index), "out_ptr": out}
+        softmax_kernel[launch.grid](**tensors, **launch.arguments)
     return out

@@ -248,22 +248,23 @@ def upsample_softmax_backward(
     index: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the masks, ``(B, K, *grid)``. Lanes read neighbours: a channels-last ``grad`` is copied first."""
-    if index is not None:  # the gradients of patches, summed for each group
-        dtype = statistics_dtype(probabilities.dtype)
-        wide = upsample_softmax_backward(grad, probabilities, index.shape[1:], size, align_corners)
-        return sum_groups(wide.to(dtype), index, grid[0]).to(grad.dtype)
     grad = grad.contiguous() if grad.stride(3) > 1 else grad
     batch, num_classes, *crop = probabilities.shape
     grad_masks = probabilities.new_empty((batch, num_classes, *grid))
     if not batch:
         return grad_masks
+    if index is not None:
+        grid = index.shape[1:]
     ys, xs = (Axis.make(*axis, align_corners) for axis in zip(grid, size, crop, strict=True))
     launch = plan(grad.shape, (grad.stride(), probabilities.stride()), ys, xs, grad.dtype, device_arch(grad))
     shape = batch, launch.tiles["tiles_y"], num_classes, launch.tiles["tiles_x"], 4
     scratch = probabilities.new_empty(shape, dtype=statistics_dtype(probabilities.dtype))
     tensors = {"grad_ptr": grad, "probabilities_ptr": probabilities, "scratch_ptr": scratch}
     softmax_backward_kernel[launch.grid](**tensors, **launch.arguments)
-    return sum_cells(scratch, grad_masks, launch.tiles)
+    if index is None:
+        return sum_cells(scratch, grad_masks, launch.tiles)
+    of_patches = sum_cells(scratch, scratch.new_empty((batch, num_classes, *grid)), launch.tiles)
+    return sum_groups(of_patches, index, grad_masks)
 
 
 def sum_cells(scratch: Tensor, grad: Tensor, tiles: dict[str, int]) -> Tensor:

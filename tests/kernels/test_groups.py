@@ -12,6 +12,7 @@ from torch import Tensor
 
 from segmenter_fast import kernels
 from segmenter_fast.kernels import reference
+from segmenter_fast.kernels.registry import INTERPRET
 from support.accuracy import assert_op_as_accurate, assert_op_equals, with_gradients
 
 from .conftest import Backend
@@ -19,12 +20,12 @@ from .test_lattice import draw as lattices
 
 # Batch, classes, grid, groups, size, crop, align_corners: whole and odd ratios, one group, several tiles of a cell.
 CASES = [
-    (2, 7, (3, 5), 6, (13, 25), (12, 20), False),
-    (1, 19, (4, 4), 9, (32, 32), None, False),
-    (3, 5, (4, 3), 1, (9, 7), None, True),
+    (2, 7, (3, 2), 4, (11, 7), (10, 6), False),
+    (1, 19, (2, 2), 3, (16, 16), None, False),
+    (3, 5, (2, 3), 1, (5, 4), None, True),
     (1, 33, (2, 3), 4, (2, 3), None, False),
-    (2, 4, (5, 2), 8, (3, 2), None, False),
-    (1, 3, (1, 2), 2, (20, 40), (18, 40), True),
+    (1, 4, (5, 2), 8, (3, 2), None, False),
+    (1, 3, (1, 2), 2, (5, 20), (4, 18), True),
 ]
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
@@ -46,12 +47,12 @@ def loss_options(case: tuple, backend: Backend, reduction: str) -> dict[str, Any
 
 @cases
 def test_results_are_those_of_gathered_masks(backend: Backend, case: tuple, poisoned: None) -> None:
-    for dtype in (*backend.dtypes, torch.float64):
+    for dtype in backend.dtypes[:1] if INTERPRET else (*backend.dtypes, torch.float64):
         masks, index, options = draw(case, backend, dtype)
         gathered = reference.on_grid(masks, index)
         for op in (kernels.upsample_argmax, kernels.upsample_softmax):
             assert torch.equal(op(masks, index=index, **options), op(gathered, **options))
-        for reduction, smoothing in (("mean", 0.0), ("sum", 0.1), ("none", 0.1)):
+        for reduction, smoothing in (("mean", 0.0), ("none", 0.1)):
             options = loss_options(case, backend, reduction) | {"label_smoothing": smoothing}
             found = kernels.upsample_cross_entropy(masks, index=index, **options)
             assert torch.equal(found, kernels.upsample_cross_entropy(gathered, **options))
@@ -59,12 +60,12 @@ def test_results_are_those_of_gathered_masks(backend: Backend, case: tuple, pois
 
 @cases
 def test_gradients_of_groups(backend: Backend, case: tuple) -> None:
-    for dtype in backend.dtypes:
+    for dtype in backend.dtypes[:1] if INTERPRET else backend.dtypes:  # the interpreter takes a second a case
         masks, index, options = draw(case, backend, dtype)
         grad = torch.randn(*masks.shape[:2], *(options["crop"] or options["size"]), device=backend.device)
         options["index"] = index
         assert_op_as_accurate(kernels.upsample_softmax, reference.upsample_softmax, [masks], grad, **options)
-        for reduction in ("mean", "sum", "none"):
+        for reduction in ("sum", "none"):
             options = loss_options(case, backend, reduction) | {"index": index}
             grad = torch.rand(options["target"].shape, device=backend.device) if reduction == "none" else None
             assert_op_as_accurate(
@@ -83,11 +84,11 @@ def test_weights_and_smoothing_in_float64(backend: Backend) -> None:
 
 def test_a_group_for_each_patch_is_no_group(backend: Backend) -> None:
     """Results and gradients are those without an index, bit for bit."""
-    plain = backend.masks(6, 3, 4)
-    masks, index = plain.flatten(2), torch.arange(12, device=backend.device).view(1, 3, 4).expand(2, -1, -1)
-    target = torch.randint(0, 6, (2, 11, 13), device=backend.device)
+    plain = backend.masks(6, 3, 2)
+    masks, index = plain.flatten(2), torch.arange(6, device=backend.device).view(1, 3, 2).expand(2, -1, -1)
+    target = torch.randint(0, 6, (2, 7, 6), device=backend.device)
     ops: list[tuple[Callable[..., Tensor], dict[str, Any]]] = [
-        (kernels.upsample_softmax, {"size": (11, 13)}),
+        (kernels.upsample_softmax, {"size": (7, 6)}),
         (kernels.upsample_cross_entropy, {"target": target}),
         (kernels.upsample_cross_entropy, {"target": target, "reduction": "none"}),
     ]
@@ -97,7 +98,7 @@ def test_a_group_for_each_patch_is_no_group(backend: Backend) -> None:
         found = with_gradients(op, [masks], grad, index=index, **options)
         assert torch.equal(found[0], expected[0])
         assert torch.equal(found[1], expected[1].flatten(2))
-    size = (11, 13)
+    size = (7, 6)
     assert torch.equal(kernels.upsample_argmax(masks, size, index=index), kernels.upsample_argmax(plain, size))
 
 
@@ -137,7 +138,7 @@ def test_empty_batch(backend: Backend) -> None:
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_lattices(backend: Backend, count: int) -> None:
-    for classes, side in itertools.product((3, 40), (5, 21)):
+    for classes, side in ((3, 17), (40, 5)):
         scores, *tables = lattices(count, classes, side, side + 1, backend.device)
         index = torch.randint(0, len(scores) // 2 + 1, (len(scores),), device=backend.device)
         groups = torch.full((len(scores) // 2 + 3, classes), torch.nan, device=backend.device)
@@ -159,7 +160,7 @@ def test_errors_name_the_argument() -> None:
         (masks, index[:1], ValueError, r"index must be \(2, h, w\)"),
         (masks, index[:, :0], ValueError, r"index must be \(2, h, w\)"),
         (masks, index.int(), TypeError, r"index must be int64, got torch\.int32"),
-        (masks, index.to("meta"), ValueError, "masks on cpu, index on meta"),
+        (masks, index.to("meta"), ValueError, "all arguments must be on one device, got masks on cpu, index on meta"),
     ]
     for masks_given, index_given, error, message in wrong:
         for op in (kernels.upsample_argmax, kernels.upsample_softmax):
@@ -178,7 +179,7 @@ def test_errors_name_the_argument() -> None:
                 op(*arguments, index=points)
 
 
-@pytest.mark.skipif(kernels.registry.INTERPRET, reason="the kernels of a GPU do not look at the values of an index")
+@pytest.mark.skipif(INTERPRET, reason="the kernels of a GPU do not look at the values of an index")
 @pytest.mark.parametrize("value", [-1, 4])
 def test_an_index_out_of_range_on_the_cpu(value: int) -> None:
     masks, index = torch.zeros(1, 3, 4), torch.tensor([[[0, 1], [value, 2]]])
