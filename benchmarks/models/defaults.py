@@ -32,6 +32,7 @@ from .comparison import REFERENCE, SLOW_SECONDS, Accuracy, Limits, Plan, share
 from .official import OfficialLike
 from .peers import ModelCase, build, with_sdpa
 from .summary import case_name
+from .swap_in import run_swap_in
 from .throughput import DEFAULT, Job, run_jobs
 
 SDPA, OPTIMIZE, SEGMENT, FORWARD, ACCELERATE = (
@@ -96,6 +97,8 @@ def run_defaults(
 ) -> int:
     """Measure all variants at each batch, the cheapest first, and print the worst ratio; write ``defaults.json``.
 
+    Without ``variants``, ``swap_in.json`` follows: training steps and losses of models of others, see ``run_swap_in``.
+
     Returns:
         The number of cases that were refused because our output was wrong.
 
@@ -118,6 +121,8 @@ def run_defaults(
             raise ValueError("nothing was measured: no case fitted into the memory and the --budget of seconds")
         return refused
     console.print(table)
+    if not variants:
+        run_swap_in(device=device, seconds=seconds, out=out)
     worst, where = max(every)
     console.print(f"worst ratio: {worst:.2f}x the time of plain PyTorch, {where}")
     return refused

@@ -140,6 +140,8 @@ def measured(folder: Path) -> str:
     defaults = folder / "defaults.json"
     if defaults.exists() and (ratios := ratios_of(read(defaults).cases)):
         parts.append(_defaults_table(read(defaults), ratios))
+    if (folder / "swap_in.json").exists():
+        parts.append(_swap_table(read(folder / "swap_in.json")))
     results = {op: read(folder / f"{op}.json") for op in OPS if (folder / f"{op}.json").exists()}
     rows = [cells for label, op, wanted in OP_ROWS if op in results and (cells := _op_row(label, results[op], wanted))]
     if rows:
@@ -204,6 +206,19 @@ def _defaults_table(result: Result, ratios: Ratios) -> str:
         worst, where = max(found)
         rows.append((f"`{form.removeprefix('ours ')}`", str(len(found)), f"{min(found)[0]:.2f}", f"{worst:.2f}", where))
     return _table(title, "| | cases | best | worst | worst case |", rows)
+
+
+def _swap_table(result: Result) -> str:
+    """Time and memory of each loop before and after ``accelerate``."""
+    table = []
+    for case, rows in result.cases:
+        plain, ours = (row.timing for row in rows)
+        if plain and ours:
+            times = f"{plain.median_ms:.0f} / {ours.median_ms:.0f} ms"
+            gain = f"{plain.median_ms / ours.median_ms:.2f}x"
+            table.append((f"{case['model']}, {case['loop']}", times, gain, memory(rows, " / ")))
+    title = f"Models of others before and after `accelerate`, 150 classes, batch 1, float32, on {_where(result)}:"
+    return _table(title, "| | before / after | over it | MiB, before / after |", table)
 
 
 def _op_row(label: str, result: Result, wanted: dict[str, Any]) -> tuple[str, ...] | None:
