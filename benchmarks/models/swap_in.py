@@ -74,7 +74,7 @@ def _cases(device: torch.device, side: int) -> Iterator[tuple[str, str, dict[str
         large = torch.randint(CLASSES, (1, 2 * side, 2 * side))
     accelerate(official[1])
     accelerate(segformer[1], heads="0")
-    names = f"official T/16 {side} px", f"SegFormer-B0 {2 * side} px"
+    names = f"official T/16 {side} px", f"SegFormer's scores {2 * side} px"
     yield names[0], "forward, argmax", _pair(official, lambda m: _labels(m.eval(), images))
     yield names[0], "training step", _pair(official, lambda m: _step(m.train(), images, labels))
     yield names[1], "loss, backward", _pair(segformer, lambda m: _step(m, images, large, resize=True))

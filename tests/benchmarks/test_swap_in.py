@@ -18,7 +18,7 @@ def test_loops_of_both_forms_are_measured(tmp_path: Path) -> None:
     (folder,) = tmp_path.iterdir()
     table = measured(folder)
     assert "official T/16 32 px, training step |" in table
-    assert "SegFormer-B0 64 px, loss, backward |" in table
+    assert "SegFormer's scores 64 px, loss, backward |" in table
 
 
 def test_a_result_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
