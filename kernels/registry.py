@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 library = torch.library.Library("segmenter_fast", "DEF")
 
@@ -142,10 +143,18 @@ def derivative_error(op: str, kind: str) -> NotImplementedError:
     )
 
 
-def dtype_error(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> TypeError:
-    """Error for an argument whose dtype is none of ``allowed``."""
-    *names, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
-    return TypeError(f"{name} must be {', '.join(names)}{' or ' if names else ''}{last}, got {tensor.dtype}")
+def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
+    """Raise the error of ``derivative_error`` if a tensor has a tangent of forward-mode differentiation."""
+    for tensor in tensors:
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise derivative_error(op, "forward-mode")
+
+
+def require_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:
+    """Raise TypeError if the dtype of an argument is none of ``allowed``."""
+    if tensor.dtype not in allowed:
+        *names, last = (str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{name} must be {', '.join(names)}{' or ' if names else ''}{last}, got {tensor.dtype}")
 
 
 def require_one_device(**tensors: Tensor | None) -> None:

@@ -8,17 +8,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..cpu import attention as cpu
 from ..registry import (
     FLOATS,
     autocast_dtype,
     define,
-    derivative_error,
-    dtype_error,
     library,
     no_second_derivative,
+    refuse_forward_mode,
+    require_dtype,
     require_one_device,
     statistics_dtype,
 )
@@ -53,12 +52,10 @@ def attention(qkv: Tensor, scale: float | None = None, bias: Tensor | None = Non
     """
     if qkv.ndim != 5 or qkv.shape[2] != 3 or qkv.shape[4] < 1:
         raise ValueError(f"qkv must be (B, N, 3, H, D), D at least 1, got {tuple(qkv.shape)}")
-    if qkv.dtype not in FLOATS:
-        raise dtype_error("qkv", qkv, FLOATS)
+    require_dtype("qkv", qkv, *FLOATS)
     if qkv.shape[-1] > 1 and qkv.stride(-1) != 1:
         raise ValueError(f"qkv must have a last stride of 1, got strides {qkv.stride()}; call .contiguous() on it")
-    if forward_ad.unpack_dual(qkv).tangent is not None:
-        raise derivative_error("attention", "forward-mode")
+    refuse_forward_mode("attention", qkv)
     qkv = qkv.to(autocast_dtype(qkv) or qkv.dtype)
     scale = qkv.shape[-1] ** -0.5 if scale is None else scale
     if bias is not None:
@@ -75,8 +72,7 @@ def _checked_bias(qkv: Tensor, bias: Tensor) -> Tensor:
     """The bias in the dtype of statistics, contiguous."""
     if bias.shape != qkv.shape[:2]:
         raise ValueError(f"bias must be (B, N), here {tuple(qkv.shape[:2])}, got {tuple(bias.shape)}")
-    if bias.dtype not in FLOATS:
-        raise dtype_error("bias", bias, FLOATS)
+    require_dtype("bias", bias, *FLOATS)
     require_one_device(qkv=qkv, bias=bias)
     if bias.requires_grad:
         raise ValueError("bias requires a gradient, which attention does not compute; give bias.detach()")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..cpu import lattice as cpu
-from ..registry import define, dtype_error, require_one_device
+from ..registry import define, require_dtype, require_one_device
 
 _SCORES = (torch.float32, torch.float64)
 
@@ -52,13 +52,11 @@ def lattice_softmax(
 def _check(
     scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, points: Tensor | None
 ) -> None:
-    if scores.dtype not in _SCORES:
-        raise dtype_error("scores", scores, _SCORES)
+    require_dtype("scores", scores, *_SCORES)
     if scores.ndim != 2 or min(scores.shape) < 1 or not scores.is_contiguous():
         raise ValueError(f"scores must be (N, K), not empty and contiguous, got {_described(scores)}")
     for name, index, weight in (("row", rows, row_weights), ("col", cols, col_weights)):
-        if index.dtype != torch.int64:
-            raise dtype_error(f"{name}s", index, (torch.int64,))
+        require_dtype(f"{name}s", index, torch.int64)
         if index.ndim != 3 or index.shape[1] != 2 or min(index.shape) < 1 or not index.is_contiguous():
             raise ValueError(f"{name}s must be (S, 2, outputs), not empty and contiguous, got {_described(index)}")
         wanted = (index.shape[0], index.shape[2])
@@ -68,8 +66,7 @@ def _check(
     if len(rows) != len(cols):
         raise ValueError(f"rows and cols must have one entry for each lattice, got {len(rows)} and {len(cols)}")
     if points is not None:
-        if points.dtype != torch.int64:
-            raise dtype_error("index", points, (torch.int64,))
+        require_dtype("index", points, torch.int64)
         if points.ndim != 1 or len(points) < 1 or not points.is_contiguous():
             raise ValueError(f"index must be (N,), not empty and contiguous, got {_described(points)}")
     axes = dict(rows=rows, row_weights=row_weights, cols=cols, col_weights=col_weights)

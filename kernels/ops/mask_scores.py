@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..cpu import mask_scores as cpu
-from ..registry import define, derivative_error, no_second_derivative
+from ..registry import define, no_second_derivative, refuse_forward_mode
 
 
 def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -41,8 +40,7 @@ def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, 
     if patches.dtype != classes.dtype or weight.dtype != bias.dtype:
         given = ", ".join(str(tensor.dtype) for tensor in (patches, classes, weight, bias))
         raise TypeError(f"patches and classes must share a dtype, and weight and bias, got {given}")
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in (patches, classes, weight, bias)):
-        raise derivative_error("mask_scores", "forward-mode")
+    refuse_forward_mode("mask_scores", patches, classes, weight, bias)
     return torch.ops.segmenter_fast.mask_scores(patches, classes, weight, bias, eps)
 
 

@@ -6,15 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..cpu import tokens as cpu
 from ..registry import (
     FLOATS,
     define,
-    derivative_error,
-    dtype_error,
     no_second_derivative,
+    refuse_forward_mode,
+    require_dtype,
     require_one_device,
     statistics_dtype,
 )
@@ -42,16 +41,14 @@ def best_match(a: Tensor, b: Tensor, lengths: Tensor | None = None) -> tuple[Ten
         raise ValueError(f"a (B, S, D) and b (B, T, D) must share B and D, got {given}")
     if b.shape[1] < 1 or b.shape[2] < 1:
         raise ValueError(f"b must have at least one row and one column, got {tuple(b.shape)}")
-    if a.dtype not in FLOATS:
-        raise dtype_error("a", a, FLOATS)
+    require_dtype("a", a, *FLOATS)
     if a.dtype != b.dtype:
         raise TypeError(f"a and b must share a dtype, got {a.dtype} and {b.dtype}")
     for name, tensor in (("a", a), ("b", b)):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name} must have a last stride of 1, got strides {tensor.stride()}")
     if lengths is not None:
-        if lengths.dtype not in (torch.int64, torch.int32):
-            raise dtype_error("lengths", lengths, (torch.int64, torch.int32))
+        require_dtype("lengths", lengths, torch.int64, torch.int32)
         if lengths.shape != a.shape[:1]:
             raise ValueError(f"lengths must be ({a.shape[0]},), got {tuple(lengths.shape)}")
     require_one_device(a=a, b=b, lengths=lengths)
@@ -96,10 +93,8 @@ def bipartite_groups(
     if value.ndim != 2 or value.shape[1] != tokens // 2 or value.shape != match.shape:
         given = f"{tuple(value.shape)} and {tuple(match.shape)}"
         raise ValueError(f"value and match must be (B, tokens // 2), here (B, {tokens // 2}), got {given}")
-    if value.dtype not in FLOATS:
-        raise dtype_error("value", value, FLOATS)
-    if match.dtype != torch.int64:
-        raise dtype_error("match", match, (torch.int64,))
+    require_dtype("value", value, *FLOATS)
+    require_dtype("match", match, torch.int64)
     require_one_device(value=value, match=match)
     if (merged is None) == (threshold is None):
         raise ValueError(f"give merged or threshold, got merged={merged} and threshold={threshold}")
@@ -138,22 +133,18 @@ def merge_tokens(tokens: Tensor, index: Tensor, groups: int, weights: Tensor | N
     if tokens.ndim != 3 or index.shape != tokens.shape[:2]:
         given = f"{tuple(tokens.shape)} and {tuple(index.shape)}"
         raise ValueError(f"tokens (B, M, D) and index (B, M) must share B and M, got {given}")
-    if tokens.dtype not in FLOATS:
-        raise dtype_error("tokens", tokens, FLOATS)
-    if index.dtype != torch.int64:
-        raise dtype_error("index", index, (torch.int64,))
+    require_dtype("tokens", tokens, *FLOATS)
+    require_dtype("index", index, torch.int64)
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
     require_one_device(tokens=tokens, index=index, weights=weights)
     if weights is not None:
         if weights.shape != index.shape:
             raise ValueError(f"weights must be (B, M), here {tuple(index.shape)}, got {tuple(weights.shape)}")
-        if weights.dtype not in FLOATS:
-            raise dtype_error("weights", weights, FLOATS)
+        require_dtype("weights", weights, *FLOATS)
         if weights.requires_grad:
             raise ValueError("weights require a gradient, which merge_tokens does not compute; give weights.detach()")
-    if forward_ad.unpack_dual(tokens).tangent is not None:
-        raise derivative_error("merge_tokens", "forward-mode")
+    refuse_forward_mode("merge_tokens", tokens)
     return torch.ops.segmenter_fast.merge_tokens(tokens, index, groups, weights)
 
 

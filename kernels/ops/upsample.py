@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ..bilinear import shape_on_grid
 from ..cpu import upsample_argmax as cpu_argmax
@@ -18,9 +17,9 @@ from ..registry import (
     FLOATS,
     autocast_dtype,
     define,
-    derivative_error,
-    dtype_error,
     no_second_derivative,
+    refuse_forward_mode,
+    require_dtype,
     require_one_device,
     runs_triton,
     statistics_dtype,
@@ -40,13 +39,11 @@ def _checked_sizes(
         raise ValueError(f"masks must be (B, K, h, w), got {given}; those of groups (B, K, M) need an index")
     if index is not None and masks.ndim != 3:
         raise ValueError(f"masks must be those of groups (B, K, M) where an index is given, got {given}")
-    if masks.dtype not in FLOATS:
-        raise dtype_error("masks", masks, FLOATS)
+    require_dtype("masks", masks, *FLOATS)
     if min(masks.shape[1:]) < 1:
         raise ValueError(f"masks must have at least one class, row and column, got {given}")
     if index is not None:
-        if index.dtype != torch.int64:
-            raise dtype_error("index", index, (torch.int64,))
+        require_dtype("index", index, torch.int64)
         if index.ndim != 3 or len(index) != len(masks) or min(index.shape[1:]) < 1:
             raise ValueError(f"index must be ({len(masks)}, h, w) for masks {given}, got {tuple(index.shape)}")
         require_one_device(masks=masks, index=index)
@@ -111,8 +108,7 @@ def upsample_softmax(
     ``masks``; float32 under autocast, as ``torch.softmax``.
     """
     size, crop = _checked_sizes(masks, index, size, crop)
-    if forward_ad.unpack_dual(masks).tangent is not None:
-        raise derivative_error("upsample_softmax", "forward-mode")
+    refuse_forward_mode("upsample_softmax", masks)
     if autocast_dtype(masks):
         masks = masks.float()
     return torch.ops.segmenter_fast.upsample_softmax(masks, size, crop, align_corners, index)
@@ -184,8 +180,7 @@ def upsample_cross_entropy(
     if target.ndim != 3 or target.shape[:1] != masks.shape[:1] or min(target.shape[1:]) < 1:
         given = f"{tuple(target.shape)} and {tuple(masks.shape)}"
         raise ValueError(f"target (B, H, W) and masks (B, K, h, w) must share B and not be empty, got {given}")
-    if target.dtype not in _TARGETS:
-        raise dtype_error("target", target, _TARGETS)
+    require_dtype("target", target, *_TARGETS)
     crop = target.shape[1:]
     size, _ = _checked_sizes(masks, index, crop if size is None else size, crop, "target")
     if not 0.0 <= label_smoothing <= 1.0:
@@ -197,8 +192,7 @@ def upsample_cross_entropy(
         if weight.shape != (masks.shape[1],):
             raise ValueError(f"weight must be ({masks.shape[1]},), got {tuple(weight.shape)}")
         weight = weight.detach().to(statistics_dtype(masks.dtype)).contiguous()
-    if forward_ad.unpack_dual(masks).tangent is not None:
-        raise derivative_error("upsample_cross_entropy", "forward-mode")
+    refuse_forward_mode("upsample_cross_entropy", masks)
     with_grad = torch.is_grad_enabled() and masks.requires_grad and reduction != "none"
     options = (size, ignore_index, weight, label_smoothing, reduction, align_corners)
     return torch.ops.segmenter_fast.upsample_cross_entropy(masks, target, *options, with_grad, index)[0]
