@@ -104,6 +104,5 @@ def _cut(text: str, width: int, font: Font) -> str:
     """Return the text, or as much of it as fits."""
     if font.getlength(text) <= width:
         return text
-    return next(
-        (f"{text[:end]}..." for end in range(len(text), 0, -1) if font.getlength(f"{text[:end]}...") <= width), ""
-    )
+    shorter = (f"{text[:end]}..." for end in range(len(text), 0, -1))
+    return next((part for part in shorter if font.getlength(part) <= width), "")

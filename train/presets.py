@@ -20,23 +20,8 @@ CHOICES = {
 _AT_LEAST_ONE = ("batch_size", "accumulate", "crop", "resize", "window", "stride", "keep", "log_every", "max_bad_steps")
 _RATES = ("momentum", "beta1", "beta2", "drop_path", "dropout", "decoder_dropout", "label_smoothing", "ema")
 # Fields that may change when a run goes on, because they do not change its result, up to rounding.
-_FREE = {
-    "accumulate",
-    "activation_checkpointing",
-    "broken",
-    "channels_last",
-    "compile",
-    "evaluate_every",
-    "keep",
-    "log_every",
-    "max_bad_steps",
-    "parallel",
-    "pictures",
-    "save_every",
-    "stride",
-    "window",
-    "workers",
-}
+_FREE = {"accumulate", "activation_checkpointing", "broken", "channels_last", "compile", "evaluate_every", "keep"}
+_FREE |= {"log_every", "max_bad_steps", "parallel", "pictures", "save_every", "stride", "window", "workers"}
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ def check_same(
     """
     before = read_mapping(description)
     configs = (config, SegmenterConfig())
-    now, default = ({"merging": None} | json.loads(json.dumps(each.to_dict())) for each in configs)
+    now, defaults = ({"merging": None} | json.loads(json.dumps(each.to_dict())) for each in configs)
     old_fields, old = before.get("model", {}), before.get("recipe", {})
     if not isinstance(old_fields, dict) or not isinstance(old, dict):
         raise CheckpointError(f"{description} is no description of a run: model and recipe must be mappings")
@@ -50,13 +50,10 @@ def check_same(
         raise CheckpointError(f"{description} is no description of a run: {error}") from error
     longer = recipe.total_steps(samples) > total and last >= total
     kept = asdict(old_recipe) | ({"epochs": recipe.epochs, "steps": recipe.steps} if longer else {})
-    defaults = json.loads(json.dumps(SegmenterConfig().to_dict())) | {"label_values": now["label_values"]}
-    old_fields = defaults | old_fields
+    old_fields = defaults | {"label_values": now["label_values"]} | old_fields
     different = recipe.differences(kept)
     different += [
-        f"the model's {name} is {now[name]}, was {old_fields.get(name, default[name])}"
-        for name in now
-        if now[name] != old_fields.get(name, default[name])
+        f"the model's {name} is {now[name]}, was {old_fields[name]}" for name in now if now[name] != old_fields[name]
     ]
     if samples != before.get("samples"):
         different.append(f"the data has {samples} samples, had {before.get('samples')}")

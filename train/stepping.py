@@ -45,12 +45,7 @@ class SummedLoss(nn.Module):
         """``(K,)`` float32 weights of the classes."""
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
-        options = {
-            "ignore_index": self.ignore_index,
-            "label_smoothing": self.label_smoothing,
-            "weight": self.weight,
-        }
-        return self.model.loss(images, target, reduction="sum", **options)  # type: ignore[arg-type]
+        return self.model.loss(images, target, self.ignore_index, self.weight, self.label_smoothing, "sum")
 
 
 class StepResult(NamedTuple):
@@ -136,9 +131,8 @@ class Stepper:
             labelled = (self.loss.weight[labels.where(counted, 0)] * counted).sum(dtype=torch.float64)
         if world.size > 1:
             dist.all_reduce(labelled)
-        share = (
-            world.size / labelled.where(labelled > 0, 1)
-        ).float()  # times size, as the processes' gradients are averaged
+        # Times size, as the processes' gradients are averaged.
+        share = (world.size / labelled.where(labelled > 0, 1)).float()
         total = torch.zeros((), device=world.device)
         parts = list(zip(images.chunk(recipe.accumulate), labels.chunk(recipe.accumulate), strict=True))
         stair = STAIRS * self.steps // recipe.merge_warmup if recipe.merge_warmup else STAIRS
@@ -209,10 +203,7 @@ class Stepper:
         Tensors may be the live ones: write them before the next step.
         """
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        ema = self.ema and {
-            "model": get_model_state_dict(self.averaged, options=whole),
-            "updates": int(self.ema.n_averaged),
-        }
+        average = self.ema and get_model_state_dict(self.averaged, options=whole)
         return {
             "format_version": FORMAT_VERSION,
             "step": self.steps,
@@ -220,7 +211,7 @@ class Stepper:
             "optimizer": get_optimizer_state_dict(self.model, self.optimizer, options=whole),
             "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
-            "ema": ema,
+            "ema": self.ema and {"model": average, "updates": int(self.ema.n_averaged)},
         }
 
     def load_state_dict(self, content: dict[str, Any] | None) -> None:
@@ -229,14 +220,10 @@ class Stepper:
         Raises:
             CheckpointError: it holds another model, or an average where the recipe wants none, or the other way round.
         """
-        plain = self.world.broadcast(
-            content
-            and {
-                "has_ema": content["ema"] is not None,
-                "updates": (content["ema"] or {}).get("updates"),
-                **{key: content[key] for key in ("step", "schedule", "scaler")},
-            }
-        )
+        plain = content and {key: content[key] for key in ("step", "schedule", "scaler")}
+        if content and plain:
+            plain |= {"has_ema": content["ema"] is not None, "updates": (content["ema"] or {}).get("updates")}
+        plain = self.world.broadcast(plain)
         assert plain is not None
         name = f"the checkpoint of step {plain['step']}"
         if plain["has_ema"] != (self.ema is not None):

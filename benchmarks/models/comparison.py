@@ -140,11 +140,7 @@ class Comparison:
     labels: Tensor
 
     def __init__(
-        self,
-        case: ModelCase,
-        device: torch.device,
-        image: ImageSource = PHOTOGRAPH,
-        runtimes: Sequence[str] = RUNTIMES,
+        self, case: ModelCase, device: torch.device, image: ImageSource = PHOTOGRAPH, runtimes: Sequence[str] = RUNTIMES
     ) -> None:
         torch._dynamo.reset()
         gc.collect()

@@ -27,11 +27,7 @@ SMOOTH = {"classes": 150, "patch": 16, "map": "smooth"}
 OP_ROWS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("`upsample_argmax`, smooth maps", "upsample_argmax", SMOOTH),
     ("`upsample_argmax`, noise", "upsample_argmax", SMOOTH | {"map": "noise"}),
-    (
-        "`upsample_cross_entropy`, forward and backward",
-        "upsample_cross_entropy",
-        SMOOTH | {"pass": "forward+backward"},
-    ),
+    ("`upsample_cross_entropy`, forward and backward", "upsample_cross_entropy", SMOOTH | {"pass": "forward+backward"}),
     ("`upsample_softmax`", "upsample_softmax", SMOOTH | {"pass": "forward"}),
     ("`upsample_softmax`, forward and backward", "upsample_softmax", SMOOTH | {"pass": "forward+backward"}),
     ("`mask_scores`", "mask_scores", {"classes": 150, "pass": "forward"}),

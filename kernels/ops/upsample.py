@@ -57,11 +57,7 @@ def _checked_sizes(
 
 
 def upsample_argmax(
-    masks: Tensor,
-    size: Size,
-    crop: Size | None = None,
-    align_corners: bool = False,
-    index: Tensor | None = None,
+    masks: Tensor, size: Size, crop: Size | None = None, align_corners: bool = False, index: Tensor | None = None
 ) -> Tensor:
     """``interpolate(masks, size, mode="bilinear")[..., :crop].argmax(1)`` without the interpolated logits.
 
@@ -96,11 +92,7 @@ define(
 
 
 def upsample_softmax(
-    masks: Tensor,
-    size: Size,
-    crop: Size | None = None,
-    align_corners: bool = False,
-    index: Tensor | None = None,
+    masks: Tensor, size: Size, crop: Size | None = None, align_corners: bool = False, index: Tensor | None = None
 ) -> Tensor:
     """``interpolate(masks, size, mode="bilinear")[..., :crop].softmax(1)`` in one pass; differentiable once.
 

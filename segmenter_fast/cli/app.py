@@ -104,8 +104,6 @@ ClassMapOption = Annotated[
     ),
 ]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there, whoever wrote them.")]
-
-
 BandsOption = Annotated[
     str | None,
     typer.Option(
@@ -116,8 +114,6 @@ ScaleOption = Annotated[
     float | None,
     typer.Option(help="Value of a pixel that stands for 1. Default: the model's, or 255 for 8 bits, 65535 for 16."),
 ]
-
-
 MergeOption = Annotated[
     str | None,
     typer.Option(

@@ -52,7 +52,6 @@ def check(
 
     numbers = parse_numbers("--bands", bands, int) or ()
     channels = Channels(len(numbers) or 3, numbers, scale)
-
     kind = kind_of(folder) if kind == "auto" else kind
     if kind not in LAYOUTS:
         raise ValueError(f"--kind must be auto or one of {', '.join(LAYOUTS)}, got {kind!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import math
 import struct
 import weakref
 import zlib
@@ -82,9 +83,8 @@ class TiffRaster:
         several = page.samplesperpixel - alpha > {_MINISBLACK: 1, _RGB: 3}.get(kind, page.samplesperpixel)
         self.picked: list[int] | None = None
         if several or not channels.colours:
-            grey = self._converted and kind in (_MINISWHITE, _MINISBLACK)
-            converted = 1 if grey else 3
-            self.picked = channels.pick(*((converted,) if self._converted else (page.samplesperpixel, alpha)))
+            converted = (1 if kind in (_MINISWHITE, _MINISBLACK) else 3), 0
+            self.picked = channels.pick(*(converted if self._converted else (page.samplesperpixel, alpha)))
         self._check()
 
     def read(self, top: int, bottom: int) -> np.ndarray:
@@ -168,9 +168,12 @@ class TiffRaster:
 
     def _stored(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
         """``(bottom - top, right - left, samples)`` in the file's orientation and samples."""
-        if self._contiguous:
-            return self._read_contiguous(top, bottom)[:, left:right]
         samples = self._page.samplesperpixel
+        if self._contiguous:
+            shape = (bottom - top, self._columns, samples)
+            dtype = self._page.dtype.newbyteorder(self._file.byteorder)
+            offset = self._page.dataoffsets[0] + top * self._columns * samples * dtype.itemsize
+            return np.fromfile(self.path, dtype, math.prod(shape), offset=offset).reshape(shape)[:, left:right]
         stored = np.empty((bottom - top, right - left, samples), self._page.dtype)
         for row, column, plane, values in self._chunks(top, bottom, left, right):
             into = stored[..., plane : plane + 1] if self._planes > 1 else stored
@@ -203,12 +206,6 @@ class TiffRaster:
             if values is None:
                 raise ValueError(f"the tile or strip at row {row}, column {column} is missing")
             yield row, column, plane, values[0, : self._rows - row, : self._columns - column]
-
-    def _read_contiguous(self, top: int, bottom: int) -> np.ndarray:
-        shape = (bottom - top, self._columns, self._page.samplesperpixel)
-        dtype = self._page.dtype.newbyteorder(self._file.byteorder)
-        offset = self._page.dataoffsets[0] + top * self._columns * shape[2] * dtype.itemsize
-        return np.fromfile(self.path, dtype, shape[0] * shape[1] * shape[2], offset=offset).reshape(shape)
 
     def _rgb(self, stored: np.ndarray) -> np.ndarray:
         kind, size = self._page.photometric, (stored.shape[1], stored.shape[0])

@@ -47,10 +47,10 @@ def read_by_pillow(path: str, page: int, channels: Channels, reasons: list[str])
 
 def to_pixels(image: Image.Image, channels: Channels) -> np.ndarray:
     """Return the bands of an image in memory; colours that are no RGB, grey or transparency become R, G, B."""
-    if channels.colours:
-        return _to_rgb(image)
     if min(image.size) < 1:
         raise ValueError(f"image must have at least one pixel, got {image.width} x {image.height}")
+    if channels.colours:
+        return _to_rgb(image)
     if image.mode not in ("L", "LA", "RGB", "RGBA", "I", "F") and not image.mode.startswith("I;16"):
         image = image.convert("L" if image.mode == "1" else "RGB")
     values = np.asarray(image)
@@ -112,8 +112,6 @@ def register_heif(path: str | os.PathLike[str]) -> None:
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:
-    if min(image.size) < 1:
-        raise ValueError(f"image must have at least one pixel, got {image.width} x {image.height}")
     if image.mode == "I" or image.mode.startswith("I;16"):
         return np.stack([to_eight_bits(np.asarray(image))] * 3, 2)
     if image.mode == "F":

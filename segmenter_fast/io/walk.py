@@ -9,21 +9,8 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 HEIF_SUFFIXES = (".heic", ".heif")
-IMAGE_SUFFIXES: tuple[str, ...] = (
-    ".jpg",
-    ".jpeg",
-    ".png",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".webp",
-    ".ppm",
-    ".pgm",
-    ".gif",
-    ".jp2",
-    ".avif",
-    *(HEIF_SUFFIXES if importlib.util.find_spec("pillow_heif") else ()),
-)
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm", ".pgm", ".gif", ".jp2", ".avif")
+IMAGE_SUFFIXES = _SUFFIXES + (HEIF_SUFFIXES if importlib.util.find_spec("pillow_heif") else ())
 
 Ignored = dict[str, list[Path]]
 """Files that are not read, by the reason."""

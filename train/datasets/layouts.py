@@ -46,9 +46,7 @@ class Layout:
     def root(self, folder: Path) -> Path | None:
         """Return the folder itself or one of ``below``, whichever has this layout."""
         for root in (folder, *(folder / name for name in self.below)):
-            if any((root / path).is_dir() for path in self.images.values()) and any(
-                (root / path).is_dir() for path in self.labels.values()
-            ):
+            if all(any((root / path).is_dir() for path in of.values()) for of in (self.images, self.labels)):
                 return root
         return None
 
@@ -93,8 +91,6 @@ LAYOUTS: dict[str, Layout] = {
     ),
     "folder": Layout({split: f"images/{split}" for split in SPLITS}, {split: f"labels/{split}" for split in SPLITS}),
 }
-
-
 KINDS = ("auto", *LAYOUTS, "shapes")
 
 
@@ -178,9 +174,8 @@ def open_files(folder: Path, kind: str, split: str, options: ReadOptions | None 
         ends = layout.image_end or " ".join(IMAGE_SUFFIXES)
         rest = f"; {describe_ignored(ignored)}" if ignored else ""
         raise ValueError(f"the {split} split is empty: no images in {images} that end in {ends}{rest}")
-    table = value_table(layout, classes)
+    table, named = value_table(layout, classes), (classes.class_names, classes.palette)
     colors = color_table(classes, table)
-    named = classes.class_names, classes.palette
     return PairedFiles(*named, pairs, tuple(strays), ignored, table, colors=colors, page=options.page)
 
 
@@ -203,7 +198,7 @@ def _by_name(paths: list[Path], folder: Path, end: str) -> list[tuple[str, Path]
 
 
 def _require_folder(folder: Path) -> None:
+    if not folder.exists():
+        raise FileNotFoundError(f"the data folder {folder} does not exist")
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"the data folder {folder} does not exist" if not folder.exists() else f"{folder} is no folder"
-        )
+        raise FileNotFoundError(f"{folder} is no folder")

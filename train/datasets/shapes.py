@@ -33,11 +33,7 @@ HELD_OUT = 2**31
 LENGTHS = {"train": 100_000, "val": 500}
 
 _NAMES = tuple(f"{texture} {shape}".removeprefix("plain ") for shape in SHAPES for texture in TEXTURES)
-_COLORS = (
-    *((230, 60, 60), (250, 165, 70)),
-    *((50, 110, 230), (110, 205, 240)),
-    *((40, 140, 70), (165, 215, 90)),
-)
+_COLORS = (*((230, 60, 60), (250, 165, 70)), *((50, 110, 230), (110, 205, 240)), *((40, 140, 70), (165, 215, 90)))
 
 
 @dataclass(frozen=True)
