@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from .field_types import did_you_mean, require_types
+from .field_types import did_you_mean, require, require_types
 from .token_merging import TokenMerging
 
 Pair = tuple[int, int]
@@ -108,40 +108,40 @@ class SegmenterConfig:
             object.__setattr__(self, "merging", TokenMerging.of(self.merging, self.depth))
         require_types(self)
         for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+            given = getattr(self, name)
+            require(given in allowed, name, repr(given), f"one of {', '.join(allowed)}")
         for name in _AT_LEAST_ONE:
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("decoder_depth", "num_register_tokens", "head_classes"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in _RATES:
-            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         for name in _POSITIVE:
-            _require(getattr(self, name) > 0, name, getattr(self, name), "positive")
+            require(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for name in ("num_heads", "decoder_num_heads") if self.decoder == "mask" else ("num_heads",):
             fits = self.embed_dim % getattr(self, name) == 0
-            _require(fits, name, getattr(self, name), f"a divisor of embed_dim, which is {self.embed_dim}")
+            require(fits, name, getattr(self, name), f"a divisor of embed_dim, which is {self.embed_dim}")
         if self.pos_embed_kind == "rotary":
             fits = self.embed_dim // self.num_heads % 4 == 0
-            _require(fits, "num_heads", self.num_heads, "such that rotary heads have a multiple of 4 channels")
+            require(fits, "num_heads", self.num_heads, "such that rotary heads have a multiple of 4 channels")
         fits = len(self.image_size) == 2 and min(self.image_size) >= self.patch_size
-        _require(fits, "image_size", self.image_size, f"(height, width), each at least one patch of {self.patch_size}")
+        require(fits, "image_size", self.image_size, f"(height, width), each at least one patch of {self.patch_size}")
         fits = self.window_size >= self.patch_size and self.window_stride >= 1
         given = (self.window_size, self.window_stride)
-        _require(fits, "window_size, window_stride", given, f"at least one patch of {self.patch_size}, and at least 1")
+        require(fits, "window_size, window_stride", given, f"at least one patch of {self.patch_size}, and at least 1")
         count = self.in_channels
         for name in ("mean", "std"):
             given = getattr(self, name)
-            _require(len(given) == count, name, given, f"{count} numbers, as in_channels is {count}")
-        _require(min(self.std) > 0, "std", self.std, "positive")
+            require(len(given) == count, name, given, f"{count} numbers, as in_channels is {count}")
+        require(min(self.std) > 0, "std", self.std, "positive")
         fits = not self.bands or (len(self.bands) == count and min(self.bands) >= 1)
-        _require(fits, "bands", self.bands, f"empty, or {count} bands counted from 1, as in_channels is {count}")
-        _require(self.pixel_scale is None or self.pixel_scale > 0, "pixel_scale", self.pixel_scale, "positive")
+        require(fits, "bands", self.bands, f"empty, or {count} bands counted from 1, as in_channels is {count}")
+        require(self.pixel_scale is None or self.pixel_scale > 0, "pixel_scale", self.pixel_scale, "positive")
         for name in ("class_names", "palette", "label_values"):
             fits = len(getattr(self, name)) in (0, self.num_classes)
-            _require(fits, name, f"{len(getattr(self, name))} entries", f"empty or num_classes={self.num_classes} long")
+            require(fits, name, f"{len(getattr(self, name))} entries", f"empty or num_classes={self.num_classes} long")
         fits = len(set(self.label_values) & set(range(256))) == len(self.label_values)
-        _require(fits, "label_values", self.label_values, "different numbers, each 0 to 255")
+        require(fits, "label_values", self.label_values, "different numbers, each 0 to 255")
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -200,11 +200,6 @@ class SegmenterConfig:
 def _for_channels(values: tuple[float, ...], count: int) -> tuple[float, ...]:
     """Return numbers of other channels for ``count`` channels, as ``adapt_channels`` takes their weights."""
     return (sum(values) / len(values),) if count == 1 else tuple(values[i % len(values)] for i in range(count))
-
-
-def _require(holds: bool, name: str, given: object, allowed: str) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {allowed}, got {given}")
 
 
 def _frozen(value: Any) -> Any:

@@ -30,6 +30,12 @@ def require_types(instance: Any) -> None:
             raise ValueError(f"{name} must be {_in_words(kind)}, got {repr(value)[:80]}")
 
 
+def require(holds: object, name: str, given: object, allowed: str) -> None:
+    """Raise ValueError, with the name of a field, what was given and what is allowed, unless something holds."""
+    if not holds:
+        raise ValueError(f"{name} must be {allowed}, got {given}")
+
+
 def _is(value: object, kind: Any) -> bool:
     """Return whether a value has a type; an integer is a number, too, and a bool is neither."""
     parts = get_args(kind)

@@ -70,20 +70,12 @@ class Segmenter(nn.Module, HubMixin):
 
         ``weight`` is ``(K,)``; the options are those of ``torch.nn.functional.cross_entropy``.
         """
-        if target.shape != (images.shape[0], *images.shape[2:]):
-            wanted = (images.shape[0], *images.shape[2:])
+        wanted = (images.shape[0], *images.shape[2:])
+        if target.shape != wanted:
             raise ValueError(f"target must be {wanted} for images {tuple(images.shape)}, got {tuple(target.shape)}")
         masks, index = self._scores(images).maps()
-        return kernels.upsample_cross_entropy(
-            masks,
-            target,
-            upsampled_size(self.config, images.shape[2:]),
-            ignore_index=ignore_index,
-            weight=weight,
-            label_smoothing=label_smoothing,
-            reduction=reduction,
-            index=index,
-        )
+        options = upsampled_size(self.config, images.shape[2:]), ignore_index, weight, label_smoothing, reduction
+        return kernels.upsample_cross_entropy(masks, target, *options, index=index)
 
     def _scores(self, images: Tensor) -> Scores:
         grid = -(-images.shape[2] // self.config.patch_size), -(-images.shape[3] // self.config.patch_size)

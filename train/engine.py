@@ -212,9 +212,8 @@ class _Run:
         """Log a step that changed nothing, and end the run after too many in a row."""
         step = self.stepper.steps
         if result.overflow:
-            self.log.event(
-                "overflow", f"step {step} skipped: the gradient passed float16's range; a smaller scale is tried"
-            )
+            reason = "the gradient passed float16's range; a smaller scale is tried"
+            self.log.event("overflow", f"step {step} skipped: {reason}")
             return
         self.skipped += 1
         self.bad_in_a_row += 1
@@ -234,9 +233,7 @@ class _Run:
         recipe, stepper = self.recipe, self.stepper
         model, low = stepper.whole_model(), stepper.dtype != torch.float32
         with torch.autocast(self.world.device.type, stepper.dtype, enabled=low):
-            scores = evaluate(
-                model, self.val_dataset, recipe.resize, self.settings, self.world, progress=self._stop_if_asked
-            )
+            scores = evaluate(model, self.val_dataset, recipe.resize, self.settings, self.world, self._stop_if_asked)
             self.log.evaluation(stepper.steps, scores)
             if self.world.rank == 0 and recipe.pictures:
                 shown = range(0, len(self.val_dataset), max(len(self.val_dataset) // recipe.pictures, 1))

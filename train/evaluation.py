@@ -254,8 +254,6 @@ class ConfusionMatrix:
             [None if math.isnan(value) or index in absent else value for index, value in enumerate(values.tolist())]
             for values in (right / union, right / labelled)
         )
-        miou, macc = (
-            sum(known) / len(known)
-            for known in ([value for value in values if value is not None] for values in (iou, accuracy))
-        )
+        known = ([value for value in values if value is not None] for values in (iou, accuracy))
+        miou, macc = (sum(values) / len(values) for values in known)
         return Scores(miou, macc, float(right.sum()) / pixels, tuple(iou), tuple(accuracy), pixels)

@@ -10,6 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Any, get_type_hints
 
+from ..field_types import require
+
 CHOICES = {
     "optimizer": ("sgd", "adamw", "muon"),
     "freeze": ("nothing", "encoder"),
@@ -91,19 +93,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, allowed in CHOICES.items():
-            _require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}", repr(getattr(self, name)))
+            require(getattr(self, name) in allowed, name, repr(getattr(self, name)), f"one of {', '.join(allowed)}")
         for name in _AT_LEAST_ONE:
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in _RATES:
-            _require(0 <= getattr(self, name) < 1, name, "in [0, 1)", getattr(self, name))
-        _require(self.steps or self.epochs, "epochs, steps", "above 0, one of them", (self.epochs, self.steps))
-        _require(self.lr > 0 and self.lr >= self.min_lr, "lr", f"positive and at least min_lr={self.min_lr}", self.lr)
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        require(self.steps or self.epochs, "epochs, steps", (self.epochs, self.steps), "above 0, one of them")
+        require(self.lr > 0 and self.lr >= self.min_lr, "lr", self.lr, f"positive and at least min_lr={self.min_lr}")
         fits = 0 < self.min_ratio <= self.max_ratio
-        _require(fits, "min_ratio, max_ratio", "positive and in this order", (self.min_ratio, self.max_ratio))
-        _require(0 < self.max_share <= 1, "max_share", "in (0, 1]", self.max_share)
-        _require(0 <= self.seed < 2**31, "seed", "in [0, 2^31)", self.seed)
+        require(fits, "min_ratio, max_ratio", (self.min_ratio, self.max_ratio), "positive and in this order")
+        require(0 < self.max_share <= 1, "max_share", self.max_share, "in (0, 1]")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
         for name, value in vars(self).items():
-            _require(isinstance(value, str) or value >= 0, name, "at least 0", value)
+            require(isinstance(value, str) or value >= 0, name, value, "at least 0")
 
     def replace(self, **fields: Any) -> Recipe:
         """Return a copy with other values for some fields."""
@@ -146,16 +148,9 @@ def field_help() -> dict[str, tuple[type, str]]:
     for name, default in vars(Recipe()).items():
         values = {preset: getattr(recipe, name) for preset, recipe in PRESETS.items()}
         others = "".join(f", {preset} {value}" for preset, value in values.items() if value != default)
-        described[name] = (
-            hints[name].__origin__,
-            f"{hints[name].__metadata__[0]} Default: {default if default != '' else 'none'}{others}.",
-        )
+        sentence = f"{hints[name].__metadata__[0]} Default: {default if default != '' else 'none'}{others}."
+        described[name] = hints[name].__origin__, sentence
     return described
-
-
-def _require(holds: object, name: str, allowed: str, given: object) -> None:
-    if not holds:
-        raise ValueError(f"{name} must be {allowed}, got {given}")
 
 
 PRESETS: dict[str, Recipe] = {

@@ -71,11 +71,9 @@ def bipartite_groups(
     value: Tensor, match: Tensor, tokens: int, merged: int | None, prefix: int, threshold: float | None
 ) -> Tensor:
     """``(B, S), (B, S)`` -> the group of each token, ``(B, prefix + tokens)`` int64."""
+    merges = value > (torch.inf if threshold is None else threshold)
     if threshold is None:
-        best = torch.argsort(-value, dim=1, stable=True)[:, :merged]
-        merges = torch.zeros_like(value, dtype=torch.bool).scatter_(1, best, True)
-    else:
-        merges = value > threshold
+        merges.scatter_(1, torch.argsort(-value, dim=1, stable=True)[:, :merged], True)
     kept = value.new_ones((len(value), prefix + tokens), dtype=torch.bool)
     kept[:, prefix + 1 :: 2] = ~merges
     index = kept.cumsum(1) - 1

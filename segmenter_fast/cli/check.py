@@ -84,9 +84,8 @@ def check(
     labelled = bool(forms[0].against_labels.counts.any())
     if labelled and (count := sum(pair.labels.is_file() for pair in found.pairs)) < len(found):
         typer.echo(f"{count} of {len(found)} images have labels")
-    headings = ["images/s", "MiB of weights", "labels of float32", "mIoU with float32", "mIoU with labels"][
-        : 4 + labelled
-    ]
+    headings = ["images/s", "MiB of weights", "labels of float32", "mIoU with float32"]
+    headings += ["mIoU with labels"] * labelled
     table = Table(title=f"{model} on {len(found)} images, {place}", header_style="bold")
     table.add_column("form", no_wrap=True)
     for heading in headings:

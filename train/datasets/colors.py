@@ -86,14 +86,12 @@ class ColorTable:
             return self._values[places]
         unknown, counts = np.unique(codes[~known], return_counts=True)
         most = int(counts.argmax())
-        red, green, blue = int(unknown[most]) >> 16, int(unknown[most]) >> 8 & 255, int(unknown[most]) & 255
-        nearest = min(
-            self.colors, key=lambda color: sum((a - b) ** 2 for a, b in zip(color, (red, green, blue), strict=True))
-        )
+        found = tuple(int(unknown[most]) >> shift & 255 for shift in (16, 8, 0))
+        nearest = self.colors[int(np.square(np.subtract(self.colors, found)).sum(1).argmin())]
         also = f", and {len(unknown) - 1} more unknown colours" if len(unknown) > 1 else ""
         hint = "; lossy compression, such as JPEG, changes colours" if len(unknown) > _MANY else ""
         raise UnknownColorError(
-            f"labels {path} hold {counts[most]} pixels of colour {(red, green, blue)}{also}; the nearest that is "
+            f"labels {path} hold {counts[most]} pixels of colour {found}{also}; the nearest that is "
             f"known is {self.names.get(nearest, '(ignored)')} {nearest}{hint}"
         )
 
