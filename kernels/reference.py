@@ -6,6 +6,8 @@ checks are missing. Nothing here is fast and nothing is fused.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -122,14 +124,8 @@ def upsample_cross_entropy(
     """Cross-entropy of ``(B, K, h, w)`` masks upsampled to ``size`` against a ``(B, H, W)`` target."""
     height, width = target.shape[1:]
     logits = upsample(masks, size or (height, width), (height, width), align_corners, index)
-    return F.cross_entropy(
-        logits,
-        target.long(),
-        weight=weight,
-        ignore_index=ignore_index,
-        label_smoothing=label_smoothing,
-        reduction=reduction,
-    )
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+    return F.cross_entropy(logits, target.long(), weight, **options)
 
 
 def lattice_logits(

@@ -10,6 +10,7 @@ from .config import SegmenterConfig
 from .decoders import LinearDecoder, MaskTransformer, upsampled, upsampled_size
 from .inference_segmenter import InferenceSegmenter
 from .merging import Scores, sharing
+from .patches import check_images
 from .token_merging import Merge
 from .vit import Block, VisionTransformer
 from .weights.hub import HubMixin
@@ -78,6 +79,7 @@ class Segmenter(nn.Module, HubMixin):
         return kernels.upsample_cross_entropy(masks, target, *options, index=index)
 
     def _scores(self, images: Tensor) -> Scores:
+        check_images(images, channels=self.config.in_channels)
         grid = -(-images.shape[2] // self.config.patch_size), -(-images.shape[3] // self.config.patch_size)
         if self.encoder.merging is None:
             return Scores(self.decoder(self.encoder(images)), grid)

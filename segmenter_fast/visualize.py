@@ -13,11 +13,10 @@ import numpy as np
 from PIL import Image
 
 from .captions import captioned, legend_of
+from .classes import Color
 
 if TYPE_CHECKING:
     from .io import Raster
-
-Color = tuple[int, int, int]
 
 _SMALL, _LARGE = 192, 512
 # Steps of an additive recurrence that fills the unit cube evenly: powers of 1/g, g**4 = g + 1.

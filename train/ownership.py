@@ -13,9 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from ..io.atomic import SAVING
+
 LOCK, RECORD = ".lock", ".written"
-SAVING = ".saving-"
-"""Start of the names of temporary folders, see ``io.atomic``; a killed process may leave some."""
 
 
 def lock(run: Path) -> FileLock:

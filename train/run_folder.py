@@ -33,14 +33,14 @@ from typing import Any
 import torch
 
 from ..config import SegmenterConfig
-from ..io.atomic import atomic_files, atomic_path, write_json
+from ..io.atomic import SAVING, atomic_files, atomic_path, write_json
 from ..io.pillow_images import check_regular
 from ..segmenter import Segmenter
 from ..version import __version__
 from ..weights.hub import CONFIG, WEIGHTS, write_folder
 from ..weights.reading import CheckpointError, read_mapping, read_torch
 from .logs import LOG, SAMPLES, TENSORBOARD, read_log
-from .ownership import SAVING, record, recorded, remove
+from .ownership import record, recorded, remove
 from .presets import Recipe
 from .same_run import check_fits, check_same
 from .stepping import FORMAT_VERSION

@@ -16,6 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 
 RECORD = "segmenter-fast"
 """Name of the text in an output file that says what it was made of; see ``inference.records``."""
+SAVING = ".saving-"
+"""Start of the names of temporary folders; a killed process may leave some."""
 
 
 @contextmanager
@@ -30,7 +32,7 @@ def atomic_files(folder: Path) -> Iterator[Path]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        opened = tempfile.TemporaryDirectory(prefix=".saving-", dir=folder)
+        opened = tempfile.TemporaryDirectory(prefix=SAVING, dir=folder)
     except OSError as error:  # it names the temporary folder
         raise type(error)(error.errno, f"{error.strerror}, nothing can be written there", str(folder)) from error
     with opened as name:

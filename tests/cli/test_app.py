@@ -28,7 +28,7 @@ def test_a_wrong_choice_names_the_allowed_ones_in_plain_words() -> None:
 
 def test_the_help_of_train_has_choices_and_defaults() -> None:
     words = " ".join(call("train", "--help").output.replace("│", " ").split())
-    for wanted in ("<sgd|adamw|muon>", "<ade20k|pascal_context", "Passes over the data, where steps is 0."):
+    for wanted in ("<sgd|adamw|muon>", "<ade20k|pascal", "Passes over the data, where steps is 0."):
         assert wanted.replace(" ", "") in words.replace(" ", "")
     for wanted in ("Default:64,pascal_context256,cityscapes216,folder50.", "Default:0.9,shapes0.95."):
         assert wanted in words.replace(" ", "")
