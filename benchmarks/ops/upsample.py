@@ -135,10 +135,6 @@ def _interpolate(masks: Tensor, size: tuple[int, ...]) -> Tensor:
     return F.interpolate(masks, size=size, mode="bilinear")
 
 
-def _peer_cross_entropy(masks: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(_interpolate(masks, target.shape[1:]).float(), target, ignore_index=IGNORED)
-
-
 OPS = {
     "upsample_argmax": Op(
         peer=lambda masks, size: _interpolate(masks, size).argmax(1),
@@ -147,7 +143,9 @@ OPS = {
         copies={FORWARD: 1},
     ),
     "upsample_cross_entropy": Op(
-        peer=_peer_cross_entropy,
+        peer=lambda masks, target: F.cross_entropy(
+            _interpolate(masks, target.shape[1:]).float(), target, ignore_index=IGNORED
+        ),
         ours=partial(kernels.upsample_cross_entropy, ignore_index=IGNORED),
         judge=judge_cross_entropy,
         copies={BOTH: 4, FORWARD: 2},

@@ -99,7 +99,9 @@ def compare(before: Path, after: Path, force: bool = False) -> Comparison:
             peers = [key for key in common if key[0] == case and key[1] != variant and not is_ours(key[1])]
             pairs = [(old[key].timing, new[key].timing) for key in peers]
             ratios = [after.median_ms / before.median_ms for before, after in pairs if before and after]
-            found = _changes(a.timing, b.timing, _nearest_to_one(ratios), memory)
+            # The ratio nearest to 1, or 1 where some are above and others below it or there are none.
+            drift = max(min(ratios, default=1.0), 1.0) * min(max(ratios, default=1.0), 1.0)
+            found = _changes(a.timing, b.timing, drift, memory)
             changes += [Change(case, variant, *change) for change in found]
             same += not found
         elif a.timing and is_ours(variant):
@@ -124,11 +126,6 @@ def _rows(results: list[Result]) -> dict[Key, Row]:
         for row in rows
         if row.status != "not run"
     }
-
-
-def _nearest_to_one(ratios: list[float]) -> float:
-    """The ratio nearest to 1, or 1 where some are above and others below it or there are none."""
-    return max(min(ratios, default=1.0), 1.0) * min(max(ratios, default=1.0), 1.0)
 
 
 def _changes(a: Timing, b: Timing, drift: float, memory: tuple[float, int]) -> list[tuple[str, str, str, float]]:

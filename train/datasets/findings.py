@@ -40,12 +40,12 @@ class CheckedPair:
     """EXIF orientations of image and labels."""
 
 
-def check_files(dataset: PairedFiles, threads: int | None = None) -> Iterator[CheckedPair]:
+def check_files(dataset: PairedFiles) -> Iterator[CheckedPair]:
     """Read every image and its labels in threads, and yield the findings in order.
 
     Problems are: no labels, unreadable files, labels that are colours, sizes that differ, values outside the classes.
     """
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
             yield from pool.map(lambda pair: _check(dataset, pair), dataset.pairs)
         finally:
