@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 
 from rich.table import Table
 
@@ -38,6 +39,11 @@ def _block(config: SegmenterConfig, encoder: bool, tokens: int) -> tuple[int, in
     return parameters + vectors * dim, tokens * macs + 2 * tokens**2 * dim
 
 
+def _tokens(config: SegmenterConfig, patches: int) -> list[int]:
+    """Return the patch tokens of each encoder layer; with a threshold, which depends on the image, all of them."""
+    return config.merging.tokens_left(patches, config.depth) if config.merging else [patches] * config.depth
+
+
 def _costs(config: SegmenterConfig, size: int) -> tuple[int, int]:
     """Return parameters, and multiply-accumulates for one square image of ``size`` pixels."""
     dim, classes, prefix = config.embed_dim, config.num_classes, config.num_prefix_tokens
@@ -47,16 +53,20 @@ def _costs(config: SegmenterConfig, size: int) -> tuple[int, int]:
     if config.pos_embed_kind == "learned":
         parameters += (prefix * config.pos_embed_prefix + config.grid[0] * config.grid[1]) * dim
     parameters += config.head_classes * (dim + 1) * (1 + config.distillation_token)
-    stacks = [(config.depth, _block(config, True, patches + prefix))]
+    merging, left = config.merging, _tokens(config, patches)
+    for layer, (before, after) in enumerate(zip([patches, *left], left, strict=False)):
+        if merging and after < before and (merging.matching == "bipartite" or layer > merging.layers[0]):
+            macs += before // 2 * ((before + 1) // 2) * dim
+    stacks, groups = [(1, _block(config, True, tokens + prefix)) for tokens in left], left[-1]
     if config.decoder == "mask":
-        stacks.append((config.decoder_depth, _block(config, False, patches + classes)))
+        stacks.append((config.decoder_depth, _block(config, False, groups + classes)))
         parameters += 3 * dim * dim + dim + classes * dim + 2 * dim + 2 * classes
-        macs += (2 * patches + classes) * dim * dim
+        macs += (2 * groups + classes) * dim * dim
     else:
         parameters += (dim + 1) * classes
     for depth, (more, macs_of_block) in stacks:
         parameters, macs = parameters + depth * more, macs + depth * macs_of_block
-    return parameters, macs + patches * dim * classes
+    return parameters, macs + groups * dim * classes
 
 
 def count_parameters(config: SegmenterConfig) -> int:
@@ -67,7 +77,8 @@ def count_parameters(config: SegmenterConfig) -> int:
 def count_macs(config: SegmenterConfig, size: int = 512) -> int:
     """Multiply-accumulates of the matrix products for one square image of ``size`` pixels, up to the masks.
 
-    Those of the plain PyTorch model, without softmax, norms and the like.
+    Those of the plain PyTorch model, without softmax, norms and the like; with shares of token merging those of the
+    tokens that are left, and of matching them. With a threshold, which depends on the image, as if none merged.
     """
     return _costs(config, size)[1]
 
@@ -93,10 +104,16 @@ def info_table(config: SegmenterConfig, origin: str) -> Table:
     table = Table(title=origin, show_header=False)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
-    costs = {
-        "parameters": f"{count_parameters(config):,}",
-        "GMAC at 512 x 512": f"{count_macs(config) / 1e9:.1f}",
-    }
+    macs = f"{count_macs(config) / 1e9:.1f}"
+    costs = {"parameters": f"{count_parameters(config):,}", "GMAC at 512 x 512": macs}
+    if merging := config.merging:
+        exact = f"{count_macs(config.replace(merging=None)) / 1e9:.1f} without merging"
+        costs["GMAC at 512 x 512"] = f"fewer than {exact}" if config.adaptive else f"{macs}, {exact}"
+        fields = asdict(merging).items()
+        costs["token merging"] = ", ".join(f"{name} {value}" for name, value in fields if value is not None)
+        if not config.adaptive:
+            left = _tokens(config, math.ceil(512 / config.patch_size) ** 2)
+            costs["patch tokens by layer"] = ", ".join(map(str, left))
     for name, value in (costs | describe_config(config)).items():
         table.add_row(name, value)
     return table

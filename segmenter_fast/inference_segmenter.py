@@ -102,6 +102,10 @@ class InferenceSegmenter(nn.Module):
         """``(B, C, H, W)`` -> ``(B, K, H, W)`` class probabilities."""
         return self._run("probabilities", images)
 
+    def token_groups(self, images: Tensor) -> Tensor:
+        """``(B, C, H, W)`` -> ``(B, h, w)`` int64: the group of patches that each patch is merged into, from 0 on."""
+        return self._run("groups", images)
+
     def forward(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, K, H, W)`` logits."""
         return self._run("logits", images)
@@ -176,7 +180,7 @@ class InferenceSegmenter(nn.Module):
         if not self._captures(images):
             return self._call(result, images, stem)
         # The last op on a large result runs after the graph, which then leaves nothing large to be copied.
-        captured = result if result == "labels" else "masks"
+        captured = result if result in ("labels", "groups") else "masks"
         key = captured, images.shape, images.dtype, numeric_state(images.device.type)
         size = images.shape[2], images.shape[3]
         return self._graphs.run(
@@ -287,6 +291,8 @@ class InferenceSegmenter(nn.Module):
         x = torch.cat([prefix.expand(images.shape[0], -1, -1), patches], 1)
         x, groups = run_blocks(self.encoder.blocks, x, rotation, grid, self.config.merging)
         features = self.encoder.norm(x)[:, prefix.shape[1] :]
-        scores = self.decoder(features, None if groups is None else groups.bias)
-        masks, index = Scores(scores, grid, groups).maps(gather=result in ("masks", "logits"))
+        scores = Scores(self.decoder(features, None if groups is None else groups.bias), grid, groups)
+        if result == "groups":
+            return scores.index()
+        masks, index = scores.maps(gather=result in ("masks", "logits"))
         return masks if result == "masks" else upsampled(result, masks, self.config, size, index)

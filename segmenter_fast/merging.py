@@ -61,6 +61,13 @@ class Scores:
             return channels_last_maps(self.groups.spread(self.values), self.grid), None
         return self.values.mT, self.groups.index
 
+    def index(self) -> Tensor:
+        """Return the group of each patch, ``(B, h, w)`` int64 from 0 on; without merging each is one of its own."""
+        if self.groups is not None:
+            return self.groups.index
+        batch, patches, _ = self.values.shape
+        return torch.arange(patches, device=self.values.device).view(1, *self.grid).expand(batch, -1, -1)
+
 
 @dataclass(frozen=True)
 class _Step:

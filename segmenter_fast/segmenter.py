@@ -88,11 +88,7 @@ class Segmenter(nn.Module, HubMixin):
 
     def token_groups(self, images: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> ``(B, h, w)`` int64: the group of patches that each patch is merged into, from 0 on."""
-        scores = self._scores(images)
-        if scores.groups is not None:
-            return scores.groups.index
-        rows, columns = scores.grid
-        return torch.arange(rows * columns, device=images.device).view(1, rows, columns).expand(len(images), -1, -1)
+        return self._scores(images).index()
 
     def freeze_encoder(self, frozen: bool = True) -> Segmenter:
         """Train the decoder only, on features of an unchanging encoder; ``frozen=False`` undoes it.

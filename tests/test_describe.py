@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import io
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import segmenter_fast as sf
+from segmenter_fast import exportable, kernels
 from segmenter_fast.describe import count_macs, count_parameters, info_table
 from segmenter_fast.reference import ReferenceSegmenter
+
+
+def facts_of(config: sf.SegmenterConfig) -> dict[str, str]:
+    printed = Console(width=200, file=io.StringIO(), record=True)
+    printed.print(info_table(config, "here"))
+    rows = [line.split("│")[1:3] for line in printed.export_text().splitlines() if line.count("│") == 3]
+    return {name.strip(): value.strip() for name, value in rows}
 
 
 @pytest.mark.parametrize(("size", "patches"), [(512, 1024), (100, 49)])
@@ -59,6 +70,35 @@ def test_costs_are_those_of_the_model(fields: dict[str, Any]) -> None:
     assert count_macs(config, 100) == counter.get_total_flops() // 2
 
 
+@pytest.mark.parametrize("decoder", ["mask", "linear"])
+@pytest.mark.parametrize("matching", ["bipartite", "window"])
+def test_costs_with_merging_are_those_of_the_tokens_that_are_left(
+    decoder: str, matching: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merging = sf.TokenMerging((0, 2), (3 / 7, 0.2), matching=matching)  # 49 patches, then 28, 22
+    config = sf.SegmenterConfig(**{**SMALL, "depth": 3}, decoder=decoder, merging=merging)
+    ops = SimpleNamespace(**{**vars(kernels.reference), "merge_tokens": kernels.merge_tokens})  # sums, no products
+    monkeypatch.setattr(exportable._PlainVisionTransformer, "ops", ops)
+    model = exportable.ExportableSegmenter(sf.create_model(config), (100, 100), "masks", False, torch.float32)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        model(torch.randn(1, 3, 100, 100))
+    assert count_macs(config, 100) == counter.get_total_flops() // 2 < count_macs(config.replace(merging=None), 100)
+    adaptive = config.replace(merging=sf.TokenMerging((0,), threshold=0.9))
+    assert count_macs(adaptive) == count_macs(config.replace(merging=None))
+
+
+def test_facts_of_a_model_that_merges() -> None:
+    facts = facts_of(sf.VARIANTS["seg_t_mask_16"].replace(depth=3, merging={"layers": [1], "share": 0.25}))
+    assert facts["token merging"] == "layers (1,), share 0.25, matching bipartite"
+    assert facts["patch tokens by layer"] == "1024, 768, 768"
+    assert re.fullmatch(r"(\d\.\d), (\d\.\d) without merging", facts["GMAC at 512 x 512"])
+    facts = facts_of(sf.VARIANTS["seg_t_mask_16"].replace(merging={"layers": [1], "threshold": 0.9}))
+    assert facts["token merging"] == "layers (1,), threshold 0.9, matching bipartite"
+    assert facts["GMAC at 512 x 512"].startswith("fewer than ")
+    assert "patch tokens by layer" not in facts
+    assert "token merging" not in facts_of(sf.VARIANTS["seg_t_mask_16"])
+
+
 @pytest.mark.parametrize("name", sf.VARIANTS)
 def test_parameters_of_the_variants(name: str) -> None:
     config = sf.VARIANTS[name].replace(depth=1)
@@ -80,11 +120,7 @@ def test_parameters_of_the_variants(name: str) -> None:
     ],
 )
 def test_facts_of_a_model(variant: str, positions: str, program: str) -> None:
-    model = sf.create_model(variant, depth=1, num_classes=2)
-    printed = Console(width=200, file=io.StringIO(), record=True)
-    printed.print(info_table(model.config, "here"))
-    rows = [line.split("│")[1:3] for line in printed.export_text().splitlines() if line.count("│") == 3]
-    facts = {name.strip(): value.strip() for name, value in rows}
+    facts = facts_of(sf.VARIANTS[variant].replace(depth=1, num_classes=2))
     assert facts["position embedding"] == positions
     assert facts["numerics of"].startswith(program)
     assert ("4 registers" in facts["prefix tokens"]) == ("dino" in variant)

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor
+from torch._inductor import config as inductor
 
 import segmenter_fast as sf
 from segmenter_fast import export as module
@@ -117,6 +118,16 @@ def test_pt2_gives_what_the_model_gives(tmp_path: Path) -> None:
     facts = package.get_metadata()
     assert json.loads(facts["image_size"]) == [40, 56]
     assert json.loads(facts["std"]) == list(model.config.std)
+
+
+def test_pt2_merges_tokens_as_the_model_does(tmp_path: Path) -> None:
+    model = small("linear_16").with_merging(sf.TokenMerging((0,), 0.3))
+    with inductor.patch({"aot_inductor.compile_wrapper_opt_level": "O0"}):  # half the time
+        export(model, path := tmp_path / "model.pt2", batch_size=2, size=(64, 80))
+    images = normalised(model, photographs(2, 64, 80))
+    result, expected = torch._inductor.aoti_load_package(str(path))(images), model.segment(images)
+    assert torch.equal(result, expected)
+    assert not torch.equal(expected, model.with_merging(None).segment(images))
 
 
 def test_the_model_is_unchanged(tmp_path: Path) -> None:

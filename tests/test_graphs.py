@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,11 @@ RESULTS = ["masks", "segment", "probabilities", "forward"]
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    monkeypatch.setattr(InferenceSegmenter, "_captures", lambda model, images: model.cuda_graph and images.numel() > 0)
+    captures = InferenceSegmenter._captures
+    on_gpu = partial(SimpleNamespace, is_cuda=True)
+    monkeypatch.setattr(
+        InferenceSegmenter, "_captures", lambda model, images: captures(model, on_gpu(numel=images.numel))
+    )
     return fake_cuda(monkeypatch)
 
 
@@ -44,6 +49,18 @@ def test_replays_give_the_results_of_plain_calls(cuda: SimpleNamespace, family: 
                 torch.testing.assert_close(getattr(fast, result)(one), getattr(plain, result)(one), rtol=0, atol=0)
     # Labels and scores of the patches, of two dtypes; the other results start from the scores.
     assert len(cuda.captures) == len(fast._graphs) == 4
+
+
+def test_shares_of_merging_are_captured_and_thresholds_are_not(cuda: SimpleNamespace) -> None:
+    fast, plain = (model.with_merging(sf.TokenMerging((0, 1), 0.3)) for model in models())
+    for images in torch.randn(3, 2, 3, 40, 50):
+        for result in (*RESULTS, "token_groups"):
+            assert torch.equal(getattr(fast, result)(images), getattr(plain, result)(images))
+    assert len(cuda.captures) == len(fast._graphs) == 3  # labels, scores, groups
+    adaptive = fast.with_merging(sf.TokenMerging((0, 1), threshold=0.5))
+    assert torch.equal(adaptive.segment(images), plain.with_merging(adaptive.config.merging).segment(images))
+    assert len(cuda.captures) == 3
+    assert not len(adaptive._graphs)
 
 
 def test_a_graph_owns_what_it_reads(cuda: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,9 @@ class Recipe:
 
     drop_path: Annotated[float, "Stochastic depth of the last encoder layer."] = 0.1
     dropout: Annotated[float, "Dropout of the encoder."] = 0.0
-    merge: Annotated[str, "Token merging: none, fast, faster, or fields of TokenMerging in JSON."] = "none"
+    merge: Annotated[str | None, "Token merging: fast, faster, none for exact, or fields of TokenMerging in JSON."] = (
+        None
+    )
     merge_warmup: Annotated[int, "Steps in which the shares of merged tokens rise from 0, in four stairs."] = 0
     decoder_dropout: Annotated[
         float, "Dropout of the mask decoder; 0.1 in the official program, the paper finds 0 best."
@@ -105,7 +107,7 @@ class Recipe:
         require(0 < self.max_share <= 1, "max_share", self.max_share, "in (0, 1]")
         require(0 <= self.seed < 2**31, "seed", self.seed, "in [0, 2^31)")
         for name, value in vars(self).items():
-            require(isinstance(value, str) or value >= 0, name, value, "at least 0")
+            require(value is None or isinstance(value, str) or value >= 0, name, value, "at least 0")
 
     def replace(self, **fields: Any) -> Recipe:
         """Return a copy with other values for some fields."""
@@ -118,7 +120,7 @@ class Recipe:
             "drop_path_rate": self.drop_path,
             "dropout": self.dropout,
             "decoder_dropout": self.decoder_dropout,
-            "merging": self.merge,
+            **({} if self.merge is None else {"merging": self.merge}),
             "window_size": self.window,
             "window_stride": self.stride,
         }
@@ -144,11 +146,11 @@ class Recipe:
 def field_help() -> dict[str, tuple[type, str]]:
     """Return type and help, with the presets' values, for every field of ``Recipe``, in their order."""
     hints = get_type_hints(Recipe, include_extras=True)
-    described = {}
+    described, shown = {}, {"": "none", None: "the checkpoint's"}
     for name, default in vars(Recipe()).items():
         values = {preset: getattr(recipe, name) for preset, recipe in PRESETS.items()}
         others = "".join(f", {preset} {value}" for preset, value in values.items() if value != default)
-        sentence = f"{hints[name].__metadata__[0]} Default: {default if default != '' else 'none'}{others}."
+        sentence = f"{hints[name].__metadata__[0]} Default: {shown.get(default, default)}{others}."
         described[name] = hints[name].__origin__, sentence
     return described
 

@@ -80,6 +80,9 @@ def predict(
     bands: BandsOption = None,
     scale: ScaleOption = None,
     overlay: Annotated[bool, typer.Option(help="Write overlays.")] = True,
+    show_tokens: Annotated[
+        bool, typer.Option("--show-tokens", help="Draw the merged tokens, tokens/*.png, of images of one window.")
+    ] = False,
     page: Annotated[int | None, DataOptions.page] = None,
     overwrite: OverwriteOption = False,
     root: Annotated[
@@ -101,6 +104,10 @@ def predict(
         raise typer.BadParameter(f"give --stride or --overlap, not both; got --stride {stride}, --overlap {overlap}")
     if overlap is not None and overlap < 0:
         raise typer.BadParameter(f"--overlap must be at least 0 and below the window, got {overlap}")
+    if show_tokens and (merge == "none" or flip or factors != (1.0,)):
+        raise typer.BadParameter(
+            "--show-tokens draws one run of a model that merges: no --merge none, --scales, --flip"
+        )
     if (known := window or _known_window(model)) is not None:
         _stride(stride, overlap, known)
     with _sigterm_as_interrupt():
@@ -114,7 +121,7 @@ def predict(
 
         world = World.from_environment()
         with short_warnings(show=world.rank == 0):
-            jobs = plan(inputs, out, overlay, format.value, root=root, keep_suffix=keep_suffix)
+            jobs = plan(inputs, out, overlay, format.value, root=root, keep_suffix=keep_suffix, tokens=show_tokens)
         world = world.for_prediction()
         leads = world.rank == 0 or world.store is None  # a rank that no store connects to others reports on its own
         note = RANDOM if model in VARIANTS and not Path(model).exists() else ""
@@ -124,6 +131,8 @@ def predict(
         try:
             missing = sum(not (resume and (job.labels.exists() or job.tiled.exists())) for job in jobs)
             segmenter = load_for_inference(model, device, dtype, optimize, missing, merge)
+            if show_tokens and segmenter.config.merging is None:
+                raise ValueError(f"--show-tokens: {model} merges no tokens; give a --merge, such as fast")
             stride = _stride(stride, overlap, window or segmenter.config.window_size)
             batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
             settings = Settings.of(segmenter.config, window, stride, factors, flip, batch_size, numbers, scale)
@@ -132,7 +141,7 @@ def predict(
             remaining, report.restarts, report.failures = unfinished(jobs, run, resume, overwrite)
             refused = len(report.failures)
             report.skipped = len(jobs) - len(remaining) - refused
-            make_writable(out, overlay)
+            make_writable(out, overlay, show_tokens)
             total = len(remaining) + refused
             done, total = world.count(refused, total) or (refused, total)
             segment_all = functools.partial(run_all, segmenter, remaining, settings, run=run, resume=resume)

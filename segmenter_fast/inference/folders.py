@@ -20,12 +20,12 @@ from ..io.images import Raster
 from ..io.label_tiff import check_label_tiff, write_label_tiff
 from ..io.walk import IMAGE_SUFFIXES, Ignored, describe_ignored, files_below, sort_out
 from .batches import Model
-from .predict import Prediction, check_raster, class_table, label_bands
+from .predict import Prediction, check_raster, class_table, label_bands, one_window_size, token_groups
 from .resume import FinishedRows, record_of
 from .settings import Settings
 from .sliding import Progress
 
-LABELS, OVERLAYS = "labels", "overlays"
+LABELS, OVERLAYS, TOKENS = "labels", "overlays", "tokens"
 OVERLAY_SIDE = 2048
 """Longest side in pixels of the overlay of a large image."""
 LabelFormat = Literal["auto", "png", "tiff"]
@@ -44,6 +44,8 @@ class Job:
     """Line in red below the overlay."""
     page: int | None = None
     """Of the input, from 0 on; None: the first, with a warning if there are others."""
+    tokens: Path | None = None
+    """PNG of the groups of patches that merged, see ``draw_tokens``."""
 
     @property
     def tiled(self) -> Path:
@@ -59,16 +61,18 @@ def plan(
     *,
     root: Path | None = None,
     keep_suffix: bool = False,
+    tokens: bool = False,
 ) -> list[Job]:
     """List the images in files and folders, and their outputs ``out/labels/*.png`` or ``*.tif`` and ``out/overlays``.
 
-    Folders are walked for files of ``IMAGE_SUFFIXES``, see ``files_below``; those in the two output folders are left
+    Folders are walked for files of ``IMAGE_SUFFIXES``, see ``files_below``; those in the output folders are left
     out, and a warning counts all others. The name of an output depends on its own input alone: the path below the
     outermost folder that was given and holds it, or the name of a file that was given itself, without the suffix.
 
     Args:
         root: folder that inputs lie in; outputs keep the path below it.
         keep_suffix: keep the input's suffix, too: ``x.jpg.png``.
+        tokens: write ``out/tokens``, too.
 
     Raises:
         FileNotFoundError: an input that does not exist.
@@ -91,6 +95,7 @@ def plan(
     if ignored:
         warnings.warn(describe_ignored(ignored), stacklevel=2)
     jobs: dict[Path, Job] = {}
+    drawn = ((OVERLAYS, overlay), (TOKENS, tokens))
     for source, base in found.items():
         base = base if root is None else _absolute(root)
         if not source.is_relative_to(base):
@@ -104,20 +109,21 @@ def plan(
                 "of their own"
             )
         labels = out / LABELS / (place.with_suffix(".tif") if format == "tiff" else place)
-        jobs[place] = Job(source, labels, out / OVERLAYS / place if overlay else None, format)
-    outputs = (path for job in jobs.values() for path in (job.labels, job.tiled, job.overlay))
+        overlays, groups = (out / name / place if wanted else None for name, wanted in drawn)
+        jobs[place] = Job(source, labels, overlays, format, tokens=groups)
+    outputs = (path for job in jobs.values() for path in (job.labels, job.tiled, job.overlay, job.tokens))
     if overwritten := [str(path) for path in outputs if path in found]:
         raise ValueError(f"the output {min(overwritten)} is itself an input; choose another output folder")
     return list(jobs.values())
 
 
-def make_writable(out: Path, overlay: bool = True) -> None:
+def make_writable(out: Path, overlay: bool = True, tokens: bool = False) -> None:
     """Make the output folders and try to write into them.
 
     Raises:
         OSError: a folder cannot be made or written, naming it.
     """
-    for name in (LABELS, OVERLAYS) if overlay else (LABELS,):
+    for name in (LABELS, *[OVERLAYS] * overlay, *[TOKENS] * tokens):
         folder = out / name
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -142,6 +148,24 @@ def write_outputs(job: Job, prediction: Prediction, run: dict[str, Any]) -> None
     if job.overlay is not None:
         write_png(prediction.captioned_overlay(job.note), job.overlay, record)
     write_png(prediction.label_image(), job.labels, record)
+
+
+def draw_tokens(model: Model, job: Job, raster: Raster, settings: Settings, run: dict[str, Any]) -> None:
+    """Draw the groups of patches of an open image, where they are wanted; the model runs once more for them.
+
+    Raises:
+        OSError, ValueError: the file cannot be written, or one window does not cover the image as it is.
+    """
+    if job.tokens is None:
+        return
+    if one_window_size(model, raster, settings) is None:
+        raise ValueError(
+            "groups of tokens are drawn only of an image that one window covers as it is; this one, of "
+            f"{raster.width} x {raster.height} pixels, is enlarged or takes several windows of {settings.window}"
+        )
+    pixels = visualize.displayed(raster.read(0, raster.height))
+    picture = visualize.draw_groups(pixels, token_groups(model, raster), model.config.patch_size)
+    write_png(picture, job.tokens, record_of(run, job.source))
 
 
 def run_by_rows(
@@ -213,7 +237,7 @@ def _images(path: Path, out: Path, ignored: Ignored) -> list[Path]:
         raise FileNotFoundError(f"input {path} does not exist")
     if not path.is_dir():
         return [path]
-    taken, others = sort_out(files_below(path, (out / LABELS, out / OVERLAYS)))
+    taken, others = sort_out(files_below(path, (out / LABELS, out / OVERLAYS, out / TOKENS)))
     for reason, paths in others.items():
         ignored[reason] = [*ignored.get(reason, []), *paths]
     return taken

@@ -13,7 +13,7 @@ from ..config import Pair
 from ..io import images
 from ..io.images import Raster
 from .batches import Model, in_batches, read_ahead, side_threads
-from .folders import Job, in_memory, run_by_rows, write_outputs
+from .folders import Job, draw_tokens, in_memory, run_by_rows, write_outputs
 from .predict import Prediction, one_window_size, predict_batch, predict_raster
 from .resume import describe_run
 from .settings import Settings
@@ -79,12 +79,15 @@ def run_all(
     def segment(batch: Sequence[tuple[Job, Raster]]) -> None:
         if len(batch) > 1:
             with suppress(*FAILURES):  # below, each image alone has its own result or error
+                for job, raster in batch:
+                    draw_tokens(model, job, raster, settings, described)
                 predictions = predict_batch(model, [raster for _, raster in batch])
                 for image, prediction in zip(batch, predictions, strict=True):
                     write(*image, prediction)
                 return
         for job, raster in batch:
             try:
+                draw_tokens(model, job, raster, settings, described)
                 if in_memory(job, raster):
                     write(job, raster, predict_raster(model, raster, settings, begin(job)))
                 else:

@@ -189,6 +189,13 @@ def predict_batch(model: Model, rasters: Sequence[Raster]) -> list[Prediction]:
     return [Prediction(own, raster, *table) for own, raster in zip(labels, rasters, strict=True)]
 
 
+@torch.inference_mode()
+def token_groups(model: Model, raster: Raster) -> np.ndarray:
+    """Return the group of each patch, ``(h, w)``, of an open image that one window covers."""
+    with evaluation_mode(model):
+        return model.token_groups(_whole(model, raster))[0].cpu().numpy()
+
+
 def one_window_size(model: Model, raster: Raster, settings: Settings) -> Pair | None:
     """Return the size (height, width) of an image that ``predict_batch`` takes, None for another one."""
     size = raster.height, raster.width

@@ -84,7 +84,8 @@ def unfinished(
 
 def _examine(job: Job, run: dict[str, Any]) -> tuple[list[Path], str | None]:
     """Return the files in the way, and why the job is to be done: None if it is finished, "" without outputs."""
-    paths = [path for path in (job.labels, job.tiled if job.format == "auto" else None, job.overlay) if path]
+    drawn = [path for path in (job.overlay, job.tokens) if path]
+    paths = [job.labels, *([job.tiled] if job.format == "auto" else []), *drawn]
     paths = [path for path in dict.fromkeys(paths) if path.is_symlink() or (path.exists() and path.stat().st_size)]
     if not paths:
         return [], ""
@@ -102,10 +103,10 @@ def _examine(job: Job, run: dict[str, Any]) -> tuple[list[Path], str | None]:
         reasons[path] = (
             "its output is damaged" if same and not complete else f"its output had {other}" if other else None
         )
-    labels = [reasons[path] for path in paths if path != job.overlay]
+    labels = [reasons[path] for path in paths if path not in drawn]
     reason = (None if None in labels else labels[0]) if labels else ""
-    if reason is None and job.overlay is not None:
-        reason = reasons.get(job.overlay, "")
+    for path in drawn:
+        reason = reasons.get(path, "") if reason is None else reason
     return foreign, reason
 
 

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import segmenter_fast as sf
-from support.predict import call, labels, photo
+from segmenter_fast.io.images import normalise
+from segmenter_fast.visualize import draw_groups
+from support.predict import call, labels, photo, tree
 
 MERGE = '{"layers": [1], "share": 0.5}'
 
@@ -64,3 +67,47 @@ def test_a_threshold_cannot_be_exported(checkpoint: str, tmp_path: Path) -> None
     assert result.exit_code == 2
     assert "ONNX has no stable sort" in result.output
     assert list(tmp_path.iterdir()) == []
+
+
+def test_tokens_are_drawn_beside_the_labels(checkpoint: str, tmp_path: Path) -> None:
+    names, out = ("x", "y"), tmp_path / "out"
+    sources = [photo(tmp_path / "in" / f"{name}.png", 64, 64) for name in names]
+    options = ("predict", tmp_path / "in", "--model", checkpoint, "--out", out, "--device", "cpu", "--merge", MERGE)
+    options = (*options, "--dtype", "float32")
+    assert call(*options).exit_code == 0
+    result = call(*options, "--resume", "--show-tokens")  # finished, but for the tokens
+    assert "2 written" in result.output
+    model = sf.load(checkpoint, merge=json.loads(MERGE))
+    for name, source in zip(names, sources, strict=True):
+        pixels = np.asarray(Image.open(source).convert("RGB"))
+        images = normalise(pixels, model.config.mean, model.config.std, torch.device("cpu"))
+        groups = model.token_groups(images)[0].numpy()
+        assert groups.max() + 1 == 8
+        assert (np.asarray(Image.open(out / "tokens" / f"{name}.png")) == draw_groups(pixels, groups, 16)).all()
+    assert "0 written, 2 skipped" in call(*options, "--resume", "--show-tokens").output
+    (out / "tokens" / "x.png").unlink()
+    assert "1 written" in call(*options, "--resume", "--show-tokens").output
+    photo(out / "tokens" / "x.png")  # of somebody else
+    result = call(*options, "--resume", "--show-tokens")
+    assert result.exit_code == 2
+    assert "x.png is in the place of outputs" in result.output
+
+
+def test_tokens_that_cannot_be_drawn(checkpoint: str, tmp_path: Path) -> None:
+    photo(tmp_path / "in/large.png", 64, 80)
+    photo(tmp_path / "in/x.png", 64, 64)
+    out = tmp_path / "out"
+    options = ("predict", tmp_path / "in", "--model", checkpoint, "--out", out, "--device", "cpu", "--show-tokens")
+    for more, message in (
+        ((), "merges no tokens; give a --merge, such as fast"),
+        (("--merge", "none"), "--show-tokens draws one run of a model that merges"),
+        (("--merge", "fast", "--flip"), "--show-tokens draws one run of a model that merges"),
+    ):
+        result = call(*options, *more)
+        assert result.exit_code == 2
+        assert message in " ".join(result.output.replace("│", " ").split())
+        assert not out.exists()
+    result = call(*options, "--merge", MERGE)
+    assert result.exit_code == 1
+    assert "80 x 64 pixels, is enlarged or takes several windows of 64" in result.output
+    assert tree(out) == ["labels/x.png", "overlays/x.png", "tokens/x.png"]

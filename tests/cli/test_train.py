@@ -75,6 +75,18 @@ def test_a_checkpoint_with_other_classes_is_refused_without_new_classes(
     assert encoders[0].equal(encoders[1])
 
 
+@pytest.mark.parametrize(("given", "kept"), [((), True), (("--merge", "none"), False)])
+def test_a_checkpoint_keeps_its_merging_where_no_other_is_given(
+    given: tuple[str, ...], kept: bool, tmp_path: Path, squares: dict[str, Any]
+) -> None:
+    fields = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 2, "merging": "fast"}
+    start = small_model(**fields)
+    start.save_pretrained(tmp_path / "start")
+    done = run(tmp_path / "run", "--variant", "seg_m_mask_8", "--pretrained", str(tmp_path / "start"), *given)
+    assert done.exit_code == 0, done.output
+    assert sf.load(tmp_path / "run/last").config.merging == (start.config.merging if kept else None)
+
+
 def test_another_run_and_another_recipe_are_refused(tmp_path: Path, squares: dict[str, Any]) -> None:
     assert run(tmp_path).exit_code == 0
     again = run(tmp_path)

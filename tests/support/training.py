@@ -44,6 +44,7 @@ RECIPE = Recipe(
     log_every=1,
     pictures=0,
 )
+MERGE = '{"layers": [0, 1], "share": 0.25}'
 
 
 @dataclass(frozen=True)
@@ -151,12 +152,15 @@ def _save_slowly() -> None:
 
 
 def _gradients(world: World, out: Path) -> None:
-    """Save the gradients of one step by DDP and FSDP2, in one part and in two."""
+    """Save the gradients of one step by DDP and FSDP2, in one part and in two, and with merging."""
     for kind in ("ddp", "fsdp"):
         for accumulate in (1, 2):
             found = step_gradients(world, RECIPE.replace(parallel=kind, accumulate=accumulate, drop_path=0.0))
             if world.rank == 0:
                 torch.save(found, out / f"{kind}-{accumulate}.pt")
+    found = step_gradients(world, RECIPE.replace(merge=MERGE, drop_path=0.0))
+    if world.rank == 0:
+        torch.save(found, out / "merged.pt")
 
 
 def _ranks(world: World, out: Path, fields: dict[str, Any]) -> None:

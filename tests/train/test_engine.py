@@ -252,6 +252,8 @@ def test_gradients_of_two_processes_are_those_of_one_with_the_double_batch(two: 
         found = torch.load(out / f"{name}.pt")
         assert found.keys() == wanted.keys()
         assert difference(found, wanted) < ROUNDING, name
+    exact, wanted = wanted, step_gradients(World(), RECIPE.replace(merge=support.MERGE, drop_path=0.0))
+    assert difference(torch.load(out / "merged.pt"), wanted) < ROUNDING < difference(exact, wanted)
 
 
 def test_a_signal_to_one_process_stops_all_and_a_killed_one_ends_the_run(two: Any) -> None:
