@@ -39,11 +39,6 @@ def _block(config: SegmenterConfig, encoder: bool, tokens: int) -> tuple[int, in
     return parameters + vectors * dim, tokens * macs + 2 * tokens**2 * dim
 
 
-def _tokens(config: SegmenterConfig, patches: int) -> list[int]:
-    """Return the patch tokens of each encoder layer; with a threshold, which depends on the image, all of them."""
-    return config.merging.tokens_left(patches, config.depth) if config.merging else [patches] * config.depth
-
-
 def _costs(config: SegmenterConfig, size: int) -> tuple[int, int]:
     """Return parameters, and multiply-accumulates for one square image of ``size`` pixels."""
     dim, classes, prefix = config.embed_dim, config.num_classes, config.num_prefix_tokens
@@ -53,7 +48,8 @@ def _costs(config: SegmenterConfig, size: int) -> tuple[int, int]:
     if config.pos_embed_kind == "learned":
         parameters += (prefix * config.pos_embed_prefix + config.grid[0] * config.grid[1]) * dim
     parameters += config.head_classes * (dim + 1) * (1 + config.distillation_token)
-    merging, left = config.merging, _tokens(config, patches)
+    merging = config.merging
+    left = merging.tokens_left(patches, config.depth) if merging else [patches] * config.depth
     for layer, (before, after) in enumerate(zip([patches, *left], left, strict=False)):
         if merging and after < before and (merging.matching == "bipartite" or layer > merging.layers[0]):
             macs += before // 2 * ((before + 1) // 2) * dim
@@ -108,12 +104,11 @@ def info_table(config: SegmenterConfig, origin: str) -> Table:
     costs = {"parameters": f"{count_parameters(config):,}", "GMAC at 512 x 512": macs}
     if merging := config.merging:
         exact = f"{count_macs(config.replace(merging=None)) / 1e9:.1f} without merging"
-        costs["GMAC at 512 x 512"] = f"fewer than {exact}" if config.adaptive else f"{macs}, {exact}"
+        costs["GMAC at 512 x 512"] = f"fewer than the {exact}" if config.adaptive else f"{macs}, {exact}"
         fields = asdict(merging).items()
         costs["token merging"] = ", ".join(f"{name} {value}" for name, value in fields if value is not None)
-        if not config.adaptive:
-            left = _tokens(config, math.ceil(512 / config.patch_size) ** 2)
-            costs["patch tokens by layer"] = ", ".join(map(str, left))
+        left = merging.tokens_left(math.ceil(512 / config.patch_size) ** 2, config.depth)
+        costs |= {} if config.adaptive else {"patch tokens by layer": ", ".join(map(str, left))}
     for name, value in (costs | describe_config(config)).items():
         table.add_row(name, value)
     return table

@@ -94,7 +94,7 @@ def test_facts_of_a_model_that_merges() -> None:
     assert re.fullmatch(r"(\d\.\d), (\d\.\d) without merging", facts["GMAC at 512 x 512"])
     facts = facts_of(sf.VARIANTS["seg_t_mask_16"].replace(merging={"layers": [1], "threshold": 0.9}))
     assert facts["token merging"] == "layers (1,), threshold 0.9, matching bipartite"
-    assert facts["GMAC at 512 x 512"].startswith("fewer than ")
+    assert facts["GMAC at 512 x 512"].startswith("fewer than the ")
     assert "patch tokens by layer" not in facts
     assert "token merging" not in facts_of(sf.VARIANTS["seg_t_mask_16"])
 

@@ -62,6 +62,7 @@ def run_all(
         for job, reading in read_ahead(jobs, lambda job: opens(job.source, job.page), threads, room):
             try:
                 raster = reading.result()
+                draw_tokens(model, job, raster, settings, described)
             except FAILURES as error:
                 end(job, None, error)
                 continue
@@ -79,15 +80,12 @@ def run_all(
     def segment(batch: Sequence[tuple[Job, Raster]]) -> None:
         if len(batch) > 1:
             with suppress(*FAILURES):  # below, each image alone has its own result or error
-                for job, raster in batch:
-                    draw_tokens(model, job, raster, settings, described)
                 predictions = predict_batch(model, [raster for _, raster in batch])
                 for image, prediction in zip(batch, predictions, strict=True):
                     write(*image, prediction)
                 return
         for job, raster in batch:
             try:
-                draw_tokens(model, job, raster, settings, described)
                 if in_memory(job, raster):
                     write(job, raster, predict_raster(model, raster, settings, begin(job)))
                 else:
