@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_forward import add_product
-from .common import cdiv, device_arch, dot_precision, launch_arguments, processors, programs, refuse_float64
+from .common import TRITON_3_6, cdiv, device_arch, dot_precision, launch_arguments, processors, programs, refuse_float64
 
 _FAR: tl.constexpr = tl.constexpr(2147483647)
 
@@ -79,7 +79,7 @@ def launch_config(dtype: torch.dtype, arch: str, rows: int, processors: int) -> 
     """Tiles of a launch for ``rows`` rows of all images; none is measured."""
     stages = 2 if arch.startswith("gfx") else 3
     if dtype == torch.float32:
-        return Tiles(32, 32, 32, 8, stages)
+        return Tiles(32, 32, 32, 8, 2 if TRITON_3_6 else stages)
     if arch == "sm_75":  # larger tiles spill
         return Tiles(32, 32, 32, 8, 2)
     if arch != "sm_90":  # products take registers there: with 4 warps the tile spills

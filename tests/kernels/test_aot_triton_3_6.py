@@ -22,6 +22,9 @@ FAST = [
     ("sm_90", "cross_entropy K=19 P=16 bf16 g"),
     ("sm_90", "lattice_votes of votes K=150 fp32"),
     ("sm_80", "mask_scores_backward K=150 fp32"),
+    ("sm_90", "attention_backward_keys D=16 fp32 ieee bias"),
+    ("sm_90", "attention_backward_keys D=64 fp32 tf32 bias"),
+    ("sm_80", "best_match D=384 fp32"),
 ]
 PROGRAM = """
 import json, sys
