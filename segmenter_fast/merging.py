@@ -22,6 +22,9 @@ from .patches import channels_last_maps
 from .rotary import rotation_table
 from .token_merging import TokenMerging
 
+# Of the similarity, for each factor of e in the size of a group: keeps 98.5 % of labels where 98.3 % are kept without.
+SIZE_PENALTY = 0.01
+
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
@@ -106,7 +109,7 @@ def run_blocks(
     bias: Tensor | None = None
     counts: Tensor | None = None
     for layer, block in enumerate(blocks):
-        step = _match(x, prefix, grid if index is None else None, merging, layer, counts, ops)
+        step = _match(block, x, sizes, prefix, grid if index is None else None, merging, layer, counts, ops)
         if step is not None:
             if angles is not None:
                 angles = angles if angles.ndim == 3 else angles.expand(x.shape[0], -1, -1)
@@ -122,11 +125,23 @@ def run_blocks(
 
 
 def _match(
-    x: Tensor, prefix: int, grid: Pair | None, merging: TokenMerging, layer: int, counts: Tensor | None, ops: Any
+    block: nn.Module,
+    x: Tensor,
+    sizes: Tensor | None,
+    prefix: int,
+    grid: Pair | None,
+    merging: TokenMerging,
+    layer: int,
+    counts: Tensor | None,
+    ops: Any,
 ) -> _Step | None:
     """Find the tokens that merge before a layer; None if none can.
 
+    Tokens are alike by what the layer sees of them, their normalised form, and groups merge less readily the larger
+    they are.
+
     Args:
+        sizes: ``(B, prefix + M)``, patches that the tokens stand for; None where each is one.
         grid: of the patches; None if some of them have merged.
         counts: of a ``_Step``.
     """
@@ -136,7 +151,8 @@ def _match(
     removed = None if merging.threshold is not None else merging.removed(layer, tokens)
     if removed == 0:
         return None
-    z = F.normalize(x[:, prefix:].detach(), dim=-1)
+    with torch.no_grad():
+        z = F.normalize(block.norm1(x[:, prefix:]), dim=-1)  # type: ignore[operator]
     if merging.matching == "window" and layer == merging.layers[0] and grid is not None:
         found = _window_groups(z, grid, prefix, removed, merging.threshold)
         if found is None or removed is not None:
@@ -145,6 +161,8 @@ def _match(
     else:
         lengths = None if counts is None else (counts + 1) // 2
         value, match = ops.best_match(z[:, 1::2], z[:, ::2], lengths)
+        if sizes is not None:
+            value = value - SIZE_PENALTY * sizes[:, prefix + 1 :: 2].clamp(min=1).log()
         if counts is not None:
             padding = torch.arange(value.shape[1], device=x.device) >= counts[:, None] // 2
             value = value.masked_fill(padding, -torch.inf)

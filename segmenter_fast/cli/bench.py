@@ -162,3 +162,27 @@ def folder(
 
     refused = run_folder(variant, photographs, batch, dtype.value, choose_device(device.value), out)
     raise typer.Exit(int(refused > 0))
+
+
+@bench.command()
+def merging(
+    weights: Annotated[
+        Path | None, typer.Argument(help="DINOv2 ViT-S/14, as for --pretrained. Without it only speed is measured.")
+    ] = None,
+    photos: Annotated[list[Path] | None, typer.Argument(help="Photographs whose labels are compared.")] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help="Models of which the speed counts; may be repeated.")
+    ] = None,
+    device: DeviceOption = Device.auto,
+    dtype: DtypeOption = Dtype.auto,
+    seconds: Annotated[float, typer.Option(min=0, help="For the timing of one model.")] = 6.0,
+    out: OutOption = RESULTS,
+) -> None:
+    """Token merging: speed of schedules, and the share of the exact model's labels that they keep on photographs."""
+    from ..benchmarks.models.merging import run_merging
+    from ..devices import choose_device
+
+    refused = run_merging(
+        weights, photos or (), variant or (), dtype.value, device=choose_device(device.value), seconds=seconds, out=out
+    )
+    raise typer.Exit(int(refused > 0))
