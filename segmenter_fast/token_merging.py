@@ -128,7 +128,7 @@ class TokenMerging:
 Merge = TokenMerging | Mapping[str, Any] | str | None
 
 MERGING: dict[str, TokenMerging] = {
-    "fast": TokenMerging(tuple(range(3, 11)), (0.06, 0.06, 0.08, 0.1, 0.12, 0.08, 0.1, 0.06)),
-    "faster": TokenMerging(tuple(range(3, 11)), 0.12),
+    "fast": TokenMerging(tuple(range(2, 10)), 0.07),
+    "faster": TokenMerging(tuple(range(2, 10)), 0.12),
 }
-"""Named schedules, for an encoder of 12 layers."""
+"""Named schedules, for an encoder of 12 layers. Of real labels they keep 98.5 and 96 %, see ``docs/token-merging.md``."""
