@@ -38,6 +38,7 @@ TITLES = {
     "classes": "Inference, memory by the number of classes",
     "split": "Inference, time of each part",
     "upsample": "Upsampling, time and memory",
+    "merging": "Token merging, speed by the labels that are kept",
 }
 # Parameters of a case that stand in titles.
 WORDS = {"classes": "{} classes", "patch": "patch {}", "size": "{} px", "batch": "batch {}", "map": "{}", "dtype": "{}"}

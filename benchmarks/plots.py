@@ -38,7 +38,7 @@ class Panel(NamedTuple):
     ceiling: float | None = None
 
 
-def draw(folder: Path, ops: Sequence[str] = ("upsample", "attention", "training", *MODELS)) -> list[Path]:
+def draw(folder: Path, ops: Sequence[str] = ("upsample", "attention", "training", "merging", *MODELS)) -> list[Path]:
     """Draw ``<op>.png`` from the JSON files of ``folder``, as far as they have figures; return the paths."""
     panels_of: dict[str, Callable[[Result], list[list[Panel]]]] = {
         "attention": _attention_panels,
@@ -58,6 +58,8 @@ def draw(folder: Path, ops: Sequence[str] = ("upsample", "attention", "training"
         with plt.rc_context(STYLE):
             if op == "split":
                 figure = _draw_split(results[0].cases)
+            elif op == "merging":
+                figure = _draw_merging(results[0].cases)
             elif op == "upsample":
                 rows = [_upsample_panels(result.cases) for result in results]
                 used = [any(panel.cases for panel in column) for column in zip(*rows, strict=True)]
@@ -147,6 +149,28 @@ def _draw_split(cases: CaseRows) -> Figure:
                     bottoms[row.variant] = bottom + row.timing.median_ms
         axes.set_ylabel("ms, parts measured one by one")
         axes.grid(axis="x", visible=False)
+    return figure
+
+
+def _draw_merging(cases: CaseRows) -> Figure:
+    """Images/s against the share of labels that a schedule keeps; a panel for each case with labels."""
+    real = [(case, rows) for case, rows in cases if any(row.labels is not None for row in rows)] or cases[:1]
+    figure, panels = plt.subplots(1, len(real), figsize=(5.2 * len(real), 4.2), squeeze=False)
+    for (case, rows), axes in zip(real, panels[0], strict=True):
+        for row in rows:
+            if row.labels is not None and (found := _values(row, "images_s")):
+                low, middle, high = found
+                name, x = row.variant.removeprefix("ours "), 100 * row.labels
+                style: dict[str, Any] = {
+                    "fmt": "o",
+                    "capsize": 2,
+                    "color": COLOURS["encoder" if "%" in name else "ours"],
+                }
+                axes.errorbar(x, middle, [[middle - low], [high - middle]], **style)
+                axes.annotate(name, (x, middle), (6, 4), textcoords="offset points", fontsize=8)
+        title = f"{case['variant']}, {_words(case, 'classes')}\nreal weights, photographs"
+        axes.set(xlabel="labels of the exact model in float32 that are kept, %", ylabel="images/s", title=title)
+        axes.margins(0.15)
     return figure
 
 

@@ -64,6 +64,7 @@ def run_merging(
     Args:
         weights: DINOv2 ViT-S/14 in any format that ``create_model(pretrained=)`` takes; None: only speeds.
         photographs: image files, whose centres are segmented, one at a time.
+        dtype: "auto" is float32 and, where the device multiplies another one faster, that, too.
 
     Returns:
         The number of schedules that were refused, because the optimized model's labels are not the model's own.
@@ -73,16 +74,19 @@ def run_merging(
     """
     if weights is not None and not photographs:
         raise ValueError("the labels that merging keeps are counted on photographs: give at least one")
-    kind = choose_dtype(dtype, device)
-    runner = Runner.start(device, [torch.float32, kind], out, False, seconds)
+    chosen = choose_dtype(dtype, device)
+    kinds = [torch.float32] if dtype == "auto" and chosen != torch.float32 else []
+    runner = Runner.start(device, [*kinds, chosen], out, False, seconds)
     result = runner.result("merging")
     cases: list[tuple[ModelCase, Callable[[], tuple[Segmenter, Tensor]], Schedules]] = []
-    if weights is not None:
-        case = ModelCase(REAL, kind, SIDE, classes=CLASSES, compile=choose_compile("auto", device, kind))
-        cases.append((case, partial(real_model, weights, photographs, device), {**NAMED, **UNIFORM}))
-    for variant in variants or SPEED:
-        case = ModelCase(variant, kind, compile=choose_compile("auto", device, kind))
-        cases.append((case, lambda case=case: _random_model(case, device), NAMED))
+    for kind in (*kinds, chosen):
+        compiled = choose_compile("auto", device, kind)
+        if weights is not None:
+            case = ModelCase(REAL, kind, SIDE, classes=CLASSES, compile=compiled)
+            cases.append((case, partial(real_model, weights, photographs, device), {**NAMED, **UNIFORM}))
+        for variant in variants or SPEED:
+            case = ModelCase(variant, kind, compile=compiled)
+            cases.append((case, partial(_random_model, case, device), NAMED))
     for case, make, schedules in cases:
         with own_stream(device), torch.inference_mode():
             model, images = make()
