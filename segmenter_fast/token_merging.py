@@ -131,4 +131,4 @@ MERGING: dict[str, TokenMerging] = {
     "fast": TokenMerging(tuple(range(2, 10)), 0.07),
     "faster": TokenMerging(tuple(range(2, 10)), 0.12),
 }
-"""Named schedules, for an encoder of 12 layers. Of real labels they keep 98.5 and 96 %, see ``docs/token-merging.md``."""
+"""Named schedules, for an encoder of 12 layers. ``docs/token-merging.md`` has the labels that they keep."""

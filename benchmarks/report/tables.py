@@ -138,6 +138,10 @@ def measured(folder: Path) -> str:
         parts.append(_defaults_table(read(defaults), ratios))
     if (folder / "swap_in.json").exists():
         parts.append(_swap_table(read(folder / "swap_in.json")))
+    merging = folder / "merging.json"
+    if merging.exists():
+        parts.append(_merging_table(read(merging)))
+        parts.append(f"![Token merging, speed by the labels that are kept](results/{folder.name}/merging.png)")
     results = {op: read(folder / f"{op}.json") for op in OPS if (folder / f"{op}.json").exists()}
     rows = [cells for label, op, wanted in OP_ROWS if op in results and (cells := _op_row(label, results[op], wanted))]
     if rows:
@@ -215,6 +219,25 @@ def _swap_table(result: Result) -> str:
             table.append((f"{case['model']}, {case['loop']}", times, gain, memory(rows, " / ")))
     title = f"Models of others before and after `accelerate`, 150 classes, batch 1, float32, on {_where(result)}:"
     return _table(title, "| | before / after | over it | MiB, before / after |", table)
+
+
+def _merging_table(result: Result) -> str:
+    """Images per second of each schedule of token merging, and what it keeps of the exact model's labels."""
+    names = list(dict.fromkeys(row.variant for _, rows in result.cases for row in rows))
+    table = []
+    for case, rows in result.cases:
+        exact, by_name = rows[0], {row.variant: row for row in rows}
+        cells = []
+        for name in names:
+            row = by_name.get(name)
+            kept = f", {row.labels:.1%} kept" if row and row is not exact and row.labels is not None else ""
+            cells.append(
+                f"{speed(row)} ({gain(row, exact)}){kept}".replace(" (1.00x)", "") if row and row.timing else ""
+            )
+        table.append((f"`{case['variant']}`, {in_words({k: case[k] for k in ('size', 'dtype')})}", *cells))
+    title = f"Images per second with token merging on {_where(result)}, batch 1 (in brackets: over the exact model)."
+    title += " Labels kept: those of the exact model in float32, with real weights on four photographs."
+    return _table(title, f"| | {' | '.join(name.removeprefix('ours ') for name in names)} |", table)
 
 
 def _op_row(label: str, result: Result, wanted: dict[str, Any]) -> tuple[str, ...] | None:

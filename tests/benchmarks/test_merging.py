@@ -1,0 +1,67 @@
+"""The benchmark of token merging: figures, labels kept, and a schedule whose labels are wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import segmenter_fast.benchmarks.models.merging as merging
+from segmenter_fast.benchmarks.device import Ceilings
+from segmenter_fast.benchmarks.results import Result, read
+from segmenter_fast.token_merging import MERGING, TokenMerging
+from support.real import PHOTOGRAPHS, WEIGHTS, needs_real_weights
+
+CPU = torch.device("cpu")
+
+
+def run(
+    out: Path, monkeypatch: pytest.MonkeyPatch, weights: Path | None = None, photographs: Sequence[Path] = ()
+) -> tuple[int, Result]:
+    monkeypatch.setattr("segmenter_fast.benchmarks.runner.measure_ceilings", lambda *_, **__: Ceilings(1.0, {}))
+    monkeypatch.setattr("segmenter_fast.benchmarks.runner.Runner.draw", lambda self, plots: None)
+    refused = merging.run_merging(weights, photographs, ["seg_m_mask_8"], "float32", device=CPU, seconds=0.0, out=out)
+    return refused, read(next(out.glob("*/merging.json")))
+
+
+def test_speed_needs_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    refused, result = run(tmp_path, monkeypatch)
+    [(case, rows)] = result.cases
+    assert refused == 0
+    assert case["variant"] == "seg_m_mask_8"
+    assert case["tokens"] == 4097
+    assert [row.variant for row in rows] == ["ours exact", *(f"ours {name}" for name in MERGING)]
+    assert all(row.timing and row.images_s and row.labels is None for row in rows)
+    assert rows[1].note == f"{TokenMerging.of('fast', 4).tokens_left(4096, 4)[-1]} of 4096 patch tokens left"
+
+
+def test_a_form_that_disagrees_with_its_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = merging._labels
+    plain = merging.Segmenter
+
+    def wrong(model, images):
+        labels = honest(model, images)
+        return labels if isinstance(model, plain) or model.config.merging is None else labels + 1
+
+    monkeypatch.setattr(merging, "_labels", wrong)
+    refused, result = run(tmp_path, monkeypatch)
+    assert refused == 2
+    assert [row.status for row in result.cases[0][1]] == ["ok", "refused", "refused"]
+
+
+@needs_real_weights
+def test_labels_of_real_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(merging, "UNIFORM", {})
+    refused, result = run(tmp_path, monkeypatch, WEIGHTS, PHOTOGRAPHS[:2])
+    exact, fast, faster = result.cases[0][1]
+    assert refused == 0
+    assert exact.labels == 1.0
+    assert 0.96 < fast.labels < 1
+    assert 0.9 < faster.labels < fast.labels
+
+
+def test_weights_without_photographs(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give at least one"):
+        merging.run_merging(WEIGHTS, [], device=CPU, out=tmp_path)
