@@ -57,7 +57,7 @@ def test_labels_of_real_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     refused, result = run(tmp_path, monkeypatch, WEIGHTS, PHOTOGRAPHS[:2])
     exact, fast, faster = result.cases[0][1]
     assert refused == 0
-    assert exact.labels == 1.0
+    assert exact.labels > 0.9999  # ties that rounding decides
     assert 0.96 < fast.labels < 1
     assert 0.9 < faster.labels < fast.labels
 
