@@ -234,7 +234,7 @@ def launch_config(
     """Tiles of the queries' pass and of the keys' pass, each chosen as in the forward."""
     if dtype == torch.float32:
         tiles = (_FLOAT_GFX if arch.startswith("gfx") else _FLOAT)[next_power_of_2(head_dim)]
-        if biased and TRITON_3_6 and arch == "sm_90" and head_dim in (16, 64):  # two registers spill
+        if biased and TRITON_3_6 and head_dim in (16, 64) and table_arch(arch) in ("sm_90", "sm_100"):  # spills
             return tiles[0], tiles[1]._replace(num_stages=tiles[1].num_stages - 1)
         return tiles
     row = table_arch(arch)

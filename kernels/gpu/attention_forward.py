@@ -25,6 +25,7 @@ from torch import Tensor
 from ..registry import HEAD_SIZES
 from .common import (
     LOG2_E,
+    TRITON_3_6,
     cdiv,
     device_arch,
     dot_precision,
@@ -219,7 +220,8 @@ def launch_config(
     """Tiles of a launch for ``heads`` heads of all images; measured are sm_90's for 16-bit types and heads of 64."""
     if dtype == torch.float32:
         tiles = _FLOAT[next_power_of_2(head_dim)]
-        return tiles._replace(num_stages=2) if arch.startswith("gfx") else tiles
+        fewer = arch.startswith("gfx") or (biased and TRITON_3_6 and head_dim == 16)  # three stages spill there
+        return tiles._replace(num_stages=2) if fewer else tiles
     few, many = _HALF[table_arch(arch), head_dim > 64]
     if biased and head_dim > 64 and arch.startswith("gfx"):  # wide heads leave no registers for biases
         many = few

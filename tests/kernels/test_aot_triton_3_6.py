@@ -24,6 +24,8 @@ FAST = [
     ("sm_80", "mask_scores_backward K=150 fp32"),
     ("sm_90", "attention_backward_keys D=16 fp32 ieee bias"),
     ("sm_90", "attention_backward_keys D=64 fp32 tf32 bias"),
+    ("sm_100", "attention_backward_keys D=64 fp32 tf32 bias"),
+    ("sm_80", "attention_forward D=16 fp32 ieee bias"),
     ("sm_80", "best_match D=384 fp32"),
 ]
 PROGRAM = """
