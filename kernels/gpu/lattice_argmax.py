@@ -142,5 +142,6 @@ def lattice_argmax(
         sums = log_sum(lattice)
         few = TRITON_3_6 and scores.dtype == torch.float32 and device_arch(scores).startswith("sm_")
         limit = {"maxnreg": 176} if few else {}
-        launch(lattice_votes_kernel, lattice, launch_config(num_classes), log_sum_ptr=sums, labels_ptr=labels, **limit)
+        tiles = launch_config(num_classes, scores.dtype)
+        launch(lattice_votes_kernel, lattice, tiles, log_sum_ptr=sums, labels_ptr=labels, **limit)
     return labels

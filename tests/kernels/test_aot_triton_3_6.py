@@ -21,6 +21,7 @@ if not (FOLDER / "triton").is_dir():
 FAST = [
     ("sm_90", "cross_entropy K=19 P=16 bf16 g"),
     ("sm_90", "lattice_votes of votes K=150 fp32"),
+    ("sm_90", "lattice_votes of votes K=150 fp64"),
     ("sm_80", "mask_scores_backward K=150 fp32"),
     ("sm_90", "attention_backward_keys D=16 fp32 ieee bias"),
     ("sm_90", "attention_backward_keys D=64 fp32 tf32 bias"),
