@@ -69,7 +69,7 @@ def test_a_wrong_kernel_is_refused_and_a_budget_kept(tmp_path: Path, monkeypatch
     assert done.exit_code == 2
     assert "nothing was measured" in done.stderr
     assert len(read(tmp_path / describe(CPU).slug / "defaults.json").not_run) == 1
-    monkeypatch.setattr("segmenter_fast.vit.kernels.attention", lambda qkv: qkv[:, :, 2].contiguous())
+    monkeypatch.setattr("segmenter_fast.vit.kernels.attention", lambda qkv, **_: qkv[:, :, 2].contiguous())
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 1, done.output
     assert "refused" in done.output

@@ -50,7 +50,7 @@ def _ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def _wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention that returns the values: logits of the right shape and scale, and wrong."""
-    monkeypatch.setattr("segmenter_fast.vit.kernels.attention", lambda qkv: qkv[:, :, 2].contiguous())
+    monkeypatch.setattr("segmenter_fast.vit.kernels.attention", lambda qkv, **_: qkv[:, :, 2].contiguous())
 
 
 def rows_of(model: ModelCase) -> dict[str, Row]:
@@ -118,10 +118,10 @@ def test_a_wrong_kernel_is_refused(tmp_path: Path) -> None:
 
 
 def test_labels_that_are_no_argmax_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    def neighbour(masks: Tensor, size: Any, crop: Any) -> Tensor:
+    def neighbour(masks: Tensor, size: Any, crop: Any, **_: Any) -> Tensor:
         return (torch.nn.functional.interpolate(masks.float(), size=size).argmax(1) + 1) % masks.shape[1]
 
-    monkeypatch.setattr("segmenter_fast.inference_segmenter.kernels.upsample_argmax", neighbour)
+    monkeypatch.setattr("segmenter_fast.decoders.kernels.upsample_argmax", neighbour)
     rows = rows_of(CASE)
     assert {row.status for row in rows.values()} == {"refused"}
     assert "labels are" in rows[OURS].note

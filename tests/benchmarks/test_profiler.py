@@ -34,7 +34,7 @@ def test_the_longest_operators_are_printed_and_written(tmp_path: Path, capsys: p
 
 
 def test_a_wrong_kernel_is_not_profiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segmenter_fast.vit.kernels.attention", lambda qkv: qkv[:, :, 2].contiguous())
+    monkeypatch.setattr("segmenter_fast.vit.kernels.attention", lambda qkv, **_: qkv[:, :, 2].contiguous())
     with pytest.raises(ValueError, match="training step is wrong"):
         profile(**SMALL, out=tmp_path)
     assert not list(tmp_path.iterdir())

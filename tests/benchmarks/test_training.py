@@ -66,8 +66,8 @@ def a_gradient_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     """The output is right; the values' part of the gradient is not."""
     right = kernels.attention
 
-    def wrong(qkv: torch.Tensor) -> torch.Tensor:
-        return right(torch.cat([qkv[:, :, :2], qkv[:, :, 2:].detach()], 2))
+    def wrong(qkv: torch.Tensor, **options: Any) -> torch.Tensor:
+        return right(torch.cat([qkv[:, :, :2], qkv[:, :, 2:].detach()], 2), **options)
 
     monkeypatch.setattr(kernels, "attention", wrong)
 
