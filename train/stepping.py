@@ -106,6 +106,8 @@ class Stepper:
         self.schedule = make_schedule(self.optimizer, recipe, total_steps)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=self.dtype == torch.float16)
         merging = model.config.merging
+        if recipe.merge_warmup and merging is None:
+            raise ValueError(f"merge_warmup={recipe.merge_warmup} needs token merging, such as --merge fast; got none")
         # The same objects at every step: the compiler compiles again for another one.
         self.mergings = [merging and merging.fewer(stair / STAIRS) for stair in range(STAIRS)] + [merging]
 

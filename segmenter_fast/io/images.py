@@ -131,6 +131,8 @@ def read_image(image: ImageSource, page: int = 0, channels: Channels = RGB) -> n
     if not channels.colours:
         if pixels.ndim != 3 or pixels.size == 0 or pixels.dtype.kind not in "uif":
             raise ValueError(f"image must be (H, W, bands) numbers, got {pixels.shape} {pixels.dtype}")
+        if pixels.shape[0] < pixels.shape[2]:
+            raise ValueError(f"image must be (H, W, bands), got {pixels.shape}: fewer rows than bands; move bands last")
         return to_unit(pixels[..., channels.pick(pixels.shape[2])], channels.scale)
     if image.dtype != np.uint8:
         hint = ""

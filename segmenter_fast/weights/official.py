@@ -156,6 +156,8 @@ def write_folder(folder: Path, config: SegmenterConfig, state: Mapping[str, Tens
     ]
     if config.class_names and "dataset" not in variant["dataset_kwargs"]:
         differences.append("the official format has no place for class names and palette, so they are left out")
+    if config.merging is not None:
+        differences.append("the official program merges no tokens, so the schedule of token merging is left out")
     return differences
 
 

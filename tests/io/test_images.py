@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from segmenter_fast.io import walk
+from segmenter_fast.io.channels import Channels
 from segmenter_fast.io.images import normalise, open_raster, read_image
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
@@ -166,3 +167,9 @@ def test_heic_is_read_where_its_package_is(tmp_path: Path, monkeypatch: pytest.M
     for reader in (read_image, open_raster):
         with pytest.raises(OSError, match=r"x\.HEIC cannot be read: HEIC needs pip install pillow-heif"):
             reader(tmp_path / "x.HEIC")
+
+
+def test_an_array_with_its_bands_first_is_refused() -> None:
+    channels = Channels(4, (1, 2, 3, 4), scale=4095.0)
+    with pytest.raises(ValueError, match=r"got \(5, 64, 64\): fewer rows than bands"):
+        read_image(np.zeros((5, 64, 64), np.uint16), channels=channels)

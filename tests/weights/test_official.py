@@ -162,6 +162,13 @@ def test_other_numerics_are_reported(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in model.state_dict().items())
 
 
+def test_token_merging_that_is_left_out_is_reported(tmp_path: Path) -> None:
+    model = small_model(merging="fast")
+    notices = write_folder(tmp_path, model.config, model.state_dict())
+    assert any("token merging is left out" in notice for notice in notices)
+    assert sf.load(tmp_path).config.merging is None
+
+
 def test_classes_of_a_known_data_set_come_back(tmp_path: Path) -> None:
     names = DATASET_CLASSES["cityscapes"]
     model = small_model(num_classes=19, class_names=names.class_names, palette=names.palette)

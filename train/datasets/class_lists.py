@@ -89,6 +89,10 @@ def color_table(classes: ClassList, table: np.ndarray) -> ColorTable | str:
     """
     if not classes.labels_may_be_colors:
         return "colours need a palette in classes.json, or as --palette"
+    if classes.reduce_zero_label:
+        return (
+            "its labels are colours, for which reduce_zero_label says nothing: list those that do not count as ignored"
+        )
     named = list(zip(classes.class_names, classes.palette, strict=True))
     values = {color: int(np.flatnonzero(table == place)[0]) for place, (_, color) in enumerate(named)}
     names = {color: name for name, color in named}

@@ -95,6 +95,10 @@ def test_palette_images_keep_their_indices(tmp_path: Path) -> None:
             {"classes": ["sky", "sea"], "palette": COLORS[:2], "values": [0, 255], "ignored": [VOID]},
             "colours that are ignored need a value that no class has",
         ),
+        (
+            {"classes": ["sky", "sea"], "palette": COLORS[:2], "reduce_zero_label": True},
+            "reduce_zero_label says nothing: list those that do not count as ignored",
+        ),
     ],
 )
 def test_colours_without_a_meaning_are_refused(classes: object, message: str, tmp_path: Path) -> None:
