@@ -136,6 +136,14 @@ def test_numeric_settings_have_graphs_of_their_own(cuda: SimpleNamespace) -> Non
         assert torch.equal(low, plain.masks(images))
     assert not torch.equal(low, fast.masks(images))
     assert len(cuda.captures) == 2
+    for count, settings in enumerate((torch.backends.cuda.matmul, torch.backends.cudnn.conv), 3):
+        before = settings.fp32_precision
+        settings.fp32_precision = "ieee" if before == "tf32" else "tf32"  # of products, of convolutions
+        try:
+            fast.masks(images)
+        finally:
+            settings.fp32_precision = before
+        assert len(cuda.captures) == count
 
 
 def test_threads_share_the_graphs(cuda: SimpleNamespace) -> None:

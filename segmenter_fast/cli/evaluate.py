@@ -34,6 +34,7 @@ from .app import (
     load_for_inference,
     parse_numbers,
     parse_scales,
+    say,
     short_warnings,
 )
 
@@ -92,6 +93,14 @@ def evaluate(
         batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
         options = window, stride, factor_list, flip or multiscale, batch_size, numbers, scale
         settings = Settings.of(segmenter.config, *options)
+        trained, read = segmenter.config.label_values, getattr(dataset, "label_values", ())
+        if trained and trained != read and world.rank == 0:
+            values = ", ".join(map(str, read or range(len(dataset.class_names))))
+            hint = "" if reduce_zero_label else "; --reduce-zero-label reads 0 as no class"
+            say(
+                f"the model's classes have the label values {', '.join(map(str, trained))}, the data's {values}{hint}",
+                "yellow",
+            )
         dataset = match_classes(segmenter.config, with_channels(dataset, settings.channels), class_map or ())
         check_classes(segmenter, dataset)
         resize = _resize(data, kind, segmenter.config) if resize is None else resize

@@ -77,6 +77,19 @@ def test_training_keeps_the_values_of_its_labels(told: dict[str, object], tmp_pa
     assert ("mIoU" in done.stdout) or "reduce_zero_label must be true or false, and false beside values" in done.stderr
 
 
+def test_evaluation_on_other_values_is_told(tmp_path: Path) -> None:
+    data = write_folder(tmp_path / "data", values=(0, 1), classes=None)
+    (data / "classes.json").write_text(json.dumps(["no", "yes"]))
+    for values, told in (((1, 2), True), ((), False)):
+        model = windowed(num_classes=2, class_names=("no", "yes"), label_values=values)
+        model.save_pretrained(tmp_path / f"model{told}")
+        done = call("evaluate", tmp_path / f"model{told}", "--data", data, "--device", "cpu")
+        assert done.exit_code == 0, done.output
+        assert (
+            "have the label values 1, 2, the data's 0, 1; --reduce-zero-label" in " ".join(done.stderr.split())
+        ) == told
+
+
 def test_pages_of_the_input(checkpoint: Path, tmp_path: Path) -> None:
     pages = [Image.open(photo(tmp_path / f"{name}.png", 64, width)) for name, width in (("a", 64), ("b", 70))]
     (tmp_path / "in").mkdir()
