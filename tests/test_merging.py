@@ -135,6 +135,7 @@ def test_a_group_is_turned_by_the_mean_of_its_patches_angles() -> None:
         seen.append(rotation)
         return x
 
+    record.norm1 = torch.nn.Identity()  # type: ignore[attr-defined]
     _, groups = run_blocks([record, record], x, angles, (2, 4), TokenMerging((1,), 0.5))  # type: ignore[list-item]
     assert groups is not None
     assert seen[0].shape == (2, 9, 64)
@@ -174,8 +175,8 @@ def test_low_precision_merges(quantize: str | None) -> None:
 def test_compiled_models_are_one_graph() -> None:
     model, given = made().with_merging(MERGING), images()
     compiled = torch.compile(model.masks, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(given), model.masks(given))
-    torch.testing.assert_close(compiled(given[:1, :, :48]), model.masks(given[:1, :, :48]))
+    for part in (given, given[:1, :, :48]):
+        torch.testing.assert_close(compiled(part), model.masks(part), rtol=0, atol=1e-4)
 
 
 def test_options_of_load_predict_and_create(tmp_path: Any) -> None:
