@@ -95,10 +95,10 @@ def evaluate(
         settings = Settings.of(segmenter.config, *options)
         trained, read = segmenter.config.label_values, getattr(dataset, "label_values", ())
         if trained and trained != read and world.rank == 0:
-            values = ", ".join(map(str, read or range(len(dataset.class_names))))
+            held = ", ".join(map(str, read or range(len(dataset.class_names))))
             hint = "" if reduce_zero_label else "; --reduce-zero-label reads 0 as no class"
             say(
-                f"the model's classes have the label values {', '.join(map(str, trained))}, the data's {values}{hint}",
+                f"the model's classes have the label values {', '.join(map(str, trained))}, the data's {held}{hint}",
                 "yellow",
             )
         dataset = match_classes(segmenter.config, with_channels(dataset, settings.channels), class_map or ())
