@@ -106,8 +106,11 @@ def test_the_shares_of_merging_rise_in_four_stairs(tmp_path: Path, monkeypatch: 
     assert sf.load(tmp_path / "last").config.merging == sf.TokenMerging((1,), 0.4)
     described = json.loads((tmp_path / "run.json").read_text())
     assert (described["recipe"]["merge"], described["recipe"]["merge_warmup"]) == (recipe.merge, 4)
-    with pytest.raises(ValueError, match="merge is 'none'"):
+    with pytest.raises(ValueError, match="merge_warmup=4 needs token merging"):
         train(small_model(), Squares(), None, recipe.replace(merge="none"), tmp_path, resume="auto", device="cpu")
+    exact = recipe.replace(merge="none", merge_warmup=0)
+    with pytest.raises(ValueError, match="merge is 'none'"):
+        train(small_model(), Squares(), None, exact, tmp_path, resume="auto", device="cpu")
     with pytest.raises(ValueError, match="did you mean fast"):
         small_model(recipe.replace(merge="fsat"))
 
