@@ -109,13 +109,18 @@ def real_model(weights: Path, photographs: Sequence[Path], device: torch.device)
     mean, std = model.config.mean, model.config.std
     images = torch.cat([normalise(centre(str(path), SIDE), mean, std, device) for path in photographs])
     features = F.normalize(torch.cat([model.encoder(image).flatten(0, 1) for image in images.split(1)]), dim=1)
+    model.decoder = Cosines(centres_of(features))  # type: ignore[assignment]
+    return model, images
+
+
+def centres_of(features: Tensor) -> Tensor:
+    """``(N, D)`` unit vectors -> ``(21, D)`` k-means centres by cosine."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
-    centres = features[order[:CLASSES].to(device)]
+    centres = features[order[:CLASSES].to(features.device)]
     for _ in range(STEPS):
         nearest = F.one_hot((features @ centres.T).argmax(1), CLASSES).to(features.dtype)
         centres = F.normalize(nearest.T @ features, dim=1)
-    model.decoder = Cosines(centres)  # type: ignore[assignment]
-    return model, images
+    return centres
 
 
 def measure_schedules(

@@ -12,12 +12,12 @@ from PIL import Image
 from torch import Tensor
 
 import segmenter_fast as sf
+from segmenter_fast.benchmarks.models.merging import CLASSES, SIDE, centres_of
 from segmenter_fast.io.images import normalise, read_image
 
 FOLDER = Path(__file__).parents[3] / "shared" / "real"
 WEIGHTS = FOLDER / "dinov2_small_hf_names.safetensors"
 PHOTOGRAPHS = [FOLDER / name for name in ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg")]
-CLASSES, SIDE = 21, 518
 
 needs_real_weights = pytest.mark.skipif(
     not WEIGHTS.exists(), reason=f"needs real weights and photographs: {WEIGHTS.name} in ../shared/real"
@@ -29,7 +29,7 @@ def real_model() -> sf.Segmenter:
     model = sf.create_model("seg_s_dinov2_linear_14", pretrained=WEIGHTS, num_classes=CLASSES).eval()
     with torch.no_grad():
         features = torch.cat([model.encoder(crop(model, path))[0] for path in PHOTOGRAPHS])
-        centres = _centres(F.normalize(features, dim=1))
+        centres = centres_of(F.normalize(features, dim=1))
         model.decoder.head.weight.copy_(centres)
         model.decoder.head.bias.zero_()
     return model
@@ -43,12 +43,3 @@ def crop(model: sf.Segmenter, path: Path) -> Tensor:
     left, top = (width - SIDE) // 2, (height - SIDE) // 2
     image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + SIDE, top + SIDE))
     return normalise(np.asarray(image), model.config.mean, model.config.std, torch.device("cpu"))
-
-
-def _centres(features: Tensor, steps: int = 30) -> Tensor:
-    """``(N, D)`` unit vectors -> ``(21, D)`` k-means centres by cosine."""
-    centres = features[torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:CLASSES]]
-    for _ in range(steps):
-        nearest = F.one_hot((features @ centres.T).argmax(1), CLASSES).float()
-        centres = F.normalize(nearest.T @ features, dim=1)
-    return centres
