@@ -24,7 +24,7 @@ def attention(qkv: Tensor, scale: float | None = None, bias: Tensor | None = Non
         return (scores.softmax(-1) @ v).transpose(1, 2)
     scores = scores + bias[:, None, None].to(scores.dtype)
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
-    return (scores.softmax(-1).masked_fill(nothing, 0) @ v).transpose(1, 2)
+    return (scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ v).transpose(1, 2)
 
 
 def best_match(a: Tensor, b: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:

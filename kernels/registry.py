@@ -8,6 +8,7 @@ the plain formulations serve every device, and a warning says so.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -126,28 +127,30 @@ def _warning(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def no_second_derivative(op: str) -> Callable[..., None]:
-    """Backward of the backward operator of ``op``: a clear error."""
+def differentiable_gradients(
+    function: Callable[..., Tensor], grad: Tensor, *inputs: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The gradients by ``inputs`` of a function of ``reference``, given ``grad`` by its result, with a graph.
 
-    def backward(ctx: Any, *grads: Any) -> None:
-        raise derivative_error(op, "second")
-
-    return backward
-
-
-def derivative_error(op: str, kind: str) -> NotImplementedError:
-    """Error for a derivative that ``op`` does not have."""
-    return NotImplementedError(
-        f"{op} has no {kind} derivative; use segmenter_fast.kernels.reference.{op} for it, or, in "
-        "a model given to accelerate, segmenter_fast.restore(model) first"
-    )
+    A registered derivative calls it where gradients are enabled, which they are under ``create_graph=True`` alone. The
+    kernels of the derivatives have none of their own; those of PyTorch's functions are of any order.
+    """
+    device, dtype = grad.device.type, statistics_dtype(grad.dtype)
+    with torch.autocast(device, enabled=False) if device in _AUTOCAST else contextlib.nullcontext():
+        own = [tensor.view_as(tensor) for tensor in inputs]  # hooks of the inputs see the result alone
+        wanted = [tensor for tensor in own if tensor.requires_grad]
+        out = function(*(tensor.to(dtype) for tensor in own))
+        found = iter(torch.autograd.grad(out, wanted, grad.to(dtype), create_graph=True))
+    return tuple(next(found) if tensor.requires_grad else None for tensor in own)
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
-    """Raise the error of ``derivative_error`` if a tensor has a tangent of forward-mode differentiation."""
+    """Raise NotImplementedError if a tensor has a tangent of forward-mode differentiation."""
     for tensor in tensors:
         if forward_ad.unpack_dual(tensor).tangent is not None:
-            raise derivative_error(op, "forward-mode")
+            raise NotImplementedError(
+                f"{op} has no forward-mode derivative; use segmenter_fast.kernels.reference.{op} for it"
+            )
 
 
 def require_dtype(name: str, tensor: Tensor, *allowed: torch.dtype) -> None:

@@ -1,21 +1,22 @@
-"""``attention``: argument checks, registration, first derivative."""
+"""``attention``: argument checks, registration, derivatives."""
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..cpu import attention as cpu
 from ..registry import (
     FLOATS,
     autocast_dtype,
     define,
+    differentiable_gradients,
     library,
-    no_second_derivative,
     refuse_forward_mode,
     require_dtype,
     require_one_device,
@@ -42,7 +43,7 @@ def attention(qkv: Tensor, scale: float | None = None, bias: Tensor | None = Non
             device or one that requires a gradient, which it does not get, or, where Triton runs, a head size other than
             16, 32, 64, 80, 96 and 128.
         TypeError: a dtype that is not floating point; float64, where Triton runs.
-        NotImplementedError: a second derivative, or forward-mode differentiation.
+        NotImplementedError: forward-mode differentiation.
 
     NVIDIA GPUs before compute capability 8.0 run PyTorch's ``scaled_dot_product_attention``, because the Triton kernels
     spill thousands of registers there.
@@ -102,8 +103,11 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None, None]:
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
     qkv, bias, *saved = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        plain = partial(reference.attention, scale=ctx.scale, bias=bias)
+        return *differentiable_gradients(plain, grad_out, qkv), None, None, None
     # Nothing was saved inside torch.func.vmap, where a tensor does not report that it requires a gradient.
     out, lse = saved or torch.ops.segmenter_fast.attention(qkv, ctx.scale, True, bias)
     grad = torch.ops.segmenter_fast.attention_backward(grad_out, qkv, out, lse, ctx.scale, bias)
@@ -151,7 +155,6 @@ define(
     triton=".gpu.attention_backward:attention_backward",
     plain=cpu.attention_backward,
     fake=lambda grad_out, qkv, out, lse, scale, bias=None: qkv.new_empty(qkv.shape),
-    backward=no_second_derivative("attention"),
 )
 torch.library.register_vmap("segmenter_fast::attention", _vmap, lib=library)
 torch.library.register_vmap("segmenter_fast::attention_backward", _vmap_backward, lib=library)

@@ -1,14 +1,16 @@
-"""``mask_scores``: argument checks, registration, first derivative."""
+"""``mask_scores``: argument checks, registration, derivatives."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..cpu import mask_scores as cpu
-from ..registry import define, no_second_derivative, refuse_forward_mode
+from ..registry import define, differentiable_gradients, refuse_forward_mode
 
 
 def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
@@ -26,7 +28,7 @@ def mask_scores(patches: Tensor, classes: Tensor, weight: Tensor, bias: Tensor, 
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit together.
-        NotImplementedError: a second derivative, or forward-mode differentiation.
+        NotImplementedError: forward-mode differentiation.
     """
     ranks = (patches.ndim, classes.ndim)
     if ranks != (3, 3) or patches.shape[0] != classes.shape[0] or patches.shape[2] != classes.shape[2]:
@@ -50,6 +52,8 @@ def _setup_context(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        return *differentiable_gradients(partial(reference.mask_scores, eps=ctx.eps), grad, *ctx.saved_tensors), None
     return *torch.ops.segmenter_fast.mask_scores_backward(grad, *ctx.saved_tensors, ctx.eps), None
 
 
@@ -69,5 +73,4 @@ define(
     triton=".gpu.mask_scores:mask_scores_backward",
     plain=cpu.mask_scores_backward,
     fake=lambda grad, *tensors: tuple(tensor.new_empty(tensor.shape) for tensor in tensors[:4]),
-    backward=no_second_derivative("mask_scores"),
 )

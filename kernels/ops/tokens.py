@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..cpu import tokens as cpu
 from ..registry import (
     FLOATS,
     define,
-    no_second_derivative,
+    differentiable_gradients,
     refuse_forward_mode,
     require_dtype,
     require_one_device,
@@ -124,11 +126,11 @@ def merge_tokens(tokens: Tensor, index: Tensor, groups: int, weights: Tensor | N
     Returns:
         The means ``(B, groups, D)`` in the dtype of ``tokens``, zero for a group without tokens or weight, and the sums
         of the weights ``(B, groups)``, float32 (float64 for float64 tokens). The means are summed in the dtype of the
-        sums, always in one order, and are differentiable once in ``tokens``.
+        sums, always in one order, and are differentiable in ``tokens``.
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is allowed.
-        NotImplementedError: a second derivative, or forward-mode differentiation.
+        NotImplementedError: forward-mode differentiation.
     """
     if tokens.ndim != 3 or index.shape != tokens.shape[:2]:
         given = f"{tuple(tokens.shape)} and {tuple(index.shape)}"
@@ -154,7 +156,12 @@ def _setup_context(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor, None, None, None]:
+def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    if torch.is_grad_enabled():
+        index, weights, _ = ctx.saved_tensors
+        zeros = grad.new_zeros((*index.shape, grad.shape[2]), requires_grad=True)  # the means are linear in the tokens
+        plain = partial(reference.merge_tokens, index=index, groups=grad.shape[1], weights=weights)
+        return *differentiable_gradients(lambda tokens: plain(tokens)[0], grad, zeros), None, None, None
     return torch.ops.segmenter_fast.merge_tokens_backward(grad, *ctx.saved_tensors), None, None, None
 
 
@@ -174,5 +181,4 @@ define(
     triton=".gpu.merge_tokens:merge_tokens_backward",
     plain=cpu.merge_tokens_backward,
     fake=lambda grad, index, weights, sizes: grad.new_empty((*index.shape, grad.shape[2])),
-    backward=no_second_derivative("merge_tokens"),
 )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import reference
 from ..bilinear import shape_on_grid
 from ..cpu import upsample_argmax as cpu_argmax
 from ..cpu import upsample_cross_entropy as cpu_cross_entropy
@@ -17,7 +19,7 @@ from ..registry import (
     FLOATS,
     autocast_dtype,
     define,
-    no_second_derivative,
+    differentiable_gradients,
     refuse_forward_mode,
     require_dtype,
     require_one_device,
@@ -94,7 +96,7 @@ define(
 def upsample_softmax(
     masks: Tensor, size: Size, crop: Size | None = None, align_corners: bool = False, index: Tensor | None = None
 ) -> Tensor:
-    """``interpolate(masks, size, mode="bilinear")[..., :crop].softmax(1)`` in one pass; differentiable once.
+    """``interpolate(masks, size, mode="bilinear")[..., :crop].softmax(1)`` in one pass; differentiable.
 
     Arguments and errors are those of ``upsample_argmax``. Returns ``(B, K, H', W')`` probabilities in the dtype of
     ``masks``; float32 under autocast, as ``torch.softmax``.
@@ -107,14 +109,16 @@ def upsample_softmax(
 
 
 def _setup_softmax(ctx: Any, inputs: Any, output: Tensor) -> None:
-    masks, ctx.size, _, ctx.align_corners, index = inputs
-    ctx.grid = masks.shape[2:]
-    ctx.save_for_backward(output, index)
+    masks, ctx.size, ctx.crop, ctx.align_corners, index = inputs
+    ctx.save_for_backward(masks, output, index)
 
 
 def _softmax_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    probabilities, index = ctx.saved_tensors
-    arguments = (grad, probabilities, ctx.grid, ctx.size, ctx.align_corners, index)
+    masks, probabilities, index = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        options = {"size": ctx.size, "crop": ctx.crop, "align_corners": ctx.align_corners, "index": index}
+        return *differentiable_gradients(partial(reference.upsample_softmax, **options), grad, masks), *[None] * 4
+    arguments = (grad, probabilities, masks.shape[2:], ctx.size, ctx.align_corners, index)
     return torch.ops.segmenter_fast.upsample_softmax_backward(*arguments), *[None] * 4
 
 
@@ -132,7 +136,6 @@ define(
     triton=".gpu.upsample_softmax_backward:upsample_softmax_backward",
     plain=cpu_softmax.upsample_softmax_backward,
     fake=lambda grad, p, grid, size, align_corners, index=None: p.new_empty((*p.shape[:2], *grid)),
-    backward=no_second_derivative("upsample_softmax"),
 )
 
 
@@ -162,7 +165,7 @@ def upsample_cross_entropy(
 
     Returns:
         A scalar, or ``(B, H', W')`` for "none": float32 (float64 for float64 masks). The mean over no pixel is NaN,
-        as PyTorch's. Differentiable once, with respect to ``masks``.
+        as PyTorch's. Differentiable with respect to ``masks``.
 
     Raises:
         ValueError, TypeError: naming the argument, what was given and what is allowed.
@@ -221,22 +224,27 @@ def _setup_cross_entropy(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -
     ctx.options = options._replace(weight=None, groups=None)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)  # no zeros for the second output
-    saved = (target, options.weight) if options.reduction == "none" else (output[1],)
-    ctx.save_for_backward(masks, options.groups, *saved)
+    ctx.save_for_backward(masks, options.groups, target, options.weight, output[1])
 
 
 def _cross_entropy_backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
     if grad_loss is None:
         return (None,) * 10
-    masks, index, *saved = ctx.saved_tensors
+    masks, index, target, weight, gradient = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        options = ctx.options._replace(weight=weight, groups=index)
+
+        def plain(masks: Tensor) -> Tensor:
+            return reference.upsample_cross_entropy(masks, target, *options)
+
+        return *differentiable_gradients(plain, grad_loss, masks), *[None] * 9
     if ctx.options.reduction == "none":
-        target, weight = saved
         size, ignore_index, _, label_smoothing, _, align_corners, _ = ctx.options
         grad_masks = torch.ops.segmenter_fast.upsample_cross_entropy_pixel_backward(
             grad_loss, masks, target, size, ignore_index, weight, label_smoothing, align_corners, index
         )
     else:
-        grad_masks = torch.ops.segmenter_fast.upsample_cross_entropy_backward(grad_loss, *saved, masks, index)
+        grad_masks = torch.ops.segmenter_fast.upsample_cross_entropy_backward(grad_loss, gradient, masks, index)
     return grad_masks, *[None] * 9
 
 
@@ -256,7 +264,6 @@ define(
     triton=".gpu.upsample_cross_entropy:scale_gradient",
     plain=cpu_cross_entropy.scale_gradient,
     fake=lambda grad_loss, grad_masks, masks, index=None: _fake_gradient(masks, index),
-    backward=no_second_derivative("upsample_cross_entropy"),
 )
 define(
     "upsample_cross_entropy_pixel_backward(Tensor grad_loss, Tensor masks, Tensor target, SymInt[] size,"
@@ -265,5 +272,4 @@ define(
     plain=cpu_cross_entropy.pixel_backward,
     fake=lambda grad_loss, masks, target, *options: _fake_gradient(masks, *options[5:]),
     pack=_pack_pixel_backward,
-    backward=no_second_derivative("upsample_cross_entropy"),
 )

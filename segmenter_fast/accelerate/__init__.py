@@ -72,15 +72,15 @@ def accelerate(model: Model, heads: Collection[str] = ()) -> Model:
     CPUs with AVX512, from some hundred tokens. The model is changed in place: the forwards of single modules are
     replaced, nothing global. State-dict keys, parameters, hooks, the forward contract and training stay; outputs and
     gradients agree within rounding. Calls with a mask, attention dropout in training, hooks inside an attention and
-    requested attention maps run the original forward.
+    requested attention maps run the original forward, and so does everything inside ``torch.func`` or forward-mode
+    differentiation. Gradients with a graph of their own (``create_graph=True``) are PyTorch's.
 
     The bilinear resize of a segmentation head's scores waits until it is used: ``argmax``, ``max``, ``topk(1)`` and
     ``softmax`` over the classes and ``cross_entropy`` run on the fused ops without the full-size logits. Every other
     use makes them first, so results stay those of the model; ``made_full_size`` lists such calls.
 
     Each module is verified on random weights and left if the results differ. A second call changes nothing. ``restore``
-    undoes it: needed before export to other runtimes, before second derivatives (the ops have none), and before a child
-    of a replaced module is exchanged.
+    undoes it: needed before export to other runtimes, and before a child of a replaced module is exchanged.
 
     Args:
         model: on any device, in any dtype, in train or eval mode.

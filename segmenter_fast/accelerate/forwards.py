@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import kernels
 from .lazy import mark_output
+from .lazy_functions import has_kernel, is_transformed
 
 # Children of an attention that the fused forward calls.
 CALLED = frozenset({"qkv", "proj", "proj_drop"})
@@ -80,14 +81,9 @@ def _others_do_nothing(attention: nn.Module) -> bool:
 
 
 def _has_kernel(x: Any) -> bool:
-    """True if ``x`` is a ``(B, N, D)`` batch of tokens on a device and in a dtype that the ops serve."""
-    return (
-        isinstance(x, Tensor)
-        and x.ndim == 3
-        and not x.is_nested
-        and x.is_floating_point()
-        and (x.device.type == "cpu" or (x.device.type == "cuda" and x.dtype != torch.float64))
-    )
+    """True if ``x`` is a ``(B, N, D)`` batch of tokens that the ops serve."""
+    plain = isinstance(x, Tensor) and x.ndim == 3 and not x.is_nested
+    return plain and has_kernel(x.device, x.dtype) and not is_transformed()
 
 
 def is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

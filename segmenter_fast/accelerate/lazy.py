@@ -18,13 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._prims_common import suggest_memory_format
-from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map_only
 
 from .full_size import CALLS, FullSizeCalls
-from .lazy_functions import COPIES, METADATA, SHAPES, VIEWS, destination, has_kernel, pays, without_resize
+from .lazy_functions import (
+    COPIES,
+    METADATA,
+    SHAPES,
+    VIEWS,
+    destination,
+    has_kernel,
+    is_transformed,
+    pays,
+    without_resize,
+)
 from .upsampling import Upsampling
-from .waiting import Birth, State, gradients
+from .waiting import Birth, Follow, State, gradients
 
 
 def patch_scores(scores: Tensor, calls: FullSizeCalls) -> Tensor:
@@ -36,8 +45,7 @@ def patch_scores(scores: Tensor, calls: FullSizeCalls) -> Tensor:
         or scores.ndim not in (3, 4)
         or not scores.is_floating_point()
         or not has_kernel(scores.device, scores.dtype)
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad.unpack_dual(scores).tangent is not None
+        or is_transformed()
     ):
         return scores
     return _marked(scores, calls)
@@ -101,18 +109,6 @@ def _interpolate(marked: PatchScores, *args: Any, **kwargs: Any) -> Tensor:
     return _make(State(upsampling, meta, scores, lambda x: F.interpolate(x, *args, **kwargs), marked.calls))
 
 
-class _Follow(torch.autograd.Function):
-    """The resized tensor, in the graph that somebody gave to the tensor without storage."""
-
-    @staticmethod
-    def forward(ctx: Any, waiting: Upsampled) -> Tensor:
-        return waiting.values()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad
-
-
 def _make(state: State) -> Upsampled:
     state.frozen = not torch.is_grad_enabled() and state.upsampling.scores.requires_grad and state.parent is not None
     if not torch.is_grad_enabled() or not state.upsampling.scores.requires_grad:
@@ -144,7 +140,8 @@ def _grad(outputs: Any, inputs: tuple[Any, ...], **options: Any) -> tuple[Any, .
     """``torch.autograd.grad`` of, or by, tensors that wait."""
     outputs = tree_map_only(Upsampled, _in_full, outputs)
     waiting = {i: x.state for i, x in enumerate(inputs) if isinstance(x, Upsampled) and x.state.results}
-    values = {i: inputs[i].values(torch.autograd.grad) for i in waiting}
+    create_graph, name = options.get("create_graph"), torch.autograd.grad
+    values = {i: inputs[i].in_full(name) if create_graph else inputs[i].values(name).requires_grad_() for i in waiting}
     inputs = tuple(values[i] if i in waiting else _in_full(x) for i, x in enumerate(inputs))
     options.pop("only_inputs", None)
     if waiting:
@@ -239,7 +236,7 @@ class Upsampled(Tensor):
             torch.autocast(device, enabled=False),
         ):
             if not own:
-                full = _Follow.apply(self)
+                full = Follow.apply(self)
             elif state.parent is None or state.view is None:
                 full = self.rebuilt()
             else:

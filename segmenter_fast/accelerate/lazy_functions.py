@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .upsampling import Upsampling
 
@@ -65,6 +66,13 @@ _signature = functools.cache(inspect.signature)
 
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and (device.type == "cpu" or (device.type == "cuda" and dtype != torch.float64))
+
+
+def is_transformed() -> bool:
+    """True inside ``torch.func`` and forward-mode differentiation, which PyTorch refuses for the ops."""
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def pays(upsampling: Upsampling, function: Any) -> bool:

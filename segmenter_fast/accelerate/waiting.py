@@ -47,14 +47,14 @@ class State:
             view = self.view
             self.source.note(edge, lambda full: function(view(full)))
 
-    def gradient(self, tensor: Tensor, grads: dict[Any, Tensor | None]) -> Tensor | None:
+    def gradient(self, tensor: Tensor, grads: dict[Any, Tensor | None], **options: bool) -> Tensor | None:
         """The gradient by this tensor, from those by its results, and by the resized tensor; None without any."""
         found = [grad for grad in [grads.get(self.full)] if grad is not None]
         with torch.enable_grad():
             for edge, function in self.results:
                 if grads.get(edge) is not None:
-                    leaf = tensor.detach().requires_grad_()
-                    found += torch.autograd.grad(function(leaf), leaf, grads[edge])
+                    own = tensor.view_as(tensor)
+                    found += torch.autograd.grad(function(own), own, grads[edge], **options)
         return sum(found[1:], found[0]) if found else None
 
     def empty(self, cls: type[Tensor]) -> Tensor:
@@ -70,14 +70,27 @@ class Birth(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, root: Tensor, state: State, cls: type[Tensor]) -> Tensor:
-        ctx.root, ctx.rebuild = root.detach(), state.rebuild
+        ctx.root, ctx.rebuild = root.detach(), state.rebuild  # linear, so derivatives by the root end here
         return state.empty(cls)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
+        create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
             root = ctx.root.detach().requires_grad_()
-            return torch.autograd.grad(ctx.rebuild(root), root, grad)[0], None, None
+            return torch.autograd.grad(ctx.rebuild(root), root, grad, create_graph=create_graph)[0], None, None
+
+
+class Follow(torch.autograd.Function):
+    """The resized tensor, in the graph that somebody gave to the tensor without storage."""
+
+    @staticmethod
+    def forward(ctx: Any, waiting: Any) -> Tensor:
+        return waiting.values()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        return grad
 
 
 def gradients(waiting: dict[int, State], outputs: Any, inputs: tuple[Any, ...], **options: Any) -> tuple[Any, ...]:
@@ -86,13 +99,8 @@ def gradients(waiting: dict[int, State], outputs: Any, inputs: tuple[Any, ...], 
     Those do not depend on their logits in the graph: PyTorch's functions give the same results once more, from these.
 
     Raises:
-        RuntimeError: as ``torch.autograd.grad``, and for gradients with a graph of their own, or in batches.
+        RuntimeError: as ``torch.autograd.grad``.
     """
-    if options.get("create_graph") or options.get("is_grads_batched"):
-        raise RuntimeError(
-            "gradients by logits whose loss is computed already have no graph and no batches: "
-            "segmenter_fast.restore(model) before the loss"
-        )
     unused = options.pop("allow_unused", None)
     edges = dict.fromkeys(edge for state in waiting.values() for edge, _ in state.results)
     edges |= {state.full: None for state in waiting.values() if state.full is not None}
@@ -100,7 +108,8 @@ def gradients(waiting: dict[int, State], outputs: Any, inputs: tuple[Any, ...], 
     zeros = options.pop("materialize_grads", False)
     found = torch.autograd.grad(outputs, [*others, *edges], allow_unused=True, **options)
     rest, grads = iter(found), dict(zip(edges, found[len(others) :], strict=True))
-    result = [waiting[i].gradient(x, grads) if i in waiting else next(rest) for i, x in enumerate(inputs)]
+    same = {name: options[name] for name in ("create_graph", "is_grads_batched") if options.get(name)}
+    result = [waiting[i].gradient(x, grads, **same) if i in waiting else next(rest) for i, x in enumerate(inputs)]
     for i, (x, grad) in enumerate(zip(inputs, result, strict=True)):
         if grad is None and zeros:
             result[i] = torch.zeros_like(x)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,49 +12,19 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import segmenter_fast as sf
 from segmenter_fast.accelerate import lazy_functions
 from segmenter_fast.accelerate.forwards import Fused
 from segmenter_fast.accelerate.full_size import FullSizeCalls
 from segmenter_fast.accelerate.lazy import Upsampled, patch_scores
+from support.lazy_pairs import IGNORED, assert_same_gradients, pair, resized
 from support.other_models import build, images
-
-IGNORED = 255
 
 
 @pytest.fixture(autouse=True)
 def _small_tensors_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lazy_functions, "FASTER_FROM", {})
-
-
-def pair(name: str = "official") -> tuple[nn.Module, nn.Module, Tensor, Tensor]:
-    """A model, its accelerated copy, images and labels."""
-    model, x = build(name), images(name)
-    labels = torch.randint(7, (len(x), *x.shape[2:]), generator=torch.Generator().manual_seed(0))
-    labels[:, :9] = IGNORED
-    return model, sf.accelerate(copy.deepcopy(model)), x, labels
-
-
-def gradients(model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> dict[str, Tensor]:
-    model.zero_grad()
-    torch.manual_seed(1)
-    value = loss(model)
-    value.backward()
-    grads = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-    return {"loss": value.detach(), **grads}
-
-
-def assert_same_gradients(model: nn.Module, fast: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
-    expected, found = gradients(model, loss), gradients(fast, loss)
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9, msg=name)
-
-
-def resized(x: Tensor, size: Any) -> Tensor:
-    return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 def mmseg_loss(head: nn.Module, features: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -124,17 +93,6 @@ def test_mmsegmentations_prediction() -> None:
     with torch.no_grad():
         assert all(map(torch.equal, predict(fast), predict(model)))
     assert all(call.startswith("interpolate") for call in sf.made_full_size(fast))
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(reentrant: bool) -> None:
-    model, fast, x, labels = pair()
-    x.requires_grad_()
-    assert_same_gradients(
-        model,
-        fast,
-        lambda m: F.cross_entropy(checkpoint(m, x, use_reentrant=reentrant), labels, ignore_index=IGNORED),
-    )
 
 
 def test_distributed_data_parallel(tmp_path: Any) -> None:
@@ -230,42 +188,6 @@ def test_full_size_calls_outlive_a_second_call() -> None:
     for function in (sf.made_full_size, sf.acceleration_report):
         with pytest.raises(TypeError, match="got NoneType"):
             function(None)
-
-
-@pytest.mark.parametrize("full", [False, True])
-def test_gradients_by_logits_whose_loss_is_computed(full: bool) -> None:
-    leaf = torch.randn(2, 5, 4, 4, dtype=torch.float64, requires_grad=True)
-    labels = torch.randint(5, (2, 12, 13))
-
-    def found(mark: bool) -> tuple[Tensor, ...]:
-        scores = patch_scores(leaf * 1, FullSizeCalls()) if mark else leaf * 1
-        logits = resized(scores, 16)
-        cropped = logits.double()[..., :12, :13]
-        loss = 2 * F.cross_entropy(cropped, labels, ignore_index=0)
-        loss = loss + logits.softmax(1).square().sum() + logits[1].max(0)[0].sum()
-        if full:
-            loss = loss + (logits.sin() * logits.detach()).sum()
-        grads = torch.autograd.grad(loss, [logits, leaf], retain_graph=True)
-        grads += torch.autograd.grad(loss, (cropped, logits, leaf), retain_graph=True)
-        if mark:
-            with pytest.raises(RuntimeError, match=r"have no graph.*segmenter_fast\.restore\(model\)"):
-                torch.autograd.grad(loss, logits, create_graph=True)
-            with pytest.raises(RuntimeError, match="input 1 was not used"):
-                torch.autograd.grad(loss, (logits, torch.ones(1, requires_grad=True)), retain_graph=True)
-        return grads + torch.autograd.grad(loss, logits)
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for ours, plain in zip(found(True), found(False), strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-9, atol=1e-9)
-
-
-def test_second_derivatives_name_the_way_out() -> None:
-    leaf = torch.randn(1, 3, 4, 4, requires_grad=True)
-    loss = F.cross_entropy(resized(patch_scores(leaf * 1, FullSizeCalls()), 8), torch.zeros(1, 8, 8, dtype=torch.long))
-    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"no second derivative.*segmenter_fast\.restore\(model\)"):
-        grad.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -1,4 +1,4 @@
-"""Every op: torch.library.opcheck, compilation, equal bits, and clear errors for derivatives that do not exist."""
+"""Every op: torch.library.opcheck, compilation, equal bits, derivatives of all orders, errors for forward mode."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from segmenter_fast import kernels
+from segmenter_fast.kernels import reference
 from support.accuracy import with_gradients
 
 from .conftest import Backend
@@ -160,13 +161,46 @@ def test_same_input_same_bits(backend: Backend, case: str, poisoned: None) -> No
         assert all(torch.equal(before, again) for before, again in zip(first, second, strict=True))
 
 
+def penalty_gradients(op: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    """Gradients of the size of a gradient, as penalties take them, and of the size of those."""
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    result: Tensor = op(*inputs)
+    orders: list[tuple[Tensor, ...]] = []
+    for _ in range(3):
+        orders.append(torch.autograd.grad(result.square().sum(), inputs, create_graph=True))
+        result = torch.cat([grad.flatten() for grad in orders[-1]])
+    return tuple(grad.detach() for grads in orders for grad in grads)
+
+
 @differentiable
-def test_second_derivatives_are_refused(backend: Backend, case: str) -> None:
+def test_derivatives_of_higher_order(backend: Backend, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     op, inputs, _ = problem(case, backend)
-    inputs[0].requires_grad_()
-    (grad,) = torch.autograd.grad(op(*inputs).square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"no second derivative; use segmenter_fast\.kernels\.reference"):
-        grad.sum().backward()
+    found = penalty_gradients(op, inputs)
+    monkeypatch.setitem(globals(), "kernels", reference)
+    expected = penalty_gradients(getattr(reference, op.__name__, op), inputs)
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=float(plain.abs().max()) * 1e-2)
+
+
+def test_hooks_and_autocast_under_a_second_derivative(backend: Backend) -> None:
+    """A hook on an input sees its gradient once; autocast leaves the gradient's precision alone."""
+    qkv, seen = torch.randn(2, 65, 3, 2, 32, device=backend.device, requires_grad=True), []
+    qkv.register_hook(seen.append)
+    out = kernels.attention(qkv)
+    with torch.autocast(backend.device, torch.bfloat16):
+        (found,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    (expected,) = torch.autograd.grad(out.square().sum(), qkv)
+    assert len(seen) == 2
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_keys_that_are_left_out_under_a_second_derivative(backend: Backend) -> None:
+    qkv = torch.randn(2, 5, 3, 1, 16, device=backend.device, requires_grad=True)
+    bias = torch.tensor([[-torch.inf] * 5, [0, 0, 0, 0, -torch.inf]], device=backend.device)
+    out = kernels.attention(qkv, bias=bias)
+    (found,) = torch.autograd.grad(out.square().sum(), qkv, create_graph=True)
+    (expected,) = torch.autograd.grad(out.square().sum(), qkv)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @differentiable
