@@ -1,24 +1,22 @@
-"""Attention through PyTorch's flash kernel for the CPU, forward and backward, on views of the packed projection.
+"""Attention on a CPU: the C++ kernel of ``src/attention.cpp``, elsewhere PyTorch's flash kernel; PyTorch's backward.
 
-The kernel takes ``(B, H, N, D)`` tensors of any strides with a last stride of 1, so neither the split into q, k and v
-nor the transposes copy anything; the views cost 1 to 2 % over contiguous q, k and v. The kernel distributes batch,
-heads and query blocks over the cores. Devices without it, and empty tensors, take matrix products and softmax.
+The flash kernel takes ``(B, H, N, D)`` tensors of any strides with a last stride of 1, so neither the split into q, k
+and v nor the transposes copy anything. Devices without it, and empty tensors, take matrix products and softmax.
 
-Its products are MKL's. Products by blocks of queries are slower than the kernel where they are MKL's, too. Processor
-time at 4097 tokens, 2 heads of 64, one core of a Xeon with AMX: 57 ms against 24 in bfloat16 (its two products alone
-take 22, as contractions over 64 do not reach AMX's rate), 94 against 70 in float32; backward 197 against 119. On an AMD
-processor MKL leaves AVX512 unused, and oneDNN's products by blocks win: see ``_by_blocks``.
+Two cores of an AMD EPYC (Zen 5), float32, heads of 64, this and the flash kernel: 4097 tokens, 6 heads 65 and 140 ms;
+1025 tokens, 12 heads 8.9 and 17.8 ms; 257 tokens, 6 heads 0.32 and 0.61 ms.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..registry import statistics_dtype
+from .native import function
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -28,11 +26,7 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # against 11 (4 x 257); bfloat16 5.0 against 1.1 (4 x 65), 14 against 11 (4 x 257), but 23 against 24 (4 x 401).
 _WIDEN_BFLOAT16_UP_TO = 320
 
-_BLOCKS_FROM = 384  # tokens
-_BLOCK = 512  # queries
-_PACKED_FROM = 5  # blocks of queries; packing keys and values once for them takes 0.2 ms
-_BLOCK_SCORES = 1 << 21
-_BLOCK_DTYPES = (torch.float32, torch.bfloat16)
+_NATIVE = (torch.float32, torch.bfloat16)
 
 
 def attention_forward(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -50,21 +44,11 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | 
         if mask is not None:  # zeros where every score is -inf
             lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         out = (scores - lse.unsqueeze(-1)).exp().to(qkv.dtype) @ v
-    elif not with_lse and blocks_win(qkv.shape[1], qkv.dtype):
-        return _by_blocks(qkv, scale, bias), qkv.new_empty(0, dtype=torch.float32)
-    elif not with_lse and (whole := _whole_blocks(qkv)):
-        parts = (_flash(part, k, v, attn_mask=mask, scale=scale)[0] for part in (q[:, :, :whole], q[:, :, whole:]))
-        return torch.cat([part.transpose(1, 2) for part in parts], 1), qkv.new_empty(
-            0, dtype=statistics_dtype(qkv.dtype)
-        )
+    elif runs_native(qkv.dtype):
+        return _run_native(qkv, scale, with_lse, bias)
     else:
         out, lse = _flash(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).contiguous(), lse.contiguous() if with_lse else lse.new_empty(0)
-
-
-def blocks_win(tokens: int, dtype: torch.dtype) -> bool:
-    """True if attention without gradients runs ``_by_blocks`` on this CPU, faster than PyTorch's attention."""
-    return tokens >= _BLOCKS_FROM and dtype in _BLOCK_DTYPES and onednn_beats_mkl()
 
 
 def onednn_beats_mkl() -> bool:
@@ -83,44 +67,36 @@ def _uses_avx512_of_amd() -> bool:
     return uses_avx512 and features is not None and bool(features().get("sse4a"))  # Intel never had SSE4a
 
 
-def _whole_blocks(qkv: Tensor) -> int:
-    """Queries of the first of two calls of the flash kernel that share the work among threads more evenly, or 0.
-
-    The kernel gives each thread as many blocks of 256 queries (64 below 768) as the others, head by head. At 2^k + 1
-    tokens the last block of a head is one query: of 3 heads of 1025 tokens, one of two threads gets 7 of 12 whole ones.
-    """
-    b, n, _, heads, _ = qkv.shape
-    block = 256 if n >= 768 else 64
-    few = 0 < n % block <= block // 8 and n >= 192
-    return n - n % block if few and b * heads % torch.get_num_threads() else 0
+def runs_native(dtype: torch.dtype) -> bool:
+    """True if attention runs the C++ kernel on this CPU. In bfloat16, AMX makes PyTorch's own kernel faster."""
+    return dtype in _NATIVE and _native() is not None and not (dtype == torch.bfloat16 and _has_amx())
 
 
-def _by_blocks(qkv: Tensor, scale: float, bias: Tensor | None) -> Tensor:
-    """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` by oneDNN's float32 products, head by head, some queries at a time.
+@cache
+def _has_amx() -> bool:
+    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_tile"))
 
-    Two cores of an AMD EPYC (Zen 5), float32, heads of 64, this and the flash kernel: 1025 tokens 3.0 and 5.1 ms (3
-    heads), 6.0 and 8.9 (6 heads); 4097 tokens 81 and 134 (6 heads), and packing saves a tenth more; no gain at 257.
-    """
-    product = torch.ops.mkldnn._linear_pointwise  # of (n, D) and (m, D): (n, m)
-    pack = torch.ops.mkldnn._reorder_linear_weight
+
+def _native() -> Callable[..., None] | None:
+    return function("attention", "attention", "p" * 4 + "i" * 10 + "f")
+
+
+# What torch.compiler.assume_constant_result sets, which would import the whole compiler.
+runs_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _run_native(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    kernel = _native()
+    assert kernel is not None
     b, n, _, heads, dim = qkv.shape
+    qkv = qkv if dim == 1 or qkv.stride(-1) == 1 else qkv.contiguous()
+    bias = None if bias is None else bias.float().contiguous()
     out = qkv.new_empty(b, n, heads, dim)
-    blocks = -(-n // min(_BLOCK, max(_BLOCK_SCORES // n, 1)))
-    size = -(-n // blocks)
-    biases: Sequence[Tensor | None] = [None] * b if bias is None else bias.contiguous().unbind()
-    for image, result, added in zip(qkv.float(), out, biases, strict=True):
-        if added is not None and bool((added == -torch.inf).all()):
-            result.zero_()
-            continue
-        for head in range(heads):
-            q, k = image[:, 0, head] * scale, image[:, 1, head].contiguous()
-            values = image[:, 2, head].T.contiguous()
-            if blocks >= _PACKED_FROM:
-                k, values = pack(k, size), pack(values, size)
-            for rows, into in zip(q.split(size), result[:, head].split(size), strict=True):
-                scores = product(rows, k, added, "none", [], "")
-                into.copy_(product(torch.softmax(scores, 1, out=scores), values, None, "none", [], ""))
-    return out
+    lse = qkv.new_empty((b, heads, n) if with_lse else 0, dtype=torch.float32)
+    pointers = (qkv.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), lse.data_ptr())
+    sizes = (b, n, heads, dim, *qkv.stride()[:4], qkv.dtype == torch.bfloat16, torch.get_num_threads())
+    kernel(*pointers[:3], pointers[3] if with_lse else None, *sizes, scale)
+    return out, lse
 
 
 def attention_backward(

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.cpu.attention import onednn_beats_mkl
+from ..kernels.cpu.attention import runs_native
 from ..kernels.registry import HEAD_SIZES
 from ..vit import Attention
 from .forwards import (
@@ -193,7 +193,7 @@ def _refuse_rotary(attention: Any) -> str | None:
 
 
 def _refuse_machine() -> str | None:
-    return None if onednn_beats_mkl() else "PyTorch's attention, which it runs, is as fast on this machine"
+    return None if runs_native(torch.float32) else "no C++ kernel runs here, and PyTorch's attention is as fast"
 
 
 def _refuse_mmcv_attention(wrapper: nn.Module) -> str | None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from ..kernels.cpu.attention import blocks_win
+from ..kernels.cpu.attention import runs_native
 from ..vit import rotate
 from .forwards import Fused, is_hooked, is_plain
 
@@ -46,7 +46,7 @@ class FusedWhereFaster(Fused):
         if self.training or self.tried:
             return self.tried and not self.training
         enough = x.device.type == "cpu" and x.shape[1] >= (self.least_rotated if rotated else self.least)
-        return enough and not torch.is_grad_enabled() and blocks_win(x.shape[1], x.dtype)
+        return enough and not torch.is_grad_enabled() and runs_native(x.dtype)
 
 
 class FusedSeparateAttention(FusedWhereFaster):

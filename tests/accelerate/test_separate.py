@@ -14,7 +14,6 @@ from torch import Tensor, nn
 import segmenter_fast as sf
 from segmenter_fast.accelerate import match, separate
 from segmenter_fast.accelerate.match import match_modules
-from segmenter_fast.kernels.cpu import attention
 from support.huggingface import build, transformers
 from support.other_models import assert_left, outputs_and_gradients
 
@@ -24,8 +23,8 @@ NAMES = ["vit", "deit", "dinov2", "dinov2_registers", "dinov3", "dinov3_gated", 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the op win on any machine, from any number of tokens on."""
-    monkeypatch.setattr(attention, "_uses_avx512_of_amd", lambda: True)
-    monkeypatch.setattr(attention, "_BLOCKS_FROM", 1)
+    for module in (match, separate):
+        monkeypatch.setattr(module, "runs_native", lambda dtype: True)
     for name in ("least", "least_rotated"):
         monkeypatch.setattr(separate.FusedWhereFaster, name, 1)
 
@@ -145,8 +144,8 @@ def test_it_runs_only_where_it_was_measured_to_win(monkeypatch: pytest.MonkeyPat
     assert not ops
     report = str(sf.acceleration_report(sf.accelerate(sf.restore(model))))
     assert report.startswith("replaced by kernels.attention without gradients, on a CPU, from 38 tokens: transformers.")
-    monkeypatch.setattr(attention, "_uses_avx512_of_amd", lambda: False)
-    assert_left(sf.restore(model).layers[0].attention, "PyTorch's attention, which it runs, is as fast on this machine")
+    monkeypatch.setattr(match, "runs_native", lambda dtype: False)
+    assert_left(sf.restore(model).layers[0].attention, "no C++ kernel runs here, and PyTorch's attention is as fast")
 
 
 def hf(name: str, **fields: Any) -> nn.Module:

@@ -198,32 +198,6 @@ def test_addresses_beyond_32_bits(backend: Backend) -> None:
         assert all(torch.equal(value, expected_value) for value, expected_value in zip(ours, expected, strict=True))
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-@pytest.mark.parametrize(("b", "n", "heads", "dim"), [(2, 40, 3, 64), (1, 1025, 1, 32), (1, 100, 2, 80)])
-def test_products_by_blocks(monkeypatch: pytest.MonkeyPatch, b: int, n: int, heads: int, dim: int) -> None:
-    """Inference on CPUs where oneDNN's products are faster than those of PyTorch's kernel."""
-    cpu = importlib.import_module("segmenter_fast.kernels.cpu.attention")
-    monkeypatch.setattr(cpu, "onednn_beats_mkl", lambda: True)
-    monkeypatch.setattr(cpu, "_BLOCKS_FROM", 1)
-    monkeypatch.setattr(cpu, "_BLOCK_SCORES", 16 * n)  # blocks of 16 queries
-    for dtype in (torch.float32, torch.bfloat16):
-        packed = torch.randn(b, n, 3, heads, dim + 8, dtype=dtype)[..., :dim]
-        found = cpu.attention_forward(packed, 0.3, False)[0]
-        assert found.is_contiguous()
-        assert_as_accurate(found, sdpa(packed, 0.3), reference.attention(packed.double(), 0.3))
-
-
-@pytest.mark.parametrize(("n", "heads"), [(257, 3), (1025, 1), (200, 3)])
-def test_queries_that_are_shared_evenly_among_threads(monkeypatch: pytest.MonkeyPatch, n: int, heads: int) -> None:
-    cpu = importlib.import_module("segmenter_fast.kernels.cpu.attention")
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    qkv = torch.randn(1, n, 3, heads, 16)
-    assert cpu._whole_blocks(qkv) == n - n % 64
-    assert cpu._whole_blocks(qkv.expand(2, -1, -1, -1, -1)) == 0
-    monkeypatch.setattr(cpu, "onednn_beats_mkl", lambda: False)
-    assert_as_accurate(cpu.attention_forward(qkv, 0.25, False)[0], sdpa(qkv), reference.attention(qkv.double()))
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [577, 1025, 4097, 16385])
 def test_long_sequences(n: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 
 import pytest
@@ -78,22 +77,6 @@ def test_negative_scales_and_biases_of_other_dtypes(backend: Backend) -> None:
         ours = with_gradients(attention, [qkv], grad_out, bias=given, scale=scale)
         expected = with_gradients(reference.attention, [qkv.double()], grad_out, bias=given, scale=scale)
         torch.testing.assert_close(ours, tuple(value.float() for value in expected), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-def test_products_by_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inference on CPUs where oneDNN's products are faster than those of PyTorch's kernel."""
-    cpu = importlib.import_module("segmenter_fast.kernels.cpu.attention")
-    monkeypatch.setattr(cpu, "onednn_beats_mkl", lambda: True)
-    monkeypatch.setattr(cpu, "_BLOCKS_FROM", 1)
-    monkeypatch.setattr(cpu, "_BLOCK_SCORES", 16 * 100)  # blocks of 16 queries
-    for dtype in (torch.float32, torch.bfloat16):
-        qkv = torch.randn(3, 100, 3, 2, 64, dtype=dtype)
-        bias = torch.randint(1, 9, (3, 100)).float().log()
-        bias[1, 50:] = bias[2] = -math.inf
-        found = cpu.attention_forward(qkv, 0.125, False, bias)[0]
-        assert_as_accurate(found, sdpa(qkv, bias), reference.attention(qkv.double(), bias=bias))
-        assert not found[2].any()
 
 
 def test_vmap(backend: Backend) -> None:

@@ -1,0 +1,137 @@
+"""C++ kernels of ``src/``, compiled for this processor at their first call, as Triton's are for a GPU.
+
+A source becomes a shared library that knows pointers and numbers only, in a second, with the compiler of ``CXX``,
+``g++`` or ``clang++``. The library is kept in ``$SEGMENTER_FAST_CACHE``, or in ``segmenter-fast`` of the user's cache
+folder. Where there is no compiler or no AVX2, or with ``SEGMENTER_FAST_NATIVE=0``, callers take PyTorch's operators.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_SOURCES = Path(__file__).with_name("src")
+_FLAGS = (
+    "-O3",
+    "-march=native",
+    "-std=c++17",
+    "-shared",
+    "-fPIC",
+    "-fopenmp",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+# Types of arguments: pointer, integer, float, double.
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+_lock = threading.Lock()
+
+
+def function(source: str, name: str, types: str) -> Callable[..., Any] | None:
+    """Function ``name`` of ``src/<source>.cpp`` without a result; None where C++ kernels do not run.
+
+    ``types`` has a letter for each argument: p (``Tensor.data_ptr()`` or None), i (64 bits), f or d. The call holds no
+    lock of Python. Tensors must outlive it.
+    """
+    if unavailable():
+        return None
+    with _lock:
+        library = _library(source)
+    if library is None:
+        return None
+    found = getattr(library, name)
+    found.argtypes, found.restype = [_TYPES[letter] for letter in types], None
+    return found
+
+
+def unavailable() -> str | None:
+    """Reason why no C++ kernel can run in this process, or None."""
+    if os.environ.get("SEGMENTER_FAST_NATIVE", "1").lower() in {"0", "false", "off"}:
+        return "SEGMENTER_FAST_NATIVE=0"
+    return _unsupported()
+
+
+@cache
+def _unsupported() -> str | None:
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return f"they need Linux on x86-64, this is {platform.system()} on {platform.machine()}"
+    if not torch.backends.cpu.get_cpu_capability().startswith(("AVX2", "AVX512")):
+        return f"they need AVX2, PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
+    return None if _compiler() else "there is no C++ compiler: install g++ or clang++, or set CXX"
+
+
+@cache
+def _compiler() -> list[str]:
+    """Command that starts the compiler, empty if there is none."""
+    commands = [shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"]]
+    return next((command for command in commands if command and shutil.which(command[0])), [])
+
+
+@cache
+def _library(source: str) -> ctypes.CDLL | None:
+    """The library of a source, compiled if it is not in the cache; None, with a warning, if that fails."""
+    flags = list(_FLAGS)
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):  # chosen by ATEN_CPU_CAPABILITY, too
+        flags.append("-mno-avx512f")
+    try:
+        return ctypes.CDLL(str(_built(source, flags)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        lines = [line for line in said.splitlines() if "error" in line] or said.splitlines()
+        reason = lines[0] if lines else repr(error)
+        warnings.warn(
+            f"{shlex.join(_compiler())} could not build {source}.cpp, PyTorch's slower operators run: {reason}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return None
+
+
+def _built(source: str, flags: list[str]) -> Path:
+    """Path of the compiled library. A crash or a second process leaves either a whole library or none."""
+    compiler = Path(str(shutil.which(_compiler()[-1]))).resolve()
+    files = [_SOURCES / f"{source}.cpp", *sorted(_SOURCES.glob("*.h"))]
+    identity = [*_compiler(), *flags, str(compiler), str(compiler.stat().st_mtime_ns), _processor()]
+    digest = hashlib.sha256("\n".join([*identity, *(path.read_text() for path in files)]).encode()).hexdigest()
+    path = _cache_folder() / f"{source}-{digest[:20]}.so"
+    if not path.exists():
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
+            made = Path(folder, path.name)
+            command = [*_compiler(), *flags, str(files[0]), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+            made.replace(path)
+    return path
+
+
+@cache
+def _cache_folder() -> Path:
+    """A folder of the user's that exists and can be written; a temporary one where there is none."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(os.environ.get("SEGMENTER_FAST_CACHE") or Path(home, "segmenter-fast"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError:
+        return Path(tempfile.mkdtemp(prefix="segmenter-fast-"))
+
+
+@cache
+def _processor() -> str:
+    """Model and features of the processor: a cache folder may be shared by several machines."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))

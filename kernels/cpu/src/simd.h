@@ -1,0 +1,112 @@
+// Vectors of floats, 16 with AVX512 and 8 with AVX2, and the functions that the kernels need of them.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#ifdef __AVX512F__
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+
+// Elements of tensors.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Floats at the start of a cache line, not set to anything.
+class Buffer {
+ public:
+  explicit Buffer(int64_t size) : data_((float*)std::aligned_alloc(64, round_up(4 * size + 64, 64)), std::free) {}
+  float& operator[](int64_t at) { return data_.get()[at]; }
+
+ private:
+  std::unique_ptr<float, decltype(&std::free)> data_;
+};
+
+inline Vec load(const float* from) {
+  Vec vec;
+  std::memcpy(&vec, from, sizeof vec);
+  return vec;
+}
+
+inline void store(float* to, Vec vec) { std::memcpy(to, &vec, sizeof vec); }
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(bfloat16 value) {
+  uint32_t bits = uint32_t(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+
+inline void from_float(float value, float& to) { to = value; }
+
+// Rounds to the nearest, ties to even, as PyTorch does.
+inline void from_float(float value, bfloat16& to) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  to.bits = value != value ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#ifdef __AVX512F__
+inline Vec fill(float value) { return (Vec)_mm512_set1_ps(value); }
+// NaN in ``b`` stays.
+inline Vec maximum(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Vec round_even(Vec a) { return (Vec)_mm512_roundscale_ps((__m512)a, 0); }
+inline float sum(Vec a) { return _mm512_reduce_add_ps((__m512)a); }
+inline float largest(Vec a) { return _mm512_reduce_max_ps((__m512)a); }
+// a * 2^n for a whole n; 0 for -127, so that no product is a slow denormal
+inline Vec scale_exponent(Vec a, Vec n) {
+  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)n, _mm512_set1_ps(-127.0f), _CMP_NEQ_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(normal, (__m512)a, (__m512)n);
+}
+#else
+inline Vec fill(float value) { return (Vec)_mm256_set1_ps(value); }
+inline Vec maximum(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Vec round_even(Vec a) { return (Vec)_mm256_round_ps((__m256)a, 8); }
+
+inline float sum(Vec a) {
+  __m128 half = _mm_add_ps(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
+  half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+
+inline float largest(Vec a) {
+  __m128 half = _mm_max_ps(_mm256_castps256_ps128((__m256)a), _mm256_extractf128_ps((__m256)a, 1));
+  half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+
+inline Vec scale_exponent(Vec a, Vec n) {
+  __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32((__m256)n), _mm256_set1_epi32(127)), 23);
+  return a * (Vec)_mm256_castsi256_ps(exponent);
+}
+#endif
+
+// e^x to 1.2e-7 of itself for x <= 87; 0 below -88; NaN stays. The rest is exact to more than a float's digits.
+inline Vec exp(Vec x) {
+  x = maximum(fill(-88.02f), x);
+  const Vec whole = round_even(x * 1.44269504f);
+  Vec rest = x - whole * 0.693359375f;
+  rest += whole * 2.12194440e-4f;
+  Vec power = fill(1.9875691e-4f);
+  power = power * rest + 1.3981999e-3f;
+  power = power * rest + 8.3334519e-3f;
+  power = power * rest + 4.1665796e-2f;
+  power = power * rest + 1.6666667e-1f;
+  power = power * rest + 0.5f;
+  power = power * (rest * rest) + rest + 1.0f;
+  return scale_exponent(power, whole);
+}
