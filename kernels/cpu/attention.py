@@ -74,7 +74,8 @@ def runs_native(dtype: torch.dtype) -> bool:
 
 @cache
 def _has_amx() -> bool:
-    return bool(getattr(torch.cpu, "get_capabilities", dict)().get("amx_tile"))
+    features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(features.get("amx_tile"))
 
 
 def _native() -> Callable[..., None] | None:
