@@ -26,7 +26,7 @@ from torch.nn.attention import SDPBackend
 from segmenter_fast.io.images import ImageSource
 from segmenter_fast.reference import ReferenceSegmenter
 
-from ..case import OURS, DisagreementError, Row, compiled, lack_of_memory
+from ..case import OURS, DisagreementError, Row, compiled, is_ours, lack_of_memory
 from ..deadline import OutOfTimeError, time_limit
 from ..device import Ceilings, name_of
 from ..timing import Failure, Timing, measure, own_stream, peak_memory, release
@@ -94,6 +94,11 @@ def in_stages(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def names_of(case: ModelCase) -> tuple[str, ...]:
+    """All models of a case, those of ours with token merging last."""
+    return *MODELS, *(f"{OURS} {merge}" for merge in case.merge)
+
+
 def share(holds: Tensor) -> float:
     return holds.float().mean().item()
 
@@ -113,7 +118,7 @@ class Plan:
 def compare_models(
     case: ModelCase, device: torch.device, ceilings: Ceilings, seconds: float, plan: Plan = Plan()
 ) -> list[Row]:
-    """A row for each of ``MODELS``.
+    """A row for each model of ``names_of``.
 
     Where our output is wrong, or ours cannot run, all rows are "refused" and have no figures.
     """
@@ -121,9 +126,9 @@ def compare_models(
         try:
             return Comparison(case, device).rows(ceilings, seconds, plan=plan)
         except DisagreementError as error:
-            return [Row(name, "refused", str(error)) for name in MODELS]
+            return [Row(name, "refused", str(error)) for name in names_of(case)]
         except (torch.OutOfMemoryError, MemoryError) as error:
-            return [Row.failed(name, error, "weights and reference: ") for name in MODELS]
+            return [Row.failed(name, error, "weights and reference: ") for name in names_of(case)]
         finally:
             release(device)
 
@@ -146,6 +151,7 @@ class Comparison:
         gc.collect()
         self.case, self.device, self.runtimes = case, device, runtimes
         self.held: dict[str, int | None] = {}  # bytes that a runtime takes at its first call and keeps
+        self.merges = dict(zip(names_of(case)[len(MODELS) :], case.merge, strict=True))
         self.model, self.reference, self.images = build(case, device, image)
         self.low = self.images.to(case.dtype)
 
@@ -156,7 +162,7 @@ class Comparison:
         show: Callable[[str], object] = lambda stage: None,
         plan: Plan = Plan(),
     ) -> list[Row]:
-        """Check and time the models for about ``seconds``: a row for each of ``MODELS``; ``show`` is told each stage.
+        """Check and time the models for about ``seconds``: a row for each one; ``show`` is told each stage.
 
         Raises:
             DisagreementError: our output is wrong, or our model cannot run.
@@ -173,8 +179,9 @@ class Comparison:
                     outcome = replace(outcome, peak_bytes=self.held[name])
                 in_float32 = name in (REFERENCE, ONNX_RUNTIME)
                 rate = ceilings.matmul_tflops.get("float32" if in_float32 else name_of(self.case.dtype))
-                rows[name] = rows[name].timed(outcome, self.case.batch, self.case.flops, rates=(rate, None))
-            found = [rows[name] for name in MODELS if name in rows]
+                flops = self.case.flops_with(self.merges.get(name))
+                rows[name] = rows[name].timed(outcome, self.case.batch, flops, rates=(rate, None))
+            found = [rows[name] for name in names_of(self.case) if name in rows]
             plan.report(found)
         return found
 
@@ -213,6 +220,9 @@ class Comparison:
                     labels = call()
                 equal = share(labels == expected)
                 fault = limits.labels_fault(equal)
+                if name in self.merges:  # judged by the labels of the model that merges, in float32
+                    merged = self.model.with_merging(self.merges[name]).segment(self.images)
+                    fault = limits.labels_fault(share(labels == merged))
                 if name == OURS:
                     fault = fault or limits.argmax_fault(labels, own_logits)
                     self.labels = labels
@@ -223,11 +233,11 @@ class Comparison:
                     rows[name] = Row(name, "disagrees", fault)
                 else:
                     calls[name] = call
-                    found = own_error if name == OURS else None if name in RUNTIMES else peer.error
-                    rows[name] = Row(name, "ok", error=found, labels=equal)
+                    errors = {OURS: own_error, **dict.fromkeys((*RUNTIMES, *self.merges))}
+                    rows[name] = Row(name, "ok", error=errors.get(name, peer.error), labels=equal)
             release(self.device)
-            if name == OURS and rows[name].status in {"disagrees", "failed"}:
-                raise DisagreementError(f"{OURS}: {rows[name].note}")
+            if is_ours(name) and rows[name].status in {"disagrees", "failed"}:
+                raise DisagreementError(f"{name}: {rows[name].note}")
             if name == next(reversed(ready)) or (stages and (name in LATE) == plan.late):
                 yield rows, calls
 
@@ -261,12 +271,13 @@ class Comparison:
             CUDNN: partial(self._peer, backend=SDPBackend.CUDNN_ATTENTION) if cuda else absent,
             **{name: absence(name, self.device) or partial(self._runtime, name) for name in self.runtimes},
             OURS: self._ours,
+            **{name: partial(self._ours, merge) for name, merge in self.merges.items()},
         }
 
     @staticmethod
     def _cost(name: str) -> int:
         """The rank of a model by the time that it takes to compile, but ours first."""
-        return (OURS, PEER, CUDNN, AUTOTUNED).index(name) if name not in RUNTIMES else 0
+        return (OURS, PEER, CUDNN, AUTOTUNED).index(name) if name in MODELS and name not in RUNTIMES else 0
 
     def _runtime(self, name: str) -> Segment:
         model = with_sdpa(self.reference, torch.float32)
@@ -280,8 +291,8 @@ class Comparison:
             segment = compiled(segment, autotune)
         return lambda: segment(self.low)
 
-    def _ours(self) -> Segment:
+    def _ours(self, merge: str = "none") -> Segment:
         # Without its own CUDA graphs: the clock captures every model alike.
         compile = "auto" if self.case.compile else False
-        fast = self.model.optimize(self.case.dtype, compile=compile, cuda_graph=False)
+        fast = self.model.optimize(self.case.dtype, compile=compile, cuda_graph=False, merge=merge)
         return lambda: fast.segment(self.low)

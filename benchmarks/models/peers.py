@@ -25,6 +25,7 @@ from segmenter_fast.config import variant_config
 from segmenter_fast.describe import count_macs
 from segmenter_fast.io.images import ImageSource, normalise, read_image
 from segmenter_fast.reference import Attention, ReferenceSegmenter, Rotation
+from segmenter_fast.token_merging import Merge
 
 from ..device import name_of
 
@@ -35,7 +36,7 @@ PHOTOGRAPH = str(files("segmenter_fast") / "assets" / "coffee.jpg")
 class ModelCase:
     """A model and its input: ``batch`` views of a photograph, ``size`` pixels a side.
 
-    ``compile`` applies to peers and ours.
+    ``compile`` applies to peers and ours. ``merge`` are schedules of token merging that ours is measured with, too.
     """
 
     variant: str
@@ -44,6 +45,7 @@ class ModelCase:
     batch: int = 1
     classes: int = 150
     compile: bool = True
+    merge: tuple[str, ...] = ()
 
     @cached_property
     def config(self) -> SegmenterConfig:
@@ -65,7 +67,12 @@ class ModelCase:
     @property
     def flops(self) -> int:
         """FLOPs of the matrix products of one call, counted on the reference."""
-        return 2 * self.batch * count_macs(self.config, self.size)
+        return self.flops_with(None)
+
+    def flops_with(self, merge: Merge) -> int:
+        """FLOPs of one call of ours with token merging; 0 where they depend on the image."""
+        config = self.config.replace(merging=merge)
+        return 0 if config.adaptive else 2 * self.batch * count_macs(config, self.size)
 
     @property
     def needs_bytes(self) -> int:

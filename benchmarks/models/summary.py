@@ -34,7 +34,7 @@ def runtimes_of(cases: CaseRows) -> list[str]:
 
 
 def models_table(cases: CaseRows) -> Table:
-    """A row for each case, named by what differs from the first one, in 80 columns.
+    """A row for each case and its token mergings, named by what differs from the first one, in 80 columns.
 
     "Over peer" is over the fastest one, of PyTorch and of the runtimes.
     """
@@ -45,14 +45,15 @@ def models_table(cases: CaseRows) -> Table:
         headings += ["of\npeak", "labels\npeer/ours"]
     table = narrow_table(f"images/s: {in_words(first)}", ("", *headings))
     for case, rows in cases:
-        reference, peer, ours = compared(rows)
+        reference, peer, exact = compared(rows)
         others = [row for row in rows if row.variant in runtimes]
-        cells = [speed(row) for row in (reference, peer, *others, ours)]
-        cells += [gain(ours, reference), gain(ours, fastest([peer, *others])), memory((reference, ours), "/")]
-        if not runtimes:
-            labels = pair(("" if row.labels is None else f"{100 * row.labels:.4g}" for row in (peer, ours)), "/")
-            cells += [f"{ours.share:.0%}" if ours.share else "", labels and f"{labels}%"]
-        table.add_row(case_name(case, first), *map(escape, cells))
+        for ours in (exact, *(row for row in rows if row.variant.startswith(f"{OURS} "))):
+            cells = [speed(row) for row in (reference, peer, *others, ours)]
+            cells += [gain(ours, reference), gain(ours, fastest([peer, *others])), memory((reference, ours), "/")]
+            if not runtimes:
+                labels = pair(("" if row.labels is None else f"{100 * row.labels:.4g}" for row in (peer, ours)), "/")
+                cells += [f"{ours.share:.0%}" if ours.share else "", labels and f"{labels}%"]
+            table.add_row(case_name(case, first) + ours.variant.removeprefix(OURS), *map(escape, cells))
     return table
 
 

@@ -27,7 +27,7 @@ from ..deadline import deadline_after
 from ..device import Ceilings
 from ..results import RESULTS, CaseRows, write
 from ..runner import Runner, case_table
-from .comparison import MODELS, Plan, compare_models, in_stages
+from .comparison import Plan, compare_models, in_stages, names_of
 from .parts import measure_parts, without_figures
 from .peers import ModelCase
 from .summary import case_name, models_table
@@ -61,7 +61,7 @@ class Job:
     def not_run(self, note: str) -> CaseRows:
         if self.op == "split":
             return without_figures(self.case, "not run", note)
-        return [(self.case.parameters, [Row(name, "not run", note) for name in MODELS])]
+        return [(self.case.parameters, [Row(name, "not run", note) for name in names_of(self.case)])]
 
 
 @dataclass
@@ -93,6 +93,7 @@ def run_models(
     batches: Sequence[int] = (),
     classes: Sequence[int] = (),
     dtypes: Sequence[str] = (),
+    merge: Sequence[str] = (),
     *,
     device: torch.device,
     compile: bool = True,
@@ -103,7 +104,8 @@ def run_models(
 ) -> int:
     """Compare whole models, ``seconds`` for the timing of each case, ``budget`` seconds for everything.
 
-    All combinations of the arguments are cases; ``extras`` are the parts, and memory against classes.
+    All combinations of the arguments are cases; ``extras`` are the parts, and memory against classes. Each schedule of
+    token merging in ``merge`` gives every case a row more of ours.
 
     Returns:
         The number of cases that were refused because our output was wrong.
@@ -114,7 +116,12 @@ def run_models(
     kinds = dict.fromkeys(choose_dtype(name, device) for name in dtypes or ["auto"])
     batches = batches or ((1, 32) if device.type == "cuda" else (1,))
     grid = itertools.product(kinds, sizes or (512,), classes or (150,), variants or DEFAULT, batches)
-    cases = [ModelCase(variant, dtype, size, batch, count, compile) for dtype, size, count, variant, batch in grid]
+    cases = [
+        ModelCase(variant, dtype, size, batch, count, compile, tuple(dict.fromkeys(merge)))
+        for dtype, size, count, variant, batch in grid
+    ]
+    for case, name in itertools.product(cases, merge):
+        case.flops_with(name)  # raises where the schedule does not fit
     jobs = [Job("throughput", case) for case in cases]
     if extras:
         jobs[BEFORE_EXTRAS:BEFORE_EXTRAS] = _extra_jobs(cases)
@@ -194,9 +201,9 @@ def _notes(job: Job, found: CaseRows, status: str) -> list[str]:
 
 def _extra_jobs(cases: Sequence[ModelCase]) -> Iterator[Job]:
     """Memory of the first case against classes, and the parts of the first cases that differ in the variant alone."""
-    first = replace(cases[0], compile=False)
+    first = replace(cases[0], compile=False, merge=())
     for count in CLASSES:
         yield Job("classes", replace(first, classes=count))
-    alike = [case for case in cases if replace(case, variant=first.variant, compile=False) == first]
+    alike = [case for case in cases if replace(case, variant=first.variant, compile=False, merge=()) == first]
     for case in alike[:BEFORE_EXTRAS]:
-        yield Job("split", replace(case, compile=False))
+        yield Job("split", replace(case, compile=False, merge=()))

@@ -33,6 +33,9 @@ def models(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once; default 1, on a GPU also 32.")] = None,
     classes: Annotated[list[int] | None, typer.Option(min=1, help="Number of classes; default 150.")] = None,
     dtype: Annotated[list[Dtype] | None, typer.Option(help="Default: bfloat16 where it is fast.")] = None,
+    merge: Annotated[
+        list[str] | None, typer.Option(help="Rows of ours with token merging, too: fast, faster, or fields in JSON.")
+    ] = None,
     device: DeviceOption = Device.auto,
     compile: Annotated[bool, typer.Option(help="Compile peers and ours.")] = True,
     extras: Annotated[bool, typer.Option(help="Measure parts, and memory against classes, too.")] = True,
@@ -56,6 +59,7 @@ def models(
         batch or (),
         classes or (),
         [choice.value for choice in dtype or ()],
+        merge or (),
         device=choose_device(device.value),
         compile=compile,
         extras=extras,

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import segmenter_fast.benchmarks.models.merging as merging
+from segmenter_fast import VARIANTS, inference_segmenter
 from segmenter_fast.benchmarks.device import Ceilings
+from segmenter_fast.benchmarks.models import comparison
+from segmenter_fast.benchmarks.models.peers import ModelCase
 from segmenter_fast.benchmarks.results import Result, read
 from segmenter_fast.token_merging import MERGING, TokenMerging
+from support.benchmarks import CEILINGS, CPU
 from support.real import PHOTOGRAPHS, WEIGHTS, needs_real_weights
-
-CPU = torch.device("cpu")
 
 
 def run(
@@ -65,3 +69,21 @@ def test_labels_of_real_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_weights_without_photographs(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give at least one"):
         merging.run_merging(WEIGHTS, [], device=CPU, out=tmp_path)
+
+
+def test_rows_of_a_form_that_merges_otherwise_than_its_model_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "absence", lambda *_: "left out here")
+    monkeypatch.setitem(VARIANTS, "seg_t_mask_16", VARIANTS["seg_t_mask_16"].replace(depth=2, decoder_depth=1))
+    merge, right = '{"layers": [0], "share": 0.5}', inference_segmenter.run_blocks
+    case = ModelCase("seg_t_mask_16", torch.float32, size=64, classes=7, compile=False, merge=(merge,))
+    rows = comparison.compare_models(case, CPU, CEILINGS, 0.0)
+    assert [row.status for row in rows[-2:]] == ["ok", "ok"]
+
+    def late(blocks: Any, x: Any, rotation: Any, grid: Any, schedule: TokenMerging | None) -> Any:
+        return right(blocks, x, rotation, grid, schedule and replace(schedule, layers=(1,)))
+
+    monkeypatch.setattr(inference_segmenter, "run_blocks", late)
+    rows = comparison.compare_models(case, CPU, CEILINGS, 0.0)
+    assert {row.status for row in rows} == {"refused"}
+    assert len(rows) == len(comparison.MODELS) + 1
+    assert f"ours {merge}: " in rows[0].note

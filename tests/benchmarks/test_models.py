@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import replace
@@ -117,6 +118,24 @@ def test_a_wrong_kernel_is_refused(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.png")), "nothing was timed"
 
 
+@pytest.mark.usefixtures("_ceilings")
+def test_token_merging_has_rows_of_its_own(tmp_path: Path) -> None:
+    half = '{"layers": [0], "share": 0.5}'
+    done = bench(tmp_path, "--variant=seg_t_mask_16", "--no-extras", "--merge=none", f"--merge={half}")
+    assert done.exit_code == 0, done.output
+    [(_, rows)] = read(next(tmp_path.glob("*/throughput.json"))).cases
+    assert tuple(row.variant for row in rows) == (*MODELS, "ours none", f"ours {half}")
+    exact, none, merged = rows[-3:]
+    assert exact.labels == none.labels == 1
+    assert merged.labels is not None
+    assert merged.labels < 0.9
+    assert all(row.timing and row.tflops for row in rows[-3:])
+    work = [row.tflops * row.timing.median_ms * 1e9 for row in (exact, none, merged)]
+    assert work == pytest.approx([CASE.flops, CASE.flops, CASE.flops_with(json.loads(half))])
+    assert work[2] < 0.75 * work[1]
+    assert f"seg_t_mask_16 {half}" in " ".join(done.output.split())
+
+
 def test_labels_that_are_no_argmax_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def neighbour(masks: Tensor, size: Any, crop: Any, **_: Any) -> Tensor:
         return (torch.nn.functional.interpolate(masks.float(), size=size).argmax(1) + 1) % masks.shape[1]
@@ -229,11 +248,13 @@ def test_the_time_of_a_case_is_estimated_from_those_before() -> None:
     assert estimate.expect(job, 3.0) == pytest.approx(2 * 12 + 28), "the median, not the last one"
 
 
-@pytest.mark.parametrize("arguments", [["--variant=seg_q"], ["--size=0"]])
-def test_bad_options_are_named(arguments: list[str], tmp_path: Path) -> None:
-    done = bench(tmp_path, *arguments)
+@pytest.mark.parametrize(
+    ("argument", "named"), [("--variant=seg_q", "seg_q"), ("--size=0", "size"), ("--merge=fats", "did you mean fast?")]
+)
+def test_bad_options_are_named(argument: str, named: str, tmp_path: Path) -> None:
+    done = bench(tmp_path, argument)
     assert done.exit_code == 2
-    assert "seg_q" in done.output or "size" in done.output
+    assert named in done.output
 
 
 def test_a_nan_and_an_off_label_have_a_fault() -> None:
