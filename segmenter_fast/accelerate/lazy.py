@@ -29,6 +29,7 @@ from .lazy_functions import (
     destination,
     has_kernel,
     is_transformed,
+    outlined,
     pays,
     without_resize,
 )
@@ -73,7 +74,9 @@ class PatchScores(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        if not args and "input" in kwargs:
+            args = (kwargs.pop("input"),)
         first = args[0] if args else None
         if func is F.interpolate and isinstance(first, PatchScores):
             return _interpolate(first, *args[1:], **kwargs)
@@ -159,6 +162,7 @@ class Upsampled(Tensor):
         kwargs = dict(kwargs or {})
         if not args and "input" in kwargs:
             args = (kwargs.pop("input"),)
+        args = outlined(func, args, Upsampled)
         first = args[0] if args else None
         if func is torch.autograd.grad:
             return _grad(*args, **kwargs)

@@ -37,6 +37,9 @@ SHAPES = frozenset(
     + [getattr(torch, name) for name in _SHAPES.split() if hasattr(torch, name)]
     + [Tensor.mT.__get__]  # type: ignore[attr-defined]
 )
+# They take shape, dtype and device of a tensor and no values: of their own, or of another one.
+_NEW = frozenset(getattr(Tensor, f"new_{name}") for name in ("empty", "full", "ones", "tensor", "zeros"))
+_LIKE = frozenset({Tensor.expand_as, Tensor.reshape_as, Tensor.to, Tensor.type_as, Tensor.view_as})
 COPIES = frozenset({*_CASTS, *_LAYOUTS, Tensor.to, Tensor.cpu})
 VIEWS: dict[Any, Callable[..., Upsampling | None]] = {
     **{function: Upsampling.detach for function in (Tensor.detach, torch.detach)},
@@ -83,6 +86,15 @@ def pays(upsampling: Upsampling, function: Any) -> bool:
     patches = scores.shape[2] * scores.shape[3]
     enough = scores.shape[0] * scores.shape[1] * pixels >= least and math.prod(upsampling.size) >= ratio * patches
     return enough or scores.device.type != "cpu"
+
+
+def outlined(function: Any, args: tuple[Any, ...], cls: type[Tensor]) -> tuple[Any, ...]:
+    """The arguments; one element, expanded, stands for tensors of ``cls`` whose values the function does not read."""
+    here = slice(0, 1) if function in _NEW else slice(1, 2) if function in _LIKE else slice(0)
+    outlines = [
+        torch.empty(1, dtype=x.dtype, device=x.device).expand(x.shape) if isinstance(x, cls) else x for x in args[here]
+    ]
+    return (*args[: here.start or 0], *outlines, *args[here.stop :])
 
 
 def without_resize(upsampling: Upsampling, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -145,6 +145,17 @@ def test_what_would_be_wrong_is_an_error() -> None:
         waiting.exp()
 
 
+def test_dtype_and_shape_need_no_logits() -> None:
+    calls, ones = FullSizeCalls(), torch.ones(1, dtype=torch.float64)
+    waiting = F.interpolate(input=patch_scores(torch.randn(1, 3, 4, 4), calls), size=(8, 8), mode="bilinear")
+    assert torch.equal(waiting.new_tensor([1, 2]), torch.tensor([1.0, 2.0]))
+    assert ones.to(waiting).dtype == ones.type_as(waiting).dtype == torch.float32
+    assert ones.expand_as(waiting).shape == torch.ones(192).view_as(waiting).shape == (1, 3, 8, 8)
+    assert waiting.to(ones).dtype == torch.float64
+    assert isinstance(waiting, Upsampled)
+    assert not calls.counts
+
+
 def test_small_results_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     calls = FullSizeCalls()

@@ -130,6 +130,8 @@ def step(r: random.Random, x: Tensor, rounded: bool, resized: bool, first: bool)
         "cpu": lambda y: y.cpu(),
         "unbind": lambda y: y.unbind(0),
         "iterate": lambda y: list(y),
+        "new": lambda y: (y.new_tensor([1, 2]), y.new_zeros(2, 3), y.new_full((2,), 3.0, dtype=torch.float16)),
+        "like": lambda y: (torch.ones(1).to(y), torch.ones(1).type_as(y), torch.ones(1).expand_as(y)),
         "facts": lambda y: (y.shape, y.stride(), y.size(-1), y.ndim, len(y), y.numel(), y.dtype, y.device, y.is_leaf),
         "more facts": lambda y: (y.requires_grad, y.is_contiguous(), torch.is_floating_point(y), y.is_cuda),
         "exp": lambda y: y.exp(),
