@@ -109,7 +109,7 @@ def merging() -> Any:
 
 
 class Batches(list[dict[str, Any]]):
-    """What the program's loader gives."""
+    """Batches as the program's loader gives them."""
 
     n_cls = CLASSES
 
