@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,28 +16,38 @@ from .classes import Color
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 RANDOM = "RANDOM WEIGHTS: these labels mean nothing"
 _INK, _PAPER, _ALARM = (32, 32, 38), (250, 250, 248), (190, 20, 20)
-_WIDE_FONT = "DejaVuSans.ttf"
+# Fonts of many scripts: of Linux distributions, Windows and macOS.
+_FONTS = (
+    *("DejaVuSans.ttf", "NotoSansCJK-Regular.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf", "NanumGothic.ttf"),
+    *("msyh.ttc", "YuGothM.ttc", "malgun.ttf", "PingFang.ttc", "Hiragino Sans GB.ttc", "AppleSDGothicNeo.ttc"),
+    "Arial Unicode.ttf",
+)
 _GAP, _LEAST_WIDTH, _MOST_ENTRIES = 6, 256, 24
 
 
 def legend_of(
-    counts: np.ndarray, palette: Sequence[Color], names: Sequence[str], shares: bool = True
+    counts: np.ndarray, palette: Sequence[Color], names: Sequence[str], shares: bool = True, drawn: bool = True
 ) -> list[tuple[Color | None, str]]:
     """Return colour and text, name and share of the pixels if wanted, of the classes that occur, the largest first.
 
     Args:
         counts: ``(K,)`` pixels of each class.
+        drawn: by a font that may lack letters: then the numbers of classes stand for their names.
 
     Returns:
-        24 entries at most; then one without a colour that counts the others.
+        24 entries at most; then one without a colour that counts the others, and one that says that names are missing.
     """
     order = [int(place) for place in np.argsort(-counts, kind="stable") if counts[place]]
+    text = "".join(names[place] for place in order[:_MOST_ENTRIES])
+    lost = set(text) - _drawn(_font(14, text), text) if drawn and not text.isascii() else set[str]()
+    names = [f"class {place}" if lost & set(name) else name for place, name in enumerate(names)]
     shown: list[tuple[Color | None, str]] = [
         (palette[place], f"{names[place]}, {percent(counts[place] / counts.sum())}" if shares else names[place])
         for place in order[:_MOST_ENTRIES]
     ]
     left = len(order) - len(shown)
-    return [*shown, (None, f"and {left} more")] if left else shown
+    shown += [(None, f"and {left} more")] if left else []
+    return [*shown, (None, "no installed font has the letters of the other names")] if lost else shown
 
 
 def percent(share: float) -> str:
@@ -90,14 +101,30 @@ def captioned(
 
 
 def _font(size: int, text: str) -> Font:
-    """Return Pillow's font, or for other than ASCII text DejaVu Sans: the system's, or the one that matplotlib has."""
-    if not text.isascii():
-        spec = importlib.util.find_spec("matplotlib")
-        folder = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" if spec and spec.origin else Path()
-        for path in (_WIDE_FONT, folder / _WIDE_FONT):
-            with contextlib.suppress(OSError):
-                return ImageFont.truetype(path, size)
-    return ImageFont.load_default(size)
+    """Return Pillow's font, or for other than ASCII text the installed one of ``_FONTS`` that has most of its letters.
+
+    DejaVu Sans is taken from matplotlib where the system has none.
+    """
+    fonts = [] if text.isascii() else [ImageFont.truetype(path, size) for path in _installed()]
+    return max(fonts, key=lambda font: len(_drawn(font, text)), default=ImageFont.load_default(size))
+
+
+@functools.cache
+def _installed() -> tuple[str, ...]:
+    """Return the paths of the fonts that are there."""
+    spec = importlib.util.find_spec("matplotlib")
+    folder = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" if spec and spec.origin else Path()
+    found = list[str]()
+    for name in (*_FONTS, str(folder / _FONTS[0])):
+        with contextlib.suppress(OSError):
+            found.append(str(ImageFont.truetype(name).path))
+    return tuple(found)
+
+
+def _drawn(font: Font, text: str) -> set[str]:
+    """Return the letters that a font has; for others it draws what it draws for a code point without a letter."""
+    missing = bytes(font.getmask("\U0010ffff"))
+    return {letter for letter in text if letter.isspace() or bytes(font.getmask(letter)) != missing}
 
 
 def _cut(text: str, width: int, font: Font) -> str:

@@ -62,8 +62,24 @@ def test_other_letters_have_another_font(monkeypatch: pytest.MonkeyPatch) -> Non
     panel = Image.new("RGB", (100, 20))
     first, second = (np.asarray(captioned([[panel]], legend=[(None, text)])) for text in ("größe", "gräße"))
     assert not np.array_equal(first, second)  # boxes would be alike
-    monkeypatch.setattr(captions, "_WIDE_FONT", "no such font.ttf")
+    monkeypatch.setattr(captions, "_installed", tuple)
     assert captioned([[panel]], legend=[(None, "größe")]).size[0] == 256
+
+
+def test_names_without_letters_in_any_font_are_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(pytest.importorskip("matplotlib").get_data_path()) / "fonts/ttf"
+    names, counts = ("道路", "größe", "sky", "\N{GREEK SMALL LETTER PHI}"), np.array([3, 4, 5, 0])
+    monkeypatch.setattr(captions, "_installed", lambda: (str(folder / "DejaVuSans.ttf"),))
+    given = legend_of(counts, (*COLORS, COLORS[0]), names, shares=False)
+    told = "no installed font has the letters of the other names"
+    assert given == [(COLORS[2], "sky"), (COLORS[1], "größe"), (COLORS[0], "class 0"), (None, told)]
+    whole = legend_of(counts, (*COLORS, COLORS[0]), names, shares=False, drawn=False)  # a browser has its own fonts
+    assert whole == [(COLORS[2], "sky"), (COLORS[1], "größe"), (COLORS[0], "道路")]
+    few, most = str(folder / "cmmi10.ttf"), str(folder / "DejaVuSans.ttf")
+    for order in ((few, most), (most, few)):
+        monkeypatch.setattr(captions, "_installed", lambda order=order: order)
+        assert captions._font(14, names[3] + "ö").path == most
+    assert captions._font(14, "plain").path != most
 
 
 def test_samples_show_image_labels_and_prediction() -> None:

@@ -78,8 +78,8 @@ class Prediction:
         bands = np.array_split(self.labels, max(self.labels.size >> 24, 1))
         return np.sum([np.bincount(band.ravel(), minlength=len(self.class_names)) for band in bands], 0)
 
-    def _legend(self) -> list[tuple[Color | None, str]]:
-        return legend_of(self._counts(), self.palette, self.class_names)
+    def _legend(self, drawn: bool = True) -> list[tuple[Color | None, str]]:
+        return legend_of(self._counts(), self.palette, self.class_names, drawn=drawn)
 
     def _size(self, classes: int) -> str:
         return f"{self.raster.width} x {self.raster.height}, {classes} class{'es' if classes > 1 else ''}"
@@ -95,7 +95,7 @@ class Prediction:
         picture = visualize.reduced_overlay(
             self.raster, lambda top, bottom: self.labels[top:bottom], self.palette, _NOTEBOOK_SIDE
         )
-        legend = [(color, text) for color, text in self._legend() if color is not None]
+        legend = [(color, text) for color, text in self._legend(drawn=False) if color is not None]
         classes = int((self._counts() > 0).sum())
         title = self._size(classes) + (f", the {len(legend)} largest:" if len(legend) < classes else ":")
         return visualize.html_figure(picture, title, legend)
