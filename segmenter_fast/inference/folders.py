@@ -15,7 +15,7 @@ import numpy as np
 from .. import visualize
 from ..captions import captioned, legend_of
 from ..io import images
-from ..io.atomic import write_png
+from ..io.atomic import remove_left, write_png
 from ..io.images import Raster
 from ..io.label_tiff import check_label_tiff, write_label_tiff
 from ..io.walk import IMAGE_SUFFIXES, Ignored, describe_ignored, files_below, sort_out
@@ -118,7 +118,7 @@ def plan(
 
 
 def make_writable(out: Path, overlay: bool = True, tokens: bool = False) -> None:
-    """Make the output folders and try to write into them.
+    """Make the output folders, try to write into them, and remove what killed processes left there half-written.
 
     Raises:
         OSError: a folder cannot be made or written, naming it.
@@ -128,7 +128,7 @@ def make_writable(out: Path, overlay: bool = True, tokens: bool = False) -> None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
-                pass
+                remove_left(folder)
         except OSError as error:
             raise OSError(f"output folder {out} cannot be written: {error.strerror or error}") from error
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +20,11 @@ from PIL.PngImagePlugin import PngInfo
 RECORD = "segmenter-fast"
 """Name of the text in an output file that says what it was made of; see ``inference.records``."""
 SAVING = ".saving-"
-"""Start of the names of temporary folders; a killed process may leave some."""
+"""Start of the names of temporary folders; a killed process may leave some, see ``remove_left``."""
+
+
+_YOUNG = 5.0
+"""Seconds after which the process that made a temporary folder has locked it."""
 
 
 @contextmanager
@@ -35,7 +42,7 @@ def atomic_files(folder: Path) -> Iterator[Path]:
         opened = tempfile.TemporaryDirectory(prefix=SAVING, dir=folder)
     except OSError as error:  # it names the temporary folder
         raise type(error)(error.errno, f"{error.strerror}, nothing can be written there", str(folder)) from error
-    with opened as name:
+    with opened as name, _locked(Path(name)):
         temporary = Path(name)
         probe = temporary / "mode"
         probe.touch()
@@ -60,6 +67,39 @@ def atomic_files(folder: Path) -> Iterator[Path]:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder until the end of the block or of the process; yield False if another process has done so.
+
+    Yields False, too, where the system has no locks of folders.
+    """
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows; another process removed it
+        yield False
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = True
+    except OSError:
+        locked = False
+    try:
+        yield locked
+    finally:
+        os.close(descriptor)
+
+
+def remove_left(folder: Path) -> None:
+    """Remove the temporary folders, anywhere below a folder, of processes that were killed while they wrote."""
+    with contextlib.suppress(OSError):  # others may write and remove there, too
+        for left in folder.rglob(f"{SAVING}*"):
+            with _locked(left) as unused:
+                if unused and time.time() - left.stat().st_mtime > _YOUNG:
+                    shutil.rmtree(left, ignore_errors=True)
 
 
 @contextmanager

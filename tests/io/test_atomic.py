@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from segmenter_fast.io.atomic import atomic_files, atomic_path, write_json, write_png
+from segmenter_fast.io.atomic import atomic_files, atomic_path, remove_left, write_json, write_png
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -111,3 +111,18 @@ def test_a_full_disk_names_the_folder(tmp_path: Path) -> None:
     ):
         raise OSError(errno.ENOSPC, "No space left on device")  # as Pillow, without a name
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs locks of folders")
+def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
+    old, young = tmp_path / "sub/.saving-old", tmp_path / ".saving-young"
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+        (folder / "x.png").touch()
+    with atomic_files(tmp_path / "sub") as written:
+        (written / "y").touch()
+        for folder in (old, written):
+            os.utime(folder, (0, 0))
+        remove_left(tmp_path)
+        assert (old.exists(), young.exists(), written.exists()) == (False, True, True)
+    assert (tmp_path / "sub/y").exists()
