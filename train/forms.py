@@ -28,7 +28,7 @@ from .datasets.base import IGNORE
 from .datasets.class_lists import ReadOptions, color_table
 from .datasets.colors import named_colors
 from .datasets.layouts import LAYOUTS, value_table
-from .datasets.pairs import Pair, PairedFiles, read_pixels
+from .datasets.pairs import LABEL_SUFFIXES, Pair, PairedFiles, read_pixels
 from .evaluation import ConfusionMatrix, Scores
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -98,7 +98,7 @@ class Form:
 def find_photos(
     inputs: Sequence[Path], labels: Path | None, config: SegmenterConfig, options: ReadOptions | None = None
 ) -> PairedFiles:
-    """List images as ``plan`` does, with the paths of their labels, PNG files of the same names that may be missing.
+    """List images as ``plan`` does, with their labels, PNG or TIFF files of the same names, which may be missing.
 
     Pixels of label files are the model's label values, by default classes from 0 on, or 255, which does not count; or
     colours of its palette. A single input with the folders ``images`` and ``labels`` names both.
@@ -119,7 +119,8 @@ def find_photos(
     pairs = []
     for job in plan(inputs, labels or root, overlay=False, root=root, keep_suffix=True):  # nothing is written there
         name = job.source.relative_to(root)
-        files = [labels / name.with_suffix(".png"), labels / f"{name}.png"] if labels else [Path()]
+        named = (f"{stem}{end}" for end in LABEL_SUFFIXES for stem in (name.with_suffix(""), name))
+        files = [labels / own for own in named] if labels else [Path()]
         pairs.append(Pair(str(name), job.source, next(filter(Path.is_file, files), files[0])))
     if labels is not None and not any(pair.labels.is_file() for pair in pairs):
         raise ValueError(f"no image has labels: expected files such as {pairs[0].labels}")

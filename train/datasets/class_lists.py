@@ -13,7 +13,7 @@ from ...classes import ClassList
 from ...config import did_you_mean
 from ...visualize import default_palette
 from .base import IGNORE
-from .colors import ColorTable, named_colors, read_palette
+from .colors import ColorTable, named_colors, read_palette, read_text
 
 CLASS_FILES = ("classes.json", "classes.txt")
 _KEYS = ("classes", "palette", "values", "ignored", "reduce_zero_label")
@@ -96,8 +96,9 @@ def color_table(classes: ClassList, table: np.ndarray) -> ColorTable | str:
     named = list(zip(classes.class_names, classes.palette, strict=True))
     values = {color: int(np.flatnonzero(table == place)[0]) for place, (_, color) in enumerate(named)}
     names = {color: name for name, color in named}
-    if len(values) < len(named) or values.keys() & set(classes.ignored_colors):
-        return "its colours cannot be told apart: two entries of the palette have one colour"
+    shared = [(name, names[color], color) for name, color in named if names[color] != name]
+    if shared := shared + [(names[color], "one ignored", color) for color in classes.ignored_colors if color in names]:
+        return "its colours cannot be told apart: {} and {} have one colour in the palette, {}".format(*shared[0])
     if classes.ignored_colors and not (table == IGNORE).any():
         return "colours that are ignored need a value that no class has"
     values |= {color: int(np.flatnonzero(table == IGNORE)[-1]) for color in classes.ignored_colors}
@@ -106,10 +107,7 @@ def color_table(classes: ClassList, table: np.ndarray) -> ColorTable | str:
 
 def _read(path: Path) -> dict[str, Any]:
     """Return the content of a class file by the keys of ``classes.json``."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except ValueError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+    text = read_text(path)
     if path.suffix != ".json":
         return {"classes": [line.strip() for line in text.splitlines() if line.strip()]}
     try:

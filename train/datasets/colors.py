@@ -16,6 +16,14 @@ _MANY = 16
 """Unknown colours in one file from which on lossy compression is the likely reason."""
 
 
+def read_text(path: Path) -> str:
+    """Read UTF-8; an error about other bytes, a ValueError, names the file."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except ValueError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
 def read_palette(path: Path) -> dict[str, Color]:
     """Read a name and its red, green and blue, 0 to 255, a line; a heading and lines that start with # are left out.
 
@@ -24,7 +32,7 @@ def read_palette(path: Path) -> dict[str, Color]:
         OSError: the file cannot be read.
     """
     found: dict[str, Color] = {}
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    lines = [line.strip() for line in read_text(path).splitlines()]
     for number, line in enumerate(lines, 1):
         match = _LINE.match(line)
         if not line or line.startswith("#") or (not match and number == 1):

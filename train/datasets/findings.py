@@ -94,11 +94,13 @@ class Findings:
         self.problems = [f"labels {path} belong to no image" for path in dataset.strays]
         self.values, self.sizes, self.orientations = Counter[int](), Counter[str](), Counter[tuple[int, int]]()
         self.labels = self.bad_values = 0
+        self._why = f"; {dataset.colors}"  # colours cannot be read; the first of such problems says it
 
     def add(self, checked: CheckedPair) -> None:
         self.pixels += checked.pixels
         self.ignored += checked.ignored
-        self.problems += checked.problems
+        told = any(problem.endswith(self._why) for problem in self.problems)
+        self.problems += [problem.removesuffix(self._why) if told else problem for problem in checked.problems]
         self.values += checked.values
         self.labels += bool(checked.values)
         self.bad_values += checked.invalid

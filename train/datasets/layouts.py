@@ -17,7 +17,7 @@ from ...classes import DATASET_CLASSES, ClassList
 from ...io.walk import IMAGE_SUFFIXES, Ignored, describe_ignored, files_below, sort_out
 from .base import IGNORE, SegmentationDataset
 from .class_lists import ReadOptions, color_table, read_classes
-from .pairs import INVALID, Pair, PairedFiles
+from .pairs import INVALID, LABEL_SUFFIXES, Pair, PairedFiles
 from .shapes import Shapes
 
 SPLITS = ("train", "val")
@@ -38,6 +38,7 @@ class Layout:
     image_end: str = ""
     """End of the images' names; empty: any suffix of an image."""
     label_end: str = ".png"
+    """End of the label files' names; empty: any of ``LABEL_SUFFIXES``."""
     lists: dict[str, str] | None = None
     """Files that name the samples of each split, one a line; None: all images of the folder."""
     below: tuple[str, ...] = ()
@@ -89,7 +90,9 @@ LAYOUTS: dict[str, Layout] = {
         lists={split: f"ImageSets/SegmentationContext/{split}.txt" for split in SPLITS},
         below=("VOC2010", "VOCdevkit/VOC2010"),
     ),
-    "folder": Layout({split: f"images/{split}" for split in SPLITS}, {split: f"labels/{split}" for split in SPLITS}),
+    "folder": Layout(
+        {split: f"images/{split}" for split in SPLITS}, {split: f"labels/{split}" for split in SPLITS}, label_end=""
+    ),
 }
 KINDS = ("auto", *LAYOUTS, "shapes")
 
@@ -154,7 +157,7 @@ def open_files(folder: Path, kind: str, split: str, options: ReadOptions | None 
     if root is None or not (root / layout.images[split]).is_dir() or not (root / layout.labels[split]).is_dir():
         raise ValueError(f"{folder} has no {split} split of kind {kind}: looked for {layout.wanted(split)}")
     classes = DATASET_CLASSES[kind] if kind in DATASET_CLASSES else read_classes(root, options)
-    images, labels, strays = root / layout.images[split], root / layout.labels[split], list[Path]()
+    images, labels, own = root / layout.images[split], root / layout.labels[split], dict[str, Path]()
     ignored: Ignored = {}
     if layout.lists:
         path = root / layout.lists[split]
@@ -164,19 +167,19 @@ def open_files(folder: Path, kind: str, split: str, options: ReadOptions | None 
     else:
         taken, ignored = sort_out(files_below(images), (layout.image_end,) if layout.image_end else None)
         found = _by_name(taken, images, layout.image_end)
-        known = {labels / (name + layout.label_end) for name, _ in found}
-        label_files, others = sort_out(files_below(labels), (layout.label_end,))
-        strays = [path for path in label_files if path not in known]
-        if layout.label_end == ".png":  # other layouts have files of other kinds there
+        taken, others = sort_out(files_below(labels), (layout.label_end,) if layout.label_end else LABEL_SUFFIXES)
+        own = dict(_by_name(taken, labels, layout.label_end))
+        if layout.label_end in ("", ".png"):  # other layouts have files of other kinds there
             ignored |= {f"{reason}, among labels": paths for reason, paths in others.items()}
-    pairs = tuple(Pair(name, path, labels / (name + layout.label_end)) for name, path in found)
+    end = layout.label_end or LABEL_SUFFIXES[0]
+    pairs = tuple(Pair(name, path, own.pop(name, labels / (name + end))) for name, path in found)
     if not pairs:
         ends = layout.image_end or " ".join(IMAGE_SUFFIXES)
         rest = f"; {describe_ignored(ignored)}" if ignored else ""
         raise ValueError(f"the {split} split is empty: no images in {images} that end in {ends}{rest}")
     table, named = value_table(layout, classes), (classes.class_names, classes.palette)
     colors = color_table(classes, table)
-    return PairedFiles(*named, pairs, tuple(strays), ignored, table, colors=colors, page=options.page)
+    return PairedFiles(*named, pairs, tuple(own.values()), ignored, table, colors=colors, page=options.page)
 
 
 def value_table(layout: Layout, classes: ClassList) -> np.ndarray:

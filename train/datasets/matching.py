@@ -48,10 +48,10 @@ def match_names(
     elif strict and (missing := [name for name, place in zip(names, found, strict=True) if place is None]):
         what = f"the model has no class {', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}"
     if what:
+        number = ", or --class-map order to take them by number" if len(own) == len(names) else ""
         raise ValueError(
             f"{what}. Classes of the model: {', '.join(own)}. Classes of the data: {', '.join(names)}. Give "
-            "--class-map DATA=MODEL for each other name, DATA= for a class that does not count, or --class-map order "
-            "to take as many classes by number"
+            f"--class-map DATA=MODEL for each other name, DATA= for a class that does not count{number}"
         )
     return [-1 if place is None else place for place in found]
 

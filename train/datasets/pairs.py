@@ -13,15 +13,16 @@ from PIL import ExifTags, Image, ImageOps
 from ...classes import Color
 from ...io.channels import RGB, Channels
 from ...io.images import read_image
-from ...io.pillow_images import check_regular, seek_page
-from ...io.walk import Ignored
+from ...io.pillow_images import UNREADABLE, check_regular, seek_page
+from ...io.walk import Ignored, reason_of
 from .base import IGNORE, SampleError, SegmentationDataset
 from .colors import ColorTable, UnknownColorError
 
 INVALID = -1
 """Marks a value that is neither a class nor ignored in a table of values."""
+LABEL_SUFFIXES = (".png", ".tif", ".tiff")
 # Modes with one value for each pixel; Pillow reads 16-bit PNG files as I;16, older versions as I.
-_INDEX_MODES = ("L", "P", "1", "I", "I;16")
+_INDEX_MODES = ("L", "P", "1", "I", "I;16", "I;16B")
 # Pillow spreads grey of few bits over 0 to 255: the step of the shades by its raw mode.
 _SHADES = {"L;2": 85, "L;4": 17}
 
@@ -139,7 +140,7 @@ def read_pixels(path: Path, page: int = 0, channels: Channels = RGB) -> np.ndarr
     except ValueError as error:
         raise SampleError(f"image {path}: {error}") from error
     except OSError as error:
-        raise SampleError(str(error)) from error
+        raise SampleError(reason_of(error)) from error
 
 
 def read_values(path: Path, colors: ColorTable | str = "", page: int = 0) -> np.ndarray:
@@ -167,18 +168,23 @@ def read_values(path: Path, colors: ColorTable | str = "", page: int = 0) -> np.
             if opened.mode not in _INDEX_MODES:
                 raise SampleError(
                     f"labels {path} have mode {opened.mode}; one class index for each pixel is needed: "
-                    f"a grey or palette PNG{f'; {colors}' if isinstance(colors, str) and colors else ''}"
+                    f"a grey or palette PNG or TIFF{f'; {colors}' if isinstance(colors, str) and colors else ''}"
                 )
             raw = opened.tile[0][3] if opened.tile else ""
-            step = _SHADES.get(raw if isinstance(raw, str) else (raw or ("",))[0], 1)
+            raw = raw if isinstance(raw, str) else (raw or ("",))[0]
+            if "I" in raw.partition(";")[2]:
+                raise SampleError(
+                    f"labels {path} have 0 as white, of which Pillow makes other values: write 0 as black"
+                )
+            step = _SHADES.get(raw, 1)
             upright = ImageOps.exif_transpose(opened)
             values = np.asarray(upright) // step if step > 1 else np.asarray(upright)
     except FileNotFoundError:
         raise SampleError(f"labels {path} do not exist") from None
     except (SampleError, UnknownColorError):
         raise
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise SampleError(f"labels {path} cannot be read: {error}") from error
+    except UNREADABLE as error:
+        raise SampleError(f"labels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     if values.dtype in (np.uint8, np.bool_):
         return values.astype(np.uint8)
     if values.min() < 0 or values.max() > 65535:
@@ -192,7 +198,7 @@ def orientation(path: Path) -> int:
         check_regular(path)
         with Image.open(path) as opened:
             found = opened.getexif().get(ExifTags.Base.Orientation, 1)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+    except UNREADABLE:
         return 1
     return found if found in range(1, 9) else 1
 

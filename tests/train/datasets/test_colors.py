@@ -86,10 +86,13 @@ def test_palette_images_keep_their_indices(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (None, r"have mode RGB; .* a grey or palette PNG; colours need a palette in classes\.json, or as --palette"),
+        (
+            None,
+            r"have mode RGB; .* grey or palette PNG or TIFF; colours need a palette in classes\.json, or as --palette",
+        ),
         (
             {"classes": ["sky", "sea"], "palette": [[1, 1, 1], [1, 1, 1]]},
-            "its colours cannot be told apart: two entries of the palette have one colour",
+            r"its colours cannot be told apart: sky and sea have one colour in the palette, \(1, 1, 1\)",
         ),
         (
             {"classes": ["sky", "sea"], "palette": COLORS[:2], "values": [0, 255], "ignored": [VOID]},
@@ -105,6 +108,11 @@ def test_colours_without_a_meaning_are_refused(classes: object, message: str, tm
     write_colors(tmp_path, classes=classes)
     with pytest.raises(SampleError, match=message):
         open_dataset(tmp_path).read(0)
+    findings = Findings(open_dataset(tmp_path))
+    for checked in check_files(findings.dataset):
+        findings.add(checked)
+    assert len(findings.problems) == 3
+    assert sum("; " in problem.partition("needed: ")[2] for problem in findings.problems) == 1  # the reason
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from PIL import Image
 
 from segmenter_fast.classes import DATASET_CLASSES
+from segmenter_fast.io.label_tiff import write_label_tiff
 from segmenter_fast.train.datasets import SampleError, open_dataset
 from segmenter_fast.train.datasets.layouts import read_classes
 from segmenter_fast.visualize import default_palette
@@ -90,6 +92,30 @@ def test_modes_of_label_files(mode: str, tmp_path: Path) -> None:
         image = Image.fromarray(values.astype(np.uint16))
     image.save(path)
     assert np.array_equal(open_dataset(root, "auto", "train").read(0)[1], values)
+
+
+@pytest.mark.parametrize("kind", ["grey", "palette", "wide", "big endian"])
+def test_labels_may_be_tiff(kind: str, tmp_path: Path) -> None:
+    root = write_folder(tmp_path)
+    values = np.resize(np.array([2, 1, 0, 255], np.uint8), (HEIGHT, WIDTH))
+    path = root / "labels/train/sub/a.tif"
+    path.with_suffix(".png").unlink()
+    options: dict[str, object] = {"tile": (16, 16), "compression": "zlib", "photometric": "minisblack"}
+    options["extratags"] = [(33922, 12, 6, (0.0,) * 6, True)]  # a tie point
+    if kind == "palette":
+        write_label_tiff(path, [values], values.shape, default_palette(256), ["x"] * 256)
+    else:
+        order = ">" if kind == "big endian" else "<"
+        tifffile.imwrite(path, values.astype("u1" if kind == "grey" else "u2"), byteorder=order, **options)
+    dataset = open_dataset(root)
+    assert np.array_equal(dataset.read(2)[1], values)
+    assert not dataset.strays
+    tifffile.imwrite(path, values, photometric="miniswhite")
+    with pytest.raises(SampleError, match="have 0 as white, of which Pillow makes other values"):
+        dataset.read(2)
+    Image.fromarray(values).save(path.with_suffix(".png"))
+    with pytest.raises(ValueError, match=r"sub/a\.png and .*sub/a\.tif have one name"):
+        open_dataset(root)
 
 
 def test_two_classes_may_be_a_bitmap(tmp_path: Path) -> None:
