@@ -136,8 +136,14 @@ def draw_groups(image: np.ndarray, index: np.ndarray, patch_size: int) -> Image.
     Args:
         index: ``(h, w)`` group of each patch.
         patch_size: pixels of a patch's side.
+
+    Raises:
+        ValueError: patches that do not just cover the image.
     """
     height, width = image.shape[:2]
+    if image.shape[2:] != (3,) or index.shape != (-(-height // patch_size), -(-width // patch_size)):
+        given = f"{image.shape} and {index.shape}"
+        raise ValueError(f"image and index must be (H, W, 3) and (H / {patch_size}, W / {patch_size}), got {given}")
     groups = index.repeat(patch_size, 0).repeat(patch_size, 1)[:height, :width]
     counts = np.bincount(groups.ravel()).clip(1)
     sums = [np.bincount(groups.ravel(), image[..., channel].ravel()) for channel in range(3)]

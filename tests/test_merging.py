@@ -224,6 +224,9 @@ def test_groups_are_drawn_in_their_mean_colours() -> None:
     assert exact.flatten(1).tolist() == [list(range(5 * 6))]
     pixels = np.zeros((4, 5, 3), np.uint8)
     pixels[:, :2], pixels[:, 2:4], pixels[:, 4] = 90, 30, 200
+    for image, index in ((pixels, np.zeros((3, 2), int)), (pixels[..., 0], np.zeros((2, 3), int))):
+        with pytest.raises(ValueError, match=r"image and index must be \(H, W, 3\) and \(H / 2, W / 2\), got"):
+            draw_groups(image, index, 2)
     drawn = np.asarray(draw_groups(pixels, np.array([[0, 0, 1], [0, 0, 1]]), 2))
     assert (drawn[:, :4] == 60).all()
     assert (drawn[:, 4] == 200 // 3).all()  # a line

@@ -60,7 +60,9 @@ class _Group(TyperGroup):
         except BrokenPipeError:
             raise  # the reader of the output is gone; typer exits silently
         except (OSError, ValueError) as error:
-            say(f"error: {error}", "red")
+            from ..io.walk import reason_of
+
+            say(f"error: {reason_of(error)}", "red")
             raise typer.Exit(2) from None
 
 

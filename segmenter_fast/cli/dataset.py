@@ -46,6 +46,7 @@ def check(
     """Read every file of a data set; report files, classes, values, sizes and problems. Exit code 1: problems."""
     from ..io.atomic import write_json
     from ..io.channels import Channels
+    from ..io.walk import reason_of
     from ..train.datasets.class_lists import ReadOptions
     from ..train.datasets.findings import Findings, check_files
     from ..train.datasets.layouts import LAYOUTS, SPLITS, kind_of, open_files
@@ -63,7 +64,7 @@ def check(
         try:
             found[split] = Findings(replace(open_files(folder, kind, split, options), channels=channels))
         except (OSError, ValueError) as error:
-            problems.append(str(error))
+            problems.append(reason_of(error))
     if not found:
         raise ValueError(problems[0])
     for split, findings in found.items():

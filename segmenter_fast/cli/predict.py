@@ -214,10 +214,12 @@ def _segment_all(
         bars.reset(windows, description=job.source.name, visible=False)
         return functools.partial(bars.update, windows, visible=True)
 
+    from ..io.walk import reason_of
+
     def end(job: Job, restarted: str | None, error: Exception | None) -> None:
         source = str(job.source)
         if error is not None:
-            report.failures.append((source, str(error)))
+            report.failures.append((source, reason_of(error)))
         else:
             report.written += 1
             report.restarts += [(source, restarted)] if restarted else []

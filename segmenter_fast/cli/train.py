@@ -159,7 +159,8 @@ def _model(
             saved = read_checkpoint(Path(pretrained), {})
     saved = saved if saved is not None and saved.has_decoder else None
     if class_map and saved is None:
-        raise ValueError("--class-map matches the classes of a checkpoint with a decoder: give one as --pretrained")
+        given = f"--pretrained {pretrained} has none" if pretrained else "give one as --pretrained"
+        raise ValueError(f"--class-map matches the classes of a checkpoint with a decoder: {given}")
     names, places = fields["class_names"], list[int]()
     if saved is not None:
         own, have, wanted = saved.config.class_names, saved.config.num_classes, len(names)

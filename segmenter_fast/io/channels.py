@@ -47,9 +47,11 @@ class Channels:
         Raises:
             ValueError: the image has another number of bands than the model takes, and none are named.
         """
+        pages = "" if found > 1 else "; bands that are pages of a file are not read: write them into one page"
         if self.bands:
             if max(self.bands) > found:
-                raise ValueError(f"the image has {found} bands, there is no band {max(self.bands)} for --bands")
+                have = f"{found} band{'s' if found > 1 else ''}"
+                raise ValueError(f"the image has {have}, there is no band {max(self.bands)} for --bands{pages}")
             return [band - 1 for band in self.bands]
         if self.count in (found, found - alpha):
             return list(range(self.count))
@@ -58,7 +60,7 @@ class Channels:
         some = ",".join(str(band % found + 1) for band in range(self.count))
         raise ValueError(
             f"the image has {found} band{'s' if found > 1 else ''} (1 to {found}), and the model takes {self.count}: "
-            f"name them by --bands, such as --bands {some} (bands= in Python)"
+            f"name them by --bands, such as --bands {some} (bands= in Python){pages}"
         )
 
 
@@ -85,8 +87,11 @@ def to_unit(values: np.ndarray, scale: float | None) -> np.ndarray:
     return pixels
 
 
-def warn_if_dark(pixels: np.ndarray) -> None:
-    """Warn of pixels, uint8 or with 1 as the largest value, that use a small part of the range, but are not blank."""
+def warn_if_dark(pixels: np.ndarray, scale: float | None) -> None:
+    """Warn of pixels, uint8 or with 1 for ``scale``, that use a small part of the range, but are not blank."""
     if 0 < float(pixels.max()) / (255 if pixels.dtype == np.uint8 else 1) < DARK:
-        told = "an image uses less than an eighth of the range of its values; if they have 12 bits in a file of 16, "
-        warnings.warn(told + "--scale 4095 (scale= in Python) makes it as bright as others", stacklevel=3)
+        used = "range of its values; if they have 12 bits in a file of 16, --scale 4095"
+        if scale is not None:
+            used = f"range up to the scale, {scale:g}; a smaller --scale"
+        told = f"an image uses less than an eighth of the {used} (scale= in Python) makes it as bright as others"
+        warnings.warn(told, stacklevel=3)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .channels import RGB, Channels, to_unit, warn_if_dark
 from .large_images import NotByRowsError, TiffRaster, VipsRaster
-from .pillow_images import check_regular, count_pages, read_by_pillow, register_heif, seek_page, to_pixels
+from .pillow_images import UNREADABLE, check_regular, count_pages, read_by_pillow, register_heif, seek_page, to_pixels
 
 ImageSource = str | os.PathLike[str] | Image.Image | np.ndarray
 
@@ -75,7 +75,7 @@ def open_raster(image: ImageSource, page: int | None = None, channels: Channels 
             tiff.check_decodes()
             if tiff.wide:
                 rows = range(0, tiff.height, -(-tiff.height // 8))
-                warn_if_dark(np.concatenate([tiff.read(row, row + 1) for row in rows]))
+                warn_if_dark(np.concatenate([tiff.read(row, row + 1) for row in rows]), channels.scale)
             return tiff
         except NotByRowsError as reason:
             reasons.append(str(reason))
@@ -192,7 +192,7 @@ def _read_bands(path: str, tiff: TiffRaster, page: int, channels: Channels) -> n
             raise OSError(f"image {path} cannot be read: {reason}; {other}") from other
     pixels = raster.read(0, raster.height)
     if tiff.wide:
-        warn_if_dark(pixels)
+        warn_if_dark(pixels, channels.scale)
     return pixels
 
 
@@ -203,5 +203,5 @@ def _is_large(path: str, page: int) -> bool:
             return opened.width * opened.height > LARGE_PIXELS
     except Image.DecompressionBombError:
         return True
-    except (OSError, SyntaxError, ValueError):
+    except UNREADABLE:
         return False  # read_image raises a better error

@@ -16,7 +16,7 @@ from .walk import HEIF_SUFFIXES
 _PAGED = ("GIF", "PNG", "TIFF", "WEBP")
 _SUBFILE, _REDUCED_OR_MASK = 254, 5
 # Errors of Pillow on files that are cut short or no images.
-_UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (OSError, SyntaxError, EOFError, ValueError, struct.error, Image.DecompressionBombError)
 
 
 def read_by_pillow(path: str, page: int, channels: Channels, reasons: list[str]) -> np.ndarray:
@@ -33,7 +33,7 @@ def read_by_pillow(path: str, page: int, channels: Channels, reasons: list[str])
             upright = ImageOps.exif_transpose(opened)
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise  # these name the file themselves
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         more = f"; {'; '.join(reasons)}" if reasons else ""
         raise OSError(f"image {path} cannot be read: {error}{more}") from error
     wide = ";16" in str(raw) or upright.mode.startswith("I")
@@ -41,7 +41,7 @@ def read_by_pillow(path: str, page: int, channels: Channels, reasons: list[str])
         raise OSError(f"image {path} cannot be read: Pillow makes 8 bits of its 16; convert it to TIFF")
     pixels = to_pixels(upright, channels)
     if wide:
-        warn_if_dark(pixels)
+        warn_if_dark(pixels, channels.scale)
     return pixels
 
 
@@ -86,7 +86,7 @@ def count_pages(path: str | os.PathLike[str]) -> int:
                 opened.seek(page)
                 kinds.append(getattr(opened, "tag_v2", {}).get(_SUBFILE, 0))
             return sum(not kind & _REDUCED_OR_MASK for kind in kinds)
-    except (*_UNREADABLE, TypeError):
+    except (*UNREADABLE, TypeError):
         return 1  # the reader raises a better error
 
 

@@ -1,4 +1,4 @@
-"""Files below a folder, and which of them are images."""
+"""Files below a folder, which of them are images, and errors of the system about files."""
 
 from __future__ import annotations
 
@@ -63,3 +63,10 @@ def describe_ignored(ignored: Ignored) -> str:
     parts = [f"{len(paths)} ({reason}: {paths[0].name})" for reason, paths in sorted(ignored.items())]
     count = sum(map(len, ignored.values()))
     return f"{count} file{'s are' if count > 1 else ' is'} not read: {', '.join(parts)}"
+
+
+def reason_of(error: Exception) -> str:
+    """Return the message of an error; of one of the system: its file, and what is wrong with it."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{os.fsdecode(error.filename)}: {error.strerror[0].lower()}{error.strerror[1:]}"
+    return str(error)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import segmenter_fast as sf
 from segmenter_fast.cli import checkpoints
+from support.folders import write_folder
 from support.predict import MODEL, call
 
 
@@ -51,3 +54,35 @@ def test_version_and_help() -> None:
     for command in ("predict", "info", "variants"):
         assert command in call("--help").output
         assert call(command, "--help").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("dataset", "check", "DATA", "--palette", "NONE"),
+        ("train", "--data", "DATA", "--preset", "folder", "--out", "run", "--palette", "NONE"),
+        ("evaluate", MODEL, "--data", "DATA", "--palette", "NONE"),
+        ("check", MODEL, "DATA", "--palette", "NONE"),
+        ("evaluate", MODEL, "--data", "NONE"),
+        ("dataset", "check", "NONE"),
+        ("check", MODEL, "NONE"),
+        ("check", MODEL, "DATA", "--labels", "NONE"),
+        ("predict", "NONE", "--model", MODEL, "--out", "out"),
+        ("predict", "DATA", "--model", "NONE", "--out", "out"),
+        ("info", "NONE"),
+        ("plot", "NONE"),
+        ("demo", "--image", "NONE"),
+        ("bench", "compare", "NONE", "NONE"),
+    ],
+    ids=" ".join,
+)
+def test_a_path_of_nothing_is_named_in_plain_words(
+    options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    found = call(*(option.replace("DATA", "data").replace("NONE", "some/thing/missing") for option in options))
+    assert found.exit_code == 2, found.output
+    assert "Errno" not in found.stderr
+    assert "some/thing/missing" in found.stderr
+    assert not (tmp_path / "out").exists()

@@ -91,8 +91,11 @@ def test_fewer_classes_of_the_data_are_found_among_the_model_s() -> None:
     ],
 )
 def test_a_wrong_map_names_the_wrong_side(class_map: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{message}\\. Classes of the model: sky, sea, sand, rock, tree"):
+    with pytest.raises(ValueError, match=f"^{message}\\. Classes of the model: sky, sea, sand, rock, tree") as raised:
         match_names(NAMES, ("x", "sky"), class_map)
+    assert "to take them by number" not in str(raised.value)  # impossible
+    with pytest.raises(ValueError, match=r"or --class-map order to take them by number$"):
+        match_names(NAMES[:2], ("x", "sky"))
 
 
 def test_a_class_that_no_class_of_the_data_is_counts_in_no_mean(model: str, tmp_path: Path) -> None:

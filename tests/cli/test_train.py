@@ -157,7 +157,8 @@ def test_mistakes_are_one_line(tmp_path: Path, squares: dict[str, Any]) -> None:
         ("--variant", "seg_x"): "error: unknown variant 'seg_x'",
         ("--pretrained", str(tmp_path / "nothing")): "nothing",
         ("--accumulate", "3"): "error: accumulate must be at most 2",
-        ("--class-map", "ground=x"): "error: --class-map matches the classes of a checkpoint with a decoder",
+        ("--class-map", "ground=x"): "of a checkpoint with a decoder: give one as --pretrained",
+        ("--class-map", "order", "--pretrained", "timm"): "of a checkpoint with a decoder: --pretrained timm has none",
     }.items():
         failed = run(tmp_path / "run", *options)
         assert failed.exit_code == 2, options

@@ -169,9 +169,23 @@ def test_twelve_bits_in_sixteen_are_warned_of(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read(path, Channels(own.count, scale=4095), large, monkeypatch)
+    with pytest.warns(UserWarning, match="an eighth of the range up to the scale, 40000; a smaller --scale"):
+        read(path, Channels(own.count, scale=40000), large, monkeypatch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         read(write(path, values(count, most=65536)), own, large, monkeypatch)
         read(write(path, values(count) * 0), own, large, monkeypatch)  # a blank image
         read(write(path, values(count, "uint8", 20)), own, large, monkeypatch)  # 8 bits have their range
+
+
+@SIZES
+@pytest.mark.parametrize("channels", [Channels(4), Channels(4, (1, 2, 3, 4))])
+def test_bands_on_pages_of_their_own_are_told_of(
+    channels: Channels, large: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tifffile.imwrite(tmp_path / "x.tif", values(4).transpose(2, 0, 1), photometric="minisblack")
+    with pytest.raises(ValueError, match=r"1 band[, ].*; bands that are pages of a file are not read"):
+        read(tmp_path / "x.tif", channels, large, monkeypatch)
 
 
 @pytest.mark.parametrize(
