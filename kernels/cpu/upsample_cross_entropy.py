@@ -1,4 +1,4 @@
-"""Cross-entropy of bilinearly upsampled masks in plain PyTorch, strip by strip.
+"""Cross-entropy of bilinearly upsampled masks: the C++ kernel of ``src/``, or plain PyTorch strip by strip.
 
 With logits l, z = l - max_k l, S = sum_k exp z_k, target t, class weights v, smoothing e and V = sum_k v_k, the loss
 of a pixel and its gradient, both zero for an ignored pixel, are
@@ -14,71 +14,103 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..bilinear import shape_on_grid
 from ..loss_options import LossOptions
 from ..registry import statistics_dtype, widest
+from .resize import geometry, kernel, pointer
 from .strips import Resize, Transpose
+
+_CHUNK = 1 << 15  # pixels of a chunk of targets in the C++ source
 
 
 def upsample_cross_entropy(
     masks: Tensor, target: Tensor, options: LossOptions, with_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    """Loss, and the gradient of the masks for a loss gradient of 1; an empty tensor if not ``with_grad``."""
-    dtype = statistics_dtype(masks.dtype)
-    total = _target_weight(target, masks.shape[1], options)
+    """Loss, and the gradient of the masks for a loss gradient of 1, channels last; empty if not ``with_grad``."""
+    classes, total = _target_classes(target, masks, options)
     divisor = total if options.reduction == "mean" else torch.ones_like(total)
-    grad_loss = (1 / divisor).to(dtype).expand(target.shape) if with_grad else None
-    loss, grad = _by_strips(masks, target, options, grad_loss)
+    loss, grad = _loss(masks, classes, options, 1 / divisor if with_grad else None)
     if options.reduction != "none":
-        loss = (loss / divisor).where(divisor != 0, torch.nan).to(dtype)  # NaN as in PyTorch, also with smoothing
-    return loss, grad
+        loss = (loss / divisor).where(divisor != 0, torch.nan)  # NaN as in PyTorch, also with smoothing
+    return loss.to(statistics_dtype(masks.dtype)), grad
 
 
 def scale_gradient(grad_loss: Tensor, grad_masks: Tensor, masks: Tensor, index: Tensor | None = None) -> Tensor:
-    """``grad_masks`` of the forward pass times the gradient of the loss, in the dtype of the masks."""
-    return (grad_masks * grad_loss).to(masks.dtype)
+    """``grad_masks`` of the forward pass times the gradient of the loss, in the dtype and layout of the masks."""
+    return torch.mul(grad_masks, grad_loss, out=torch.empty_like(masks))
 
 
 def pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, options: LossOptions) -> Tensor:
     """Gradient of the masks for a loss gradient per pixel (reduction "none")."""
-    return _by_strips(masks, target, options, grad_loss)[1].to(masks.dtype)
+    classes = _target_classes(target, masks, options)[0]
+    return torch.empty_like(masks).copy_(_loss(masks, classes, options, grad_loss)[1])
 
 
-def _by_strips(masks: Tensor, target: Tensor, options: LossOptions, grad_loss: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Loss, per pixel or summed in the widest dtype, and the masks' gradient for ``grad_loss`` ``(B, H', W')``."""
-    dtype, per_pixel = statistics_dtype(masks.dtype), options.reduction == "none"
-    loss = masks.new_zeros(target.shape if per_pixel else (), dtype=dtype if per_pixel else widest(masks.device))
-    grad = masks.new_zeros((0,) if grad_loss is None else masks.shape, dtype=dtype)
-    resize = Resize(masks, options.size, target.shape[1:], options.align_corners, dtype, options.groups)
-    strip_loss = _StripLoss(masks.shape[1], options, dtype)
+def _loss(masks: Tensor, classes: Tensor, options: LossOptions, grad_loss: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Loss, per pixel or summed in the widest dtype, and the masks' gradient for ``grad_loss``.
+
+    ``classes`` ``(B, H', W')`` are int32, -1 where ignored; ``grad_loss`` is a scalar, or one for each of them.
+    """
+    per_pixel, dtype = options.reduction == "none", statistics_dtype(masks.dtype)
+    losses = masks.new_zeros(classes.shape if per_pixel else 0, dtype=dtype)
+    grad = masks.new_empty(0, dtype=dtype)
+    if grad_loss is not None:
+        grad = masks.new_empty(masks.shape[0], *masks.shape[2:], masks.shape[1], dtype=dtype).movedim(-1, 1)
+        grad_loss = grad_loss.to(dtype)
+    run = kernel(masks, "upsample_cross_entropy")
+    if run is None or not masks.numel():
+        return _by_strips(masks, classes, options, grad_loss, losses, grad), grad
+    index, weight, count = options.groups, options.weight, masks.shape[1]
+    sizes = geometry(masks, index, options.size, classes.shape[1:], options.align_corners)
+    total = torch.zeros(masks.shape[0], shape_on_grid(masks, index)[2], dtype=torch.float64)
+    index, grad_loss = (None if tensor is None else tensor.contiguous() for tensor in (index, grad_loss))
+    run(
+        sizes.data_ptr(), masks.data_ptr(), masks.dtype == torch.bfloat16, pointer(index), masks.shape[2],
+        classes.data_ptr(), pointer(weight), pointer(grad_loss), grad_loss is not None and grad_loss.ndim,
+        1 - options.label_smoothing, options.label_smoothing / count, count if weight is None else float(weight.sum()),
+        losses.data_ptr() if per_pixel else None, total.data_ptr(), grad.data_ptr() if grad.numel() else None,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return losses if per_pixel else total.sum(), grad
+
+
+def _by_strips(
+    masks: Tensor, classes: Tensor, options: LossOptions, grad_loss: Tensor | None, losses: Tensor, grad: Tensor
+) -> Tensor:
+    """``_loss`` in plain PyTorch: writes ``losses`` if they have a size, and ``grad``; returns the loss."""
+    total = masks.new_zeros((), dtype=widest(masks.device))
+    grad_loss = None if grad_loss is None else grad_loss.expand(classes.shape)
+    grad.zero_()
+    resize = Resize(masks, options.size, classes.shape[1:], options.align_corners, grad.dtype, options.groups)
+    strip_loss = _StripLoss(masks.shape[1], options, grad.dtype)
     for image in range(masks.shape[0]):
         transpose = None if grad_loss is None else Transpose(resize, image, grad)
         for strip, logits in resize.rows(image):
-            losses = strip_loss.forward(logits, target[image, strip.rows])
-            if per_pixel:
-                loss[image, strip.rows] = losses
+            found = strip_loss.forward(logits, classes[image, strip.rows])
+            if losses.ndim > 1:
+                losses[image, strip.rows] = found
             else:
-                loss += losses.sum()
+                total += found.sum()
             if grad_loss is not None and transpose:
-                transpose.add(strip, strip_loss.backward(logits, grad_loss[image, strip.rows].to(dtype)))
+                transpose.add(strip, strip_loss.backward(logits, grad_loss[image, strip.rows]))
         if transpose:
             transpose.finish()
-    return loss, grad
+    return losses if losses.ndim > 1 else total
 
 
 class _StripLoss:
     """Loss and gradient of one strip; ``backward`` continues from what ``forward`` left in the logits' buffer."""
 
     def __init__(self, classes: int, options: LossOptions, dtype: torch.dtype) -> None:
-        self.ignore_index, self.weight = options.ignore_index, options.weight
+        self.weight = options.weight
         self.hard, self.soft = 1 - options.label_smoothing, options.label_smoothing / classes
         self.total = float(classes) if self.weight is None else float(self.weight.sum())
         self.dtype = dtype
 
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Losses ``(rows, W')`` of ``(rows, K, W')`` logits, which are overwritten by exp(z)."""
-        target = target.long()
-        self.valid = target != self.ignore_index
-        self.target = target.where(self.valid, 0).unsqueeze(1)  # (rows, 1, W')
+        self.valid = target >= 0
+        self.target = target.long().clamp(min=0).unsqueeze(1)  # (rows, 1, W')
         weight = torch.ones((), dtype=self.dtype) if self.weight is None else self.weight[self.target.squeeze(1)]
         self.hard_weight = self.hard * weight
         z = logits.sub_(logits.amax(1, keepdim=True))
@@ -105,19 +137,30 @@ class _StripLoss:
         return exp
 
 
-def _target_weight(target: Tensor, classes: int, options: LossOptions) -> Tensor:
-    """Summed class weights of all pixels that count, in the widest dtype; IndexError for one that is no class."""
-    ignore_index, weight = options.ignore_index, options.weight
-    total = torch.zeros((), dtype=widest(target.device), device=target.device)
-    for image in target:
-        image = image.long()  # uint8 would wrap the value that it is compared with
-        counts = image != ignore_index
-        classes_seen = image.where(counts, 0)
-        smallest, largest = torch.stack(classes_seen.aminmax()).tolist()
-        if smallest < 0 or largest >= classes:
-            raise IndexError(
-                f"target must be in [0, {classes}) or ignore_index {ignore_index}, got "
-                f"{smallest if smallest < 0 else largest}; set ignore_index to the value of pixels without a class"
-            )
-        total += counts.sum() if weight is None else weight[classes_seen].where(counts, 0).sum(dtype=total.dtype)
-    return total
+def _target_classes(target: Tensor, masks: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+    """Int32 classes, -1 where ignored, and their summed weights in the widest dtype; IndexError if one is no class."""
+    ignore_index, weight, classes = options.ignore_index, options.weight, masks.shape[1]
+    target = target.contiguous()
+    found, run = torch.empty_like(target, dtype=torch.int32), kernel(masks, "target_classes")
+    if run is not None and target.numel():
+        sums = torch.empty(-(-target.numel() // _CHUNK), 3, dtype=torch.float64)
+        run(
+            target.data_ptr(), target.itemsize, target.numel(), ignore_index, pointer(weight), classes,
+            found.data_ptr(), sums.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        total, smallest, largest = sums[:, 0].sum(), int(sums[:, 1].min()), int(sums[:, 2].max())
+    else:
+        run, target = None, target.long()  # uint8 would wrap the value that it is compared with
+        counts = target != ignore_index
+        zeros = target.where(counts, 0)
+        smallest, largest = torch.stack(zeros.aminmax()).tolist() if target.numel() else (0, 0)
+        found.copy_(target.where(counts, -1))
+    if smallest < 0 or largest >= classes:
+        raise IndexError(
+            f"target must be in [0, {classes}) or ignore_index {ignore_index}, got "
+            f"{smallest if smallest < 0 else largest}; set ignore_index to the value of pixels without a class"
+        )
+    if run is None:
+        dtype = widest(target.device)
+        total = counts.sum(dtype=dtype) if weight is None else weight[zeros].where(counts, 0).sum(dtype=dtype)
+    return found, total

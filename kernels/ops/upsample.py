@@ -208,15 +208,14 @@ def _fake_cross_entropy(masks: Tensor, target: Tensor, *options: Any) -> tuple[T
     _, _, loss_options, with_grad = _pack(masks, target, *options)
     dtype = statistics_dtype(masks.dtype)
     loss = masks.new_empty(target.shape if loss_options.reduction == "none" else (), dtype=dtype)
-    shape: Sequence[int] = (0,)
-    if with_grad:
-        parts = size_of_parts(*shape_on_grid(masks, loss_options.groups))
-        shape = (parts,) if runs_triton(masks) else masks.shape
-    return loss, masks.new_empty(shape, dtype=dtype)
+    if with_grad and not runs_triton(masks):
+        return loss, masks.new_empty(masks.shape[0], *masks.shape[2:], masks.shape[1], dtype=dtype).movedim(-1, 1)
+    parts = size_of_parts(*shape_on_grid(masks, loss_options.groups)) if with_grad else 0
+    return loss, masks.new_empty(parts, dtype=dtype)
 
 
 def _fake_gradient(masks: Tensor, index: Tensor | None = None) -> Tensor:
-    return torch.empty_like(masks) if runs_triton(masks) and index is None else masks.new_empty(masks.shape)
+    return torch.empty_like(masks) if index is None or not runs_triton(masks) else masks.new_empty(masks.shape)
 
 
 def _setup_cross_entropy(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:

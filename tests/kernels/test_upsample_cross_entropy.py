@@ -65,6 +65,25 @@ def test_every_option(backend: Backend, reduction: str, smoothing: float, weight
     )
 
 
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGMENTER_FAST_NATIVE", "0")
+    masks, weight = torch.randn(2, 19, 2, 3), torch.rand(19)
+    for reduction in ("mean", "none"):
+        check(masks, targets(masks, CROP), size=SIZE, weight=weight, label_smoothing=0.1, reduction=reduction)
+
+
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    masks, index = torch.randn(2, 21, 7, 9), torch.randint(0, 30, (2, 7, 9))
+    target, groups = targets(masks, (70, 80)), torch.randn(2, 21, 30)
+    threads, found = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        found.append((*run(masks, target), *run(groups, target, index=index)))
+    torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
 def test_every_dtype(backend: Backend) -> None:
     for dtype in (*backend.dtypes, torch.float64):
         masks = backend.masks(7, b=1).to(dtype)

@@ -16,6 +16,7 @@ constexpr int LANES = 8;
 #endif
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 
 // Elements of tensors.
 struct bfloat16 {
@@ -109,4 +110,68 @@ inline Vec exp(Vec x) {
   power = power * rest + 0.5f;
   power = power * (rest * rest) + rest + 1.0f;
   return scale_exponent(power, whole);
+}
+
+// ln x to 2e-7 of itself, for normal numbers; NaN stays.
+inline Vec log(Vec x) {
+  const Ints exponent = ((Ints)x - 0x3f3504f3) >> 23;  // so that the rest is in [sqrt(1/2), sqrt(2))
+  const Vec rest = (Vec)((Ints)x - (exponent << 23)), ratio = (rest - 1.0f) / (rest + 1.0f), square = ratio * ratio;
+  Vec series = square * (1.0f / 9) + 1.0f / 7;
+  series = series * square + 1.0f / 5;
+  series = series * square + 1.0f / 3;
+  const Vec whole = __builtin_convertvector(exponent, Vec), twice = ratio + ratio;
+  return whole * 0.693359375f + (twice * square * series - whole * 2.12194440e-4f + twice) + (x - x);
+}
+
+inline Ints lane_numbers() {
+  Ints numbers;
+  for (int lane = 0; lane < LANES; lane++) numbers[lane] = lane;
+  return numbers;
+}
+
+inline Vec load(const bfloat16* from) {
+  typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  return (Vec)(__builtin_convertvector(halves, Ints) << 16);
+}
+
+// The first ``count`` elements, zeros behind them.
+inline Vec load_some(const bfloat16* from, int64_t count) {
+  bfloat16 padded[LANES] = {};
+  for (int lane = 0; lane < LANES && lane < count; lane++) padded[lane] = from[lane];
+  return load(padded);
+}
+
+#ifdef __AVX512F__
+inline __mmask16 first(int64_t count) { return count >= LANES ? 0xffff : (1 << count) - 1; }
+inline Vec load_some(const float* from, int64_t count) { return (Vec)_mm512_maskz_loadu_ps(first(count), from); }
+inline void store_some(float* to, Vec vec, int64_t count) { _mm512_mask_storeu_ps(to, first(count), (__m512)vec); }
+inline Vec permute(Vec vec, Ints from) { return (Vec)_mm512_permutexvar_ps((__m512i)from, (__m512)vec); }
+inline Vec gather(const float* from, Ints at) { return (Vec)_mm512_i32gather_ps((__m512i)at, from, 4); }
+#else
+inline __m256i first(int64_t count) { return (__m256i)(lane_numbers() < int(count)); }
+inline Vec load_some(const float* from, int64_t count) { return (Vec)_mm256_maskload_ps(from, first(count)); }
+inline void store_some(float* to, Vec vec, int64_t count) { _mm256_maskstore_ps(to, first(count), (__m256)vec); }
+inline Vec permute(Vec vec, Ints from) { return (Vec)_mm256_permutevar8x32_ps((__m256)vec, (__m256i)from); }
+inline Vec gather(const float* from, Ints at) { return (Vec)_mm256_i32gather_ps(from, (__m256i)at, 4); }
+#endif
+
+inline void store_some(bfloat16* to, Vec vec, int64_t count) {
+  for (int lane = 0; lane < LANES && lane < count; lane++) from_float(vec[lane], to[lane]);
+}
+
+// Transposes LANES vectors: halves, quarters and so on change places.
+inline void transpose(Vec* tile) {
+#pragma GCC unroll 4
+  for (int step = LANES / 2; step; step /= 2) {
+    const Ints upper = (lane_numbers() & step) != 0, partner = lane_numbers() ^ step;
+#pragma GCC unroll 16
+    for (int at = 0; at < LANES; at++) {
+      if (at & step) continue;
+      const Vec a = tile[at], b = tile[at + step];
+      tile[at] = upper ? permute(b, partner) : a;
+      tile[at + step] = upper ? b : permute(a, partner);
+    }
+  }
 }
