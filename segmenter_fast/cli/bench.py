@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from .app import Device, DeviceOption, Dtype, DtypeOption, app
+from .app import app
+from .options import Device, DeviceOption, Dtype, DtypeOption
 
 bench = typer.Typer(help="Measure speed and memory; every output is checked before it is timed.")
 app.add_typer(bench, name="bench")

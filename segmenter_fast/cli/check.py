@@ -11,27 +11,13 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .app import (
-    BandsOption,
-    DataOptions,
-    Device,
-    DeviceOption,
-    Dtype,
-    ModelArgument,
-    OverwriteOption,
-    ScaleOption,
-    app,
-    check_new,
-    load_model,
-    parse_numbers,
-    say,
-    short_warnings,
-)
+from . import options
+from .app import app, check_new, load_model, say, short_warnings
 
 
 @app.command()
 def check(
-    model: ModelArgument,
+    model: options.ModelArgument,
     photos: Annotated[
         list[Path],
         typer.Argument(metavar="PHOTOS", help="Image files and folders; or a folder with images/ and labels/."),
@@ -39,9 +25,9 @@ def check(
     labels: Annotated[
         Path | None, typer.Option(help="Folder of label PNGs named as the images: label values; 255 does not count.")
     ] = None,
-    palette: Annotated[Path | None, DataOptions.palette] = None,
-    reduce_zero_label: Annotated[bool, DataOptions.reduce_zero_label] = False,
-    page: Annotated[int | None, DataOptions.page] = None,
+    palette: options.PaletteOption = None,
+    reduce_zero_label: options.ReduceZeroLabelOption = False,
+    page: options.PageOption = None,
     min_agreement: Annotated[
         float, typer.Option(min=0, max=1, help="Share of float32's labels that the recommended form keeps.")
     ] = 0.99,
@@ -49,10 +35,10 @@ def check(
         Path | None,
         typer.Option("--out", "-o", metavar="FILE.png", help="Picture of the image whose labels change most."),
     ] = None,
-    overwrite: OverwriteOption = False,
-    bands: BandsOption = None,
-    scale: ScaleOption = None,
-    device: DeviceOption = Device.auto,
+    overwrite: options.OverwriteOption = False,
+    bands: options.BandsOption = None,
+    scale: options.ScaleOption = None,
+    device: options.DeviceOption = options.Device.auto,
 ) -> None:
     """Compare the forms that optimize offers on your own images: speed, memory, and how many labels change.
 
@@ -68,8 +54,8 @@ def check(
         if out.suffix != ".png":
             raise ValueError(f"--out must be a .png file, a new one or with --overwrite, got {out}")
         check_new(out, overwrite)
-    numbers = parse_numbers("--bands", bands, int)
-    segmenter = load_model(model, device, Dtype.float32)
+    numbers = options.parse_numbers("--bands", bands, int)
+    segmenter = load_model(model, device, options.Dtype.float32)
     found = find_photos(photos, labels, segmenter.config, ReadOptions(palette, reduce_zero_label, page))
     found = replace(found, channels=channels_of(segmenter.config, numbers, scale))
     for warning in warn_of_pages(found, found.pairs):

@@ -10,18 +10,8 @@ import typer
 from rich.console import Console
 
 from ..describe import info_table, variants_table
-from .app import (
-    CheckpointArgument,
-    Device,
-    Dtype,
-    ModelArgument,
-    OverwriteOption,
-    app,
-    check_new,
-    load_model,
-    say,
-    short_warnings,
-)
+from .app import app, check_new, load_model, say, short_warnings
+from .options import CheckpointArgument, Device, Dtype, ModelArgument, OverwriteOption
 
 
 class Format(str, Enum):

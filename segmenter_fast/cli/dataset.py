@@ -12,17 +12,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .app import (
-    BandsOption,
-    DataOptions,
-    OverwriteOption,
-    ScaleOption,
-    app,
-    check_new,
-    parse_numbers,
-    say,
-    short_warnings,
-)
+from . import options
+from .app import app, check_new, say, short_warnings
 
 dataset = typer.Typer(help="Images with labels, to train on.", no_args_is_help=True)
 app.add_typer(dataset, name="dataset")
@@ -34,14 +25,14 @@ def check(
     kind: Annotated[
         str, typer.Option(help="ade20k, cityscapes, pascal_context, folder, or auto: by content.")
     ] = "auto",
-    palette: Annotated[Path | None, DataOptions.palette] = None,
-    reduce_zero_label: Annotated[bool, DataOptions.reduce_zero_label] = False,
-    page: Annotated[int | None, DataOptions.page] = None,
+    palette: options.PaletteOption = None,
+    reduce_zero_label: options.ReduceZeroLabelOption = False,
+    page: options.PageOption = None,
     show: Annotated[int, typer.Option(min=1, help="Most problems to print.")] = 100,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="File for all figures.")] = None,
-    overwrite: OverwriteOption = False,
-    bands: BandsOption = None,
-    scale: ScaleOption = None,
+    overwrite: options.OverwriteOption = False,
+    bands: options.BandsOption = None,
+    scale: options.ScaleOption = None,
 ) -> None:
     """Read every file of a data set; report files, classes, values, sizes and problems. Exit code 1: problems."""
     from ..io.atomic import write_json
@@ -51,18 +42,18 @@ def check(
     from ..train.datasets.findings import Findings, check_files
     from ..train.datasets.layouts import LAYOUTS, SPLITS, kind_of, open_files
 
-    numbers = parse_numbers("--bands", bands, int) or ()
+    numbers = options.parse_numbers("--bands", bands, int) or ()
     channels = Channels(len(numbers) or 3, numbers, scale)
     kind = kind_of(folder) if kind == "auto" else kind
     if kind not in LAYOUTS:
         raise ValueError(f"--kind must be auto or one of {', '.join(LAYOUTS)}, got {kind!r}")
     if out is not None:
         check_new(out, overwrite)
-    options, found = ReadOptions(palette, reduce_zero_label, page), dict[str, Findings]()
+    reading, found = ReadOptions(palette, reduce_zero_label, page), dict[str, Findings]()
     problems: list[str] = []
     for split in SPLITS:
         try:
-            found[split] = Findings(replace(open_files(folder, kind, split, options), channels=channels))
+            found[split] = Findings(replace(open_files(folder, kind, split, reading), channels=channels))
         except (OSError, ValueError) as error:
             problems.append(reason_of(error))
     if not found:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from .app import Device, DeviceOption, Dtype, DtypeOption, app, say, stages
+from .app import app, say, stages
+from .options import Device, DeviceOption, Dtype, DtypeOption
 
 if TYPE_CHECKING:
     import torch

@@ -13,59 +13,37 @@ from rich.progress import Progress
 from rich.table import Table
 
 from .. import SegmenterConfig
-from .app import (
-    BandsOption,
-    CheckpointArgument,
-    ClassMapOption,
-    DataOptions,
-    Device,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    InferenceOptions,
-    MergeOption,
-    OverwriteOption,
-    ScaleOption,
-    app,
-    check_new,
-    check_windows,
-    counted,
-    default_batch_size,
-    load_for_inference,
-    parse_numbers,
-    parse_scales,
-    say,
-    short_warnings,
-)
+from . import options
+from .app import app, check_new, counted, default_batch_size, load_for_inference, say, short_warnings
 
 
 @app.command()
 def evaluate(
-    model: CheckpointArgument,
+    model: options.CheckpointArgument,
     data: Annotated[str, typer.Option(help="Folder of images and labels; shapes, or shapes:SEED, needs none.")],
     kind: Annotated[str, typer.Option(help="ade20k, cityscapes, pascal_context, folder, shapes; auto: see DIR.")] = (
         "auto"
     ),
     split: Annotated[str, typer.Option(help="val or train.")] = "val",
-    palette: Annotated[Path | None, DataOptions.palette] = None,
-    reduce_zero_label: Annotated[bool, DataOptions.reduce_zero_label] = False,
-    page: Annotated[int | None, DataOptions.page] = None,
-    class_map: ClassMapOption = None,
+    palette: options.PaletteOption = None,
+    reduce_zero_label: options.ReduceZeroLabelOption = False,
+    page: options.PageOption = None,
+    class_map: options.ClassMapOption = None,
     multiscale: Annotated[bool, typer.Option("--multiscale", help="The paper's six scales, mirrored, too.")] = False,
-    scales: Annotated[str | None, InferenceOptions.scales] = None,
-    flip: Annotated[bool, InferenceOptions.flip] = False,
+    scales: Annotated[str | None, options.SCALES] = None,
+    flip: options.FlipOption = False,
     resize: Annotated[int | None, typer.Option(help="Pixels of the smaller side. Default: the recipe's.")] = None,
-    window: Annotated[int | None, InferenceOptions.window] = None,
-    stride: Annotated[int | None, InferenceOptions.stride] = None,
-    batch_size: Annotated[int | None, InferenceOptions.batch_size] = None,
-    optimize: Annotated[bool, InferenceOptions.optimize] = True,
-    merge: MergeOption = None,
-    bands: BandsOption = None,
-    scale: ScaleOption = None,
-    device: DeviceOption = Device.auto,
-    dtype: DtypeOption = Dtype.auto,
+    window: options.WindowOption = None,
+    stride: options.StrideOption = None,
+    batch_size: options.BatchSizeOption = None,
+    optimize: options.OptimizeOption = True,
+    merge: options.MergeOption = None,
+    bands: options.BandsOption = None,
+    scale: options.ScaleOption = None,
+    device: options.DeviceOption = options.Device.auto,
+    dtype: options.DtypeOption = options.Dtype.auto,
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="File for all figures.")] = None,
-    overwrite: OverwriteOption = False,
+    overwrite: options.OverwriteOption = False,
 ) -> None:
     """Compare a model's labels with those of a data set: IoU for each class, mIoU, mAcc, aAcc.
 
@@ -81,9 +59,9 @@ def evaluate(
     from ..train.evaluation import MULTISCALE, check_classes
     from ..train.evaluation import evaluate as scores_of
 
-    numbers = parse_numbers("--bands", bands, int)
-    factor_list = parse_scales(scales) if scales else MULTISCALE if multiscale else (1.0,)
-    check_windows(window, stride, batch_size)
+    numbers = options.parse_numbers("--bands", bands, int)
+    factor_list = options.parse_scales(scales) if scales else MULTISCALE if multiscale else (1.0,)
+    options.check_windows(window, stride, batch_size)
     inputs = {"model": model, "data": data, "split": split}
     if out is not None:
         check_new(out, overwrite, _inputs(out) == inputs)
@@ -91,8 +69,8 @@ def evaluate(
         dataset = open_dataset(data, kind, split, ReadOptions(palette, reduce_zero_label, page))
         segmenter = load_for_inference(model, device, dtype, optimize, len(dataset) // world.size, merge)
         batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
-        options = window, stride, factor_list, flip or multiscale, batch_size, numbers, scale
-        settings = Settings.of(segmenter.config, *options)
+        given = window, stride, factor_list, flip or multiscale, batch_size, numbers, scale
+        settings = Settings.of(segmenter.config, *given)
         trained, read = segmenter.config.label_values, getattr(dataset, "label_values", ())
         if trained and trained != read and world.rank == 0:
             held = ", ".join(map(str, read or range(len(dataset.class_names))))

@@ -9,7 +9,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .app import Device, Dtype, MergeOption, ModelArgument, OverwriteOption, app, check_new, load_model
+from .app import app, check_new, load_model
+from .options import Device, Dtype, MergeOption, ModelArgument, OverwriteOption
 
 
 class Format(str, Enum):

@@ -20,26 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 
 from .. import VARIANTS
-from .app import (
-    BandsOption,
-    DataOptions,
-    Device,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    InferenceOptions,
-    MergeOption,
-    OverwriteOption,
-    ScaleOption,
-    app,
-    check_windows,
-    default_batch_size,
-    load_for_inference,
-    parse_numbers,
-    parse_scales,
-    say,
-    short_warnings,
-)
+from . import options
+from .app import app, default_batch_size, load_for_inference, say, short_warnings
 
 if TYPE_CHECKING:
     from ..inference.folders import Job
@@ -64,27 +46,27 @@ def predict(
         typer.Option("--model", "-m", help="Checkpoint: folder, file or hub id; a variant's name: random weights."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for labels/* and overlays/*.png.")],
-    device: DeviceOption = Device.auto,
-    dtype: DtypeOption = Dtype.auto,
+    device: options.DeviceOption = options.Device.auto,
+    dtype: options.DtypeOption = options.Dtype.auto,
     resume: Annotated[
         bool, typer.Option("--resume", help="Skip finished images and continue interrupted large ones.")
     ] = False,
-    scales: Annotated[str, InferenceOptions.scales] = "1",
-    flip: Annotated[bool, InferenceOptions.flip] = False,
-    window: Annotated[int | None, InferenceOptions.window] = None,
-    stride: Annotated[int | None, InferenceOptions.stride] = None,
+    scales: Annotated[str, options.SCALES] = "1",
+    flip: options.FlipOption = False,
+    window: options.WindowOption = None,
+    stride: options.StrideOption = None,
     overlap: Annotated[int | None, typer.Option(metavar="N", help="Same as --stride WINDOW - N.")] = None,
-    batch_size: Annotated[int | None, InferenceOptions.batch_size] = None,
-    optimize: Annotated[bool, InferenceOptions.optimize] = True,
-    merge: MergeOption = None,
-    bands: BandsOption = None,
-    scale: ScaleOption = None,
+    batch_size: options.BatchSizeOption = None,
+    optimize: options.OptimizeOption = True,
+    merge: options.MergeOption = None,
+    bands: options.BandsOption = None,
+    scale: options.ScaleOption = None,
     overlay: Annotated[bool, typer.Option(help="Write overlays.")] = True,
     show_tokens: Annotated[
         bool, typer.Option("--show-tokens", help="Draw the merged tokens, tokens/*.png, of images of one window.")
     ] = False,
-    page: Annotated[int | None, DataOptions.page] = None,
-    overwrite: OverwriteOption = False,
+    page: options.PageOption = None,
+    overwrite: options.OverwriteOption = False,
     root: Annotated[
         Path | None, typer.Option(help="Folder that holds all inputs; outputs keep the path below it.")
     ] = None,
@@ -98,8 +80,8 @@ def predict(
     Images above 8192 x 8192 pixels are read, segmented and written by rows; their overlays are reduced to 2048 pixels.
     Under torchrun each process takes its share of the images.
     """
-    factors, numbers = parse_scales(scales), parse_numbers("--bands", bands, int)
-    check_windows(window, stride, batch_size)
+    factors, numbers = options.parse_scales(scales), options.parse_numbers("--bands", bands, int)
+    options.check_windows(window, stride, batch_size)
     if stride is not None and overlap is not None:
         raise typer.BadParameter(f"give --stride or --overlap, not both; got --stride {stride}, --overlap {overlap}")
     if overlap is not None and overlap < 0:

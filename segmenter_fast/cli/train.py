@@ -13,21 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..train.presets import CHOICES, PRESETS, field_help
-from .app import (
-    BandsOption,
-    ClassMapOption,
-    DataOptions,
-    Device,
-    DeviceOption,
-    OverwriteOption,
-    ScaleOption,
-    app,
-    check_new,
-    counted,
-    parse_numbers,
-    say,
-    short_warnings,
-)
+from . import options
+from .app import app, check_new, counted, say, short_warnings
 
 if TYPE_CHECKING:
     from .. import Segmenter
@@ -81,17 +68,17 @@ def train(
         bool,
         typer.Option("--new-classes", help="Start from random class weights where the checkpoint has other classes."),
     ] = False,
-    palette: Annotated[Path | None, DataOptions.palette] = None,
-    reduce_zero_label: Annotated[bool, DataOptions.reduce_zero_label] = False,
-    page: Annotated[int | None, DataOptions.page] = None,
-    class_map: ClassMapOption = None,
-    bands: BandsOption = None,
-    scale: ScaleOption = None,
+    palette: options.PaletteOption = None,
+    reduce_zero_label: options.ReduceZeroLabelOption = False,
+    page: options.PageOption = None,
+    class_map: options.ClassMapOption = None,
+    bands: options.BandsOption = None,
+    scale: options.ScaleOption = None,
     mean: _MeanOption = None,
     std: _StdOption = None,
     resume: Annotated[Resume, typer.Option(help="auto: go on from the last checkpoint in OUT, if any.")] = Resume.never,
-    overwrite: OverwriteOption = False,
-    device: DeviceOption = Device.auto,
+    overwrite: options.OverwriteOption = False,
+    device: options.DeviceOption = options.Device.auto,
     timeout: Annotated[float, typer.Option(help="Seconds that processes wait for each other.")] = 600.0,
     **fields: Any,
 ) -> None:
@@ -110,17 +97,17 @@ def train(
     if "epochs" in given:
         given = {"steps": 0, **given}  # a preset that counts steps must not overrule it
     recipe = PRESETS[preset.value].replace(**given)
-    options = ReadOptions(palette, reduce_zero_label, page)
-    dataset, val_dataset = (open_dataset(data, kind or preset.value, split, options) for split in ("train", "val"))
+    reading = ReadOptions(palette, reduce_zero_label, page)
+    dataset, val_dataset = (open_dataset(data, kind or preset.value, split, reading) for split in ("train", "val"))
     if World.from_environment().rank == 0 and isinstance(dataset, PairedFiles):
         for warning in sample_warnings(dataset):
             say(f"warning: {warning}", "yellow")
     torch.manual_seed(recipe.seed)
     classes: dict[str, Any] = {"class_names": dataset.class_names, "palette": dataset.palette}
     classes |= {"num_classes": len(dataset.class_names), "label_values": getattr(dataset, "label_values", ())}
-    numbers = parse_numbers("--bands", bands, int)
+    numbers = options.parse_numbers("--bands", bands, int)
     pixels: dict[str, Any] = {"bands": numbers, "in_channels": numbers and len(numbers), "pixel_scale": scale}
-    pixels |= {"mean": parse_numbers("--mean", mean, float), "std": parse_numbers("--std", std, float)}
+    pixels |= {"mean": options.parse_numbers("--mean", mean, float), "std": options.parse_numbers("--std", std, float)}
     classes |= {name: value for name, value in pixels.items() if value is not None}
     model = _model(variant, pretrained, new_classes, class_map, **classes, **recipe.model_fields())
     dataset, val_dataset = (with_channels(each, channels_of(model.config)) for each in (dataset, val_dataset))
@@ -193,7 +180,7 @@ def _model(
 def plot(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of training runs.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The PNG file to write.")] = Path("curves.png"),
-    overwrite: OverwriteOption = False,
+    overwrite: options.OverwriteOption = False,
 ) -> None:
     """Draw the loss and mIoU curves of training runs."""
     from ..train.curves import draw_curves, drawn_from, read_runs
