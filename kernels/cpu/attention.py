@@ -92,6 +92,8 @@ def _run_native(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | None) 
     b, n, _, heads, dim = qkv.shape
     qkv = qkv if dim == 1 or qkv.stride(-1) == 1 else qkv.contiguous()
     bias = None if bias is None else bias.float().contiguous()
+    if not scale > 1e-20:  # the kernel divides the bias by it and looks for the largest product
+        qkv, scale = torch.cat([qkv[:, :, :1] * scale, qkv[:, :, 1:]], 2), 1.0
     out = qkv.new_empty(b, n, heads, dim)
     lse = qkv.new_empty((b, heads, n) if with_lse else 0, dtype=torch.float32)
     pointers = (qkv.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), lse.data_ptr())

@@ -17,6 +17,7 @@ constexpr int LANES = 8;
 
 typedef float Vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef float AnyVec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));  // at any address
 
 // Elements of tensors.
 struct bfloat16 {
@@ -35,13 +36,9 @@ class Buffer {
   std::unique_ptr<float, decltype(&std::free)> data_;
 };
 
-inline Vec load(const float* from) {
-  Vec vec;
-  std::memcpy(&vec, from, sizeof vec);
-  return vec;
-}
+inline Vec load(const float* from) { return *(const AnyVec*)from; }
 
-inline void store(float* to, Vec vec) { std::memcpy(to, &vec, sizeof vec); }
+inline void store(float* to, Vec vec) { *(AnyVec*)to = vec; }
 
 inline float to_float(float value) { return value; }
 
@@ -112,6 +109,20 @@ inline Vec exp(Vec x) {
   return scale_exponent(power, whole);
 }
 
+// 2^x to 1e-7 of itself for x < 128; 0 below -126; NaN stays.
+inline Vec exp2(Vec x) {
+  x = maximum(fill(-127.0f), x);
+  const Vec whole = round_even(x), rest = x - whole;
+  Vec power = fill(1.5345812e-4f);
+  power = power * rest + 1.33999309e-3f;
+  power = power * rest + 9.61848907e-3f;
+  power = power * rest + 5.55032864e-2f;
+  power = power * rest + 2.40226462e-1f;
+  power = power * rest + 6.93147182e-1f;
+  power = power * rest + 1.0f;
+  return scale_exponent(power, whole);
+}
+
 // ln x to 2e-7 of itself, for normal numbers; NaN stays.
 inline Vec log(Vec x) {
   const Ints exponent = ((Ints)x - 0x3f3504f3) >> 23;  // so that the rest is in [sqrt(1/2), sqrt(2))
@@ -138,6 +149,7 @@ inline Vec load(const bfloat16* from) {
 
 // The first ``count`` elements, zeros behind them.
 inline Vec load_some(const bfloat16* from, int64_t count) {
+  if (count >= LANES) return load(from);
   bfloat16 padded[LANES] = {};
   for (int lane = 0; lane < LANES && lane < count; lane++) padded[lane] = from[lane];
   return load(padded);
@@ -157,7 +169,17 @@ inline Vec permute(Vec vec, Ints from) { return (Vec)_mm256_permutevar8x32_ps((_
 inline Vec gather(const float* from, Ints at) { return (Vec)_mm256_i32gather_ps(from, (__m256i)at, 4); }
 #endif
 
+// Rounds as ``from_float``.
+inline void store(bfloat16* to, Vec vec) {
+#ifdef __AVX512BF16__
+  _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)vec));
+#else
+  for (int lane = 0; lane < LANES; lane++) from_float(vec[lane], to[lane]);
+#endif
+}
+
 inline void store_some(bfloat16* to, Vec vec, int64_t count) {
+  if (count >= LANES) return store(to, vec);
   for (int lane = 0; lane < LANES && lane < count; lane++) from_float(vec[lane], to[lane]);
 }
 
