@@ -12,7 +12,7 @@ namespace {
 constexpr int GROUP = LANES == 16 ? 7 : 6;  // of the queries behind the last ROWS
 constexpr int LEAST = 4;                    // as many rows keep the units busy
 constexpr int QUERIES = 8 * ROWS;
-constexpr int KEYS = 256;
+constexpr int KEYS = 512;
 
 struct Shape {
   int64_t batch, tokens, heads, dim, batch_stride, token_stride, kind_stride, head_stride;
