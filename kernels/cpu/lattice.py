@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..registry import widest
 from .groups import used_groups
+from .resize import kernel, pointer
 from .upsample_argmax import TILE, Cells, cell_labels, prunable
 
 _TILE = 1 << 20  # logits of a tile: 4 MB of float32, two cores' second-level caches
@@ -48,7 +49,11 @@ def lattice_softmax(
 ) -> Tensor:
     """``(K, H, W)``: the mean softmax over the lattices."""
     lattices = _Lattices(scores, rows, row_weights, cols, col_weights, index)
-    out = scores.new_empty((scores.shape[1], rows.shape[2], cols.shape[2]))
+    out, run = scores.new_empty((scores.shape[1], rows.shape[2], cols.shape[2])), kernel(scores, "lattice_softmax")
+    if run is not None:
+        tensors = (scores, rows, row_weights, cols, col_weights, index, out)
+        run(*map(pointer, tensors), len(rows), *out.shape, torch.get_num_threads())
+        return out
     for tile in lattices.tiles():
         out[(slice(None), *tile)] = lattices.probabilities(tile).transpose(0, 1)
     return out

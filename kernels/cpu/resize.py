@@ -12,9 +12,13 @@ from ..bilinear import Axis, shape_on_grid
 from .groups import used_groups
 from .native import function
 
-_TYPES = {
-    "upsample_cross_entropy": "pp" + "i" + "p" + "i" + "ppp" + "i" + "fff" + "ppp" + "i",
-    "target_classes": "p" + "iii" + "p" + "i" + "pp" + "i",
+# Source and types of the arguments of each function.
+_FUNCTIONS = {
+    "upsample_cross_entropy": ("upsample_cross_entropy", "ppipi" + "pppi" + "fff" + "pppi"),
+    "target_classes": ("upsample_cross_entropy", "pii" + "ipi" + "ppi"),
+    "upsample_softmax": ("upsample_softmax", "ppip" + "pi"),
+    "upsample_softmax_backward": ("upsample_softmax", "pppp" + "ipi" + "pi"),
+    "lattice_softmax": ("upsample_softmax", "ppppppp" + "iiiii"),
 }
 
 
@@ -22,7 +26,8 @@ def kernel(scores: Tensor, name: str) -> Callable[..., Any] | None:
     """The C++ function for these scores; None for a device or dtype that PyTorch's operators serve."""
     if scores.device.type != "cpu" or scores.dtype not in (torch.float32, torch.bfloat16):
         return None
-    return function(name if name != "target_classes" else "upsample_cross_entropy", name, _TYPES[name])
+    source, types = _FUNCTIONS[name]
+    return function(source, name, types)
 
 
 def pointer(tensor: Tensor | None) -> int | None:

@@ -1,4 +1,7 @@
-"""Probabilities of bilinearly upsampled masks in plain PyTorch, strip by strip: only the result has the full size."""
+"""Probabilities of bilinearly upsampled masks: the C++ kernel of ``src/``, or plain PyTorch strip by strip.
+
+Only the result has the full size.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..registry import statistics_dtype
+from .resize import geometry, kernel, pointer
 from .strips import Resize, Transpose
 
 
@@ -16,6 +20,12 @@ def upsample_softmax(
 ) -> Tensor:
     """``(B, K, h, w)``, or ``(B, K, groups)`` with an index ``(B, h, w)`` -> ``(B, K, H', W')``."""
     out = masks.new_empty((*masks.shape[:2], *crop))
+    run = kernel(masks, "upsample_softmax")
+    if run is not None and out.numel():
+        sizes, index = geometry(masks, index, size, crop, align_corners), None if index is None else index.contiguous()
+        pointers = sizes.data_ptr(), masks.data_ptr(), masks.dtype == torch.bfloat16, pointer(index), out.data_ptr()
+        run(*pointers, torch.get_num_threads())
+        return out
     resize = Resize(masks, size, crop, align_corners, statistics_dtype(masks.dtype), index)
     for image in range(masks.shape[0]):
         for strip, logits in resize.rows(image):
@@ -33,9 +43,19 @@ def upsample_softmax_backward(
     index: Tensor | None = None,
 ) -> Tensor:
     """Gradient of the masks ``(B, K, *grid)``: p (g - sum_k p g) through the transpose of the resize."""
-    dtype = statistics_dtype(probabilities.dtype)
-    grad_masks = probabilities.new_zeros((*probabilities.shape[:2], *grid), dtype=dtype)
-    resize = Resize(grad_masks, size, probabilities.shape[2:], align_corners, dtype, index)
+    dtype, (batch, classes, *kept) = statistics_dtype(probabilities.dtype), probabilities.shape
+    run = kernel(probabilities, "upsample_softmax_backward")
+    if run is not None and grad.numel():
+        found = probabilities.new_empty(batch, *grid, classes, dtype=dtype).movedim(-1, 1)
+        sizes, index = geometry(found, index, size, kept, align_corners), None if index is None else index.contiguous()
+        strides = torch.tensor([*grad.stride(), *probabilities.stride()])
+        run(
+            sizes.data_ptr(), grad.data_ptr(), probabilities.data_ptr(), strides.data_ptr(),
+            grad.dtype == torch.bfloat16, pointer(index), found.shape[2], found.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return probabilities.new_empty(found.shape).copy_(found)
+    grad_masks = probabilities.new_zeros((batch, classes, *grid), dtype=dtype)
+    resize = Resize(grad_masks, size, kept, align_corners, dtype, index)
     for image in range(grad_masks.shape[0]):
         transpose = Transpose(resize, image, grad_masks)
         for strip in resize.strips:

@@ -93,11 +93,12 @@ class Columns {
 // What a thread needs: two rows of points, each (classes, stride), and of a group of outputs these rows resized along
 // x, logits, and sums of gradients.
 struct Scratch {
-  int64_t stride;  // a vector may begin at any point
+  int64_t classes, stride;  // a vector may begin at any point
   Buffer rows, wide, logits, sums, offsets;
 
   Scratch(int64_t classes, int64_t width)
-      : stride(round_up(width, LANES) + LANES),
+      : classes(classes),
+        stride(round_up(width, LANES) + LANES),
         rows(2 * classes * stride),
         wide(2 * classes * LANES),
         logits(classes * LANES),
@@ -105,6 +106,7 @@ struct Scratch {
         offsets(2 * width) {
     std::fill_n(&rows[0], 2 * classes * stride, 0.0f);
   }
+  float* row(int second) { return &rows[second * classes * stride]; }
   int64_t* point() { return (int64_t*)&offsets[0]; }
 };
 
@@ -131,24 +133,29 @@ void load_points(const T* from, const int64_t* point, int64_t count, int64_t cla
     }
 }
 
-// Loads a row of an image; ``index`` has the groups of its points, whose scores these are, or is null.
+// Loads two rows of an image; ``index`` has the groups of its points, whose scores these are, or is null.
 template <typename T>
-void load_row(const Masks& masks, const T* image, const int64_t* index, int64_t row, Scratch& scratch, float* to) {
-  const int64_t width = masks.horizontal.size_in;
+void load_rows(const Masks& masks, const T* scores, const int64_t* index, int64_t image, int64_t lower, int64_t upper,
+               Scratch& scratch) {
+  const int64_t width = masks.horizontal.size_in, row = masks.row_stride, column = masks.column_stride;
   int64_t* point = scratch.point();
-  for (int64_t x = 0; x < width; x++)
-    point[x] = index ? index[row * width + x] * masks.column_stride : row * masks.row_stride + x * masks.column_stride;
-  load_points(image, point, width, masks.classes, masks.class_stride, to, scratch.stride);
+  scores += image * masks.batch_stride;
+  if (index) index += image * masks.vertical.size_in * width;
+  for (int second = 0; second < 2; second++) {
+    const int64_t y = second ? upper : lower;
+    for (int64_t x = 0; x < width; x++) point[x] = index ? index[y * width + x] * column : y * row + x * column;
+    load_points(scores, point, width, masks.classes, masks.class_stride, scratch.row(second), scratch.stride);
+  }
 }
 
-// Resizes the points of a group along x.
-inline void widen(const Group& group, const float* row, int64_t classes, int64_t stride, float* to) {
-  row += group.first;
-  for (int64_t k = 0; k < classes; k++, row += stride, to += LANES) {
+// Resizes the points of a group along x, in both rows.
+inline void widen(const Group& group, int64_t classes, Scratch& scratch) {
+  const float* row = scratch.row(0) + group.first;  // the other one follows
+  for (int64_t k = 0; k < 2 * classes; k++, row += scratch.stride) {
     const Vec points = load(row);
     const Vec lower = group.columns ? permute(points, group.lower) : gather(row, group.lower);
     const Vec upper = group.columns ? permute(points, group.upper) : gather(row, group.upper);
-    store(to, lower * group.left + upper * group.right);
+    store(&scratch.wide[k * LANES], lower * group.left + upper * group.right);
   }
 }
 
@@ -211,26 +218,45 @@ inline void narrow(const Group& group, Scratch& scratch, int64_t classes, float*
   if (lower != upper) narrow(group, second, classes, upper);
 }
 
-// Runs ``cell(image, row of cells, scratch)`` for all rows of cells. Those with even numbers, and then those with odd
-// ones, share no row of points, so each point takes its parts in one order for any number of threads.
+// Adds the gradients of the points of an image to those of their groups, in the order of the points.
+inline void add_to_groups(const int64_t* index, int64_t points, int64_t groups, int64_t classes, const float* from,
+                          float* to, int threads) {
+  constexpr int64_t STEP = 4 * LANES;
+#pragma omp parallel for num_threads(threads) schedule(static)
+  for (int64_t k = 0; k < classes; k += STEP) {
+    const int64_t count = std::min(STEP, classes - k);
+    for (int64_t group = 0; group < groups; group++) std::fill_n(to + group * classes + k, count, 0.0f);
+    for (int64_t point = 0; point < points; point++)
+      for (int64_t at = k; at < k + count; at++) to[index[point] * classes + at] += from[point * classes + at];
+  }
+}
+
+// Runs ``cell(image, row of cells, gradient, scratch)`` for all rows of cells. Those with even numbers, and then those
+// with odd ones, share no row of points, so each point takes its parts in one order for any number of threads.
+//
+// A cell adds to the rows that begin at its ``gradient`` (2, width, classes), null if no gradient is wanted. Those of
+// the points of a group are added to ``gradient`` (batch, height * width or groups, classes).
 template <typename Cell>
-void for_cells(const Masks& masks, int threads, Cell cell) {
-  const int64_t height = masks.vertical.size_in;
+void for_cells(const Masks& masks, const int64_t* index, int64_t groups, float* gradient, int threads, Cell cell) {
+  const int64_t height = masks.vertical.size_in, row = masks.horizontal.size_in * masks.classes;
+  Buffer of_points(index && gradient ? masks.batch * height * row : 0);
+  float* begin = index && gradient ? &of_points[0] : gradient;
 #pragma omp parallel num_threads(threads)
   {
     Scratch scratch(masks.classes, masks.horizontal.size_in);
     for (int64_t odd = 0; odd < 2; odd++) {
       const int64_t count = (height + 1 - odd) / 2;
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t task = 0; task < masks.batch * count; task++) cell(task / count, 2 * (task % count) + odd, scratch);
+      for (int64_t task = 0; task < masks.batch * count; task++) {
+        const int64_t image = task / count, y = 2 * (task % count) + odd;
+        float* rows = gradient ? begin + (image * height + y) * row : nullptr;
+        if (rows && !odd) std::fill_n(rows, (y + 1 < height ? 2 : 1) * row, 0.0f);
+        cell(image, y, rows, scratch);
+      }
     }
   }
-}
-
-// Gradient of the scores, (batch, height, width, classes); rows of cells begin with zeros for both their rows.
-inline float* gradient_rows(const Masks& masks, float* gradient, int64_t image, int64_t cell) {
-  const int64_t row = masks.horizontal.size_in * masks.classes, height = masks.vertical.size_in;
-  float* begin = gradient + (image * height + cell) * row;
-  if (cell % 2 == 0) std::fill_n(begin, (cell + 1 < height ? 2 : 1) * row, 0.0f);
-  return begin;
+  const int64_t points = height * masks.horizontal.size_in;
+  for (int64_t image = 0; index && gradient && image < masks.batch; image++)
+    add_to_groups(index + image * points, points, groups, masks.classes, begin + image * height * row,
+                  gradient + image * groups * masks.classes, threads);
 }

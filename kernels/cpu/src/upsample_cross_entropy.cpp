@@ -85,23 +85,17 @@ Vec pixels(const Loss& loss, int64_t classes, int64_t at, int64_t count, float w
 
 template <typename T>
 void cell_loss(const Masks& masks, const T* scores, const int64_t* index, const Loss& loss, Columns& columns,
-               int64_t image, int64_t cell, Scratch& scratch) {
+               int64_t image, int64_t cell, float* gradient, Scratch& scratch) {
   const int64_t height = masks.vertical.size_in, width = masks.horizontal.size_in, classes = masks.classes;
   const int64_t begin = first_output(masks.vertical, cell), end = first_output(masks.vertical, cell + 1);
-  float* gradient = loss.gradient ? gradient_rows(masks, loss.gradient, image, cell) : nullptr;
   double total = 0;
   if (begin < end) {
     const int64_t upper = tap(masks.vertical, begin).upper;
-    float *rows[2] = {&scratch.rows[0], &scratch.rows[upper == cell ? 0 : classes * scratch.stride]};
-    scores += image * masks.batch_stride;
-    index = index ? index + image * height * width : nullptr;
-    load_row(masks, scores, index, cell, scratch, rows[0]);
-    if (upper != cell) load_row(masks, scores, index, upper, scratch, rows[1]);
+    load_rows(masks, scores, index, image, cell, upper, scratch);
     for (int64_t x = 0; x < columns.count; x += LANES) {
       const Group& group = columns[x];
-      for (int row = 0; row < 2; row++)
-        widen(group, rows[row], classes, scratch.stride, &scratch.wide[row * classes * LANES]);
-      std::fill_n(&scratch.sums[0], gradient ? 2 * classes * LANES : 0, 0.0f);
+      widen(group, classes, scratch);
+      if (gradient) std::fill_n(&scratch.sums[0], 2 * classes * LANES, 0.0f);
       for (int64_t y = begin; y < end; y++) {
         const int64_t at = (image * masks.vertical.kept + y) * columns.count + x;
         const Vec losses = pixels(loss, classes, at, group.count, tap(masks.vertical, y).weight, scratch);
@@ -114,32 +108,12 @@ void cell_loss(const Masks& masks, const T* scores, const int64_t* index, const 
   loss.row_loss[image * height + cell] = total;
 }
 
-// Adds the gradients of the points of an image to those of their groups, in the order of the points.
-void add_to_groups(const int64_t* index, int64_t points, int64_t groups, int64_t classes, const float* from, float* to,
-                   int threads) {
-  constexpr int64_t STEP = 4 * LANES;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t k = 0; k < classes; k += STEP) {
-    const int64_t count = std::min(STEP, classes - k);
-    for (int64_t group = 0; group < groups; group++) std::fill_n(to + group * classes + k, count, 0.0f);
-    for (int64_t point = 0; point < points; point++)
-      for (int64_t at = k; at < k + count; at++) to[index[point] * classes + at] += from[point * classes + at];
-  }
-}
-
 template <typename T>
 void run(const Masks& masks, const T* scores, const int64_t* index, int64_t groups, Loss loss, int threads) {
-  const int64_t points = masks.vertical.size_in * masks.horizontal.size_in;
-  float* gradient = loss.gradient;
   Columns columns(masks.horizontal.kept, [&](int64_t x) { return tap(masks.horizontal, x); });
-  Buffer of_points(index && gradient ? masks.batch * points * masks.classes : 0);
-  if (index && gradient) loss.gradient = &of_points[0];
-  for_cells(masks, threads, [&](int64_t image, int64_t cell, Scratch& scratch) {
-    cell_loss(masks, scores, index, loss, columns, image, cell, scratch);
+  for_cells(masks, index, groups, loss.gradient, threads, [&](int64_t image, int64_t cell, float* gradient, Scratch& scratch) {
+    cell_loss(masks, scores, index, loss, columns, image, cell, gradient, scratch);
   });
-  for (int64_t image = 0; index && gradient && image < masks.batch; image++)
-    add_to_groups(index + image * points, points, groups, masks.classes,
-                  &of_points[image * points * masks.classes], gradient + image * groups * masks.classes, threads);
 }
 
 }  // namespace
