@@ -111,9 +111,10 @@ void cell_loss(const Masks& masks, const T* scores, const int64_t* index, const 
 template <typename T>
 void run(const Masks& masks, const T* scores, const int64_t* index, int64_t groups, Loss loss, int threads) {
   Columns columns(masks.horizontal.kept, [&](int64_t x) { return tap(masks.horizontal, x); });
-  for_cells(masks, index, groups, loss.gradient, threads, [&](int64_t image, int64_t cell, float* gradient, Scratch& scratch) {
+  auto cell_of = [&](int64_t image, int64_t cell, float* gradient, Scratch& scratch) {
     cell_loss(masks, scores, index, loss, columns, image, cell, gradient, scratch);
-  });
+  };
+  for_cells(masks, index, groups, loss.gradient, threads, cell_of);
 }
 
 }  // namespace

@@ -169,10 +169,10 @@ extern "C" void lattice_softmax(const float* scores, const int64_t* rows, const 
     Scratch scratch(classes, 2 * width);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t y = 0; y < height; y += ROWS)
-      for (int64_t at = 0; at < lattices; at++) {
+      for (int64_t at = 0, stop = std::min(y + ROWS, height); at < lattices; at++) {
         const Lattice lattice{rows + at * 2 * height, columns + at * 2 * width, index, row_weights + at * height,
                               column_weights + at * width};
-        add_lattice(lattice, scores, {at, lattices, height * width}, height, y, std::min(y + ROWS, height), scratch, out);
+        add_lattice(lattice, scores, {at, lattices, height * width}, height, y, stop, scratch, out);
       }
   }
 }
