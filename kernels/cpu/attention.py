@@ -1,4 +1,4 @@
-"""Attention on a CPU: the C++ kernel of ``src/attention.cpp``, elsewhere PyTorch's flash kernel; PyTorch's backward.
+"""Attention on a CPU: C++ of ``attention.cpp`` and ``attention_backward.cpp``, elsewhere PyTorch's flash kernel.
 
 The flash kernel takes ``(B, H, N, D)`` tensors of any strides with a last stride of 1, so neither the split into q, k
 and v nor the transposes copy anything. Devices without it, and empty tensors, take matrix products and softmax.
@@ -97,9 +97,13 @@ def _run_native(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | None) 
     out = qkv.new_empty(b, n, heads, dim)
     lse = qkv.new_empty((b, heads, n) if with_lse else 0, dtype=torch.float32)
     pointers = (qkv.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), lse.data_ptr())
-    sizes = (b, n, heads, dim, *qkv.stride()[:4], qkv.dtype == torch.bfloat16, torch.get_num_threads())
-    kernel(*pointers[:3], pointers[3] if with_lse else None, *sizes, scale)
+    kernel(*pointers[:3], pointers[3] if with_lse else None, *_sizes(qkv), scale)
     return out, lse
+
+
+def _sizes(qkv: Tensor) -> tuple[int, ...]:
+    b, n, _, heads, dim = qkv.shape
+    return (b, n, heads, dim, *qkv.stride()[:4], qkv.dtype == torch.bfloat16, torch.get_num_threads())
 
 
 def attention_backward(
@@ -107,6 +111,15 @@ def attention_backward(
 ) -> Tensor:
     """Gradient of ``qkv`` as one packed ``(B, N, 3, H, D)`` buffer."""
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    if qkv.numel() and qkv.device.type == "cpu" and runs_native(qkv.dtype):
+        kernel = function("attention_backward", "attention_backward", "p" * 6 + "i" * 10 + "f")
+        if kernel is not None:
+            bias = None if bias is None else bias.float().contiguous()
+            qkv = qkv if qkv.shape[-1] == 1 or qkv.stride(-1) == 1 else qkv.contiguous()
+            given = (grad_out.contiguous(), out.contiguous(), qkv, lse.contiguous())
+            pointers = (*(tensor.data_ptr() for tensor in given), None if bias is None else bias.data_ptr())
+            kernel(*pointers, grad_qkv.data_ptr(), *_sizes(qkv), scale)
+            return grad_qkv
     short = qkv.dtype == torch.bfloat16 and qkv.shape[1] <= _WIDEN_BFLOAT16_UP_TO
     if qkv.device.type == "cpu" and (short or qkv.dtype == torch.float16):
         grad_out, qkv, out = grad_out.float(), qkv.float(), out.float()
