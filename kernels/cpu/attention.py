@@ -34,9 +34,12 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | 
 
     ``bias`` ``(B, N)`` is added to the scores of each key.
     """
+    on_cpu = qkv.device.type == "cpu" and qkv.numel() > 0
+    if on_cpu and (kernel := _native(qkv.dtype)):
+        return _run_native(kernel, qkv, scale, with_lse, bias)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each, views
     mask = None if bias is None else bias[:, None, None]
-    if qkv.numel() == 0 or qkv.device.type != "cpu":
+    if not on_cpu:
         scores = (q @ k.mT).to(statistics_dtype(qkv.dtype)) * scale
         if mask is not None:
             scores = scores + mask
@@ -44,8 +47,6 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | 
         if mask is not None:  # zeros where every score is -inf
             lse = lse.masked_fill(lse == -torch.inf, torch.inf)
         out = (scores - lse.unsqueeze(-1)).exp().to(qkv.dtype) @ v
-    elif runs_native(qkv.dtype):
-        return _run_native(qkv, scale, with_lse, bias)
     else:
         out, lse = _flash(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2).contiguous(), lse.contiguous() if with_lse else lse.new_empty(0)
@@ -69,7 +70,17 @@ def _uses_avx512_of_amd() -> bool:
 
 def runs_native(dtype: torch.dtype) -> bool:
     """True if attention runs the C++ kernel on this CPU. In bfloat16, AMX makes PyTorch's own kernel faster."""
-    return dtype in _NATIVE and _native() is not None and not (dtype == torch.bfloat16 and _has_amx())
+    return _native(dtype) is not None
+
+
+# What torch.compiler.assume_constant_result sets, which would import the whole compiler.
+runs_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _native(dtype: torch.dtype) -> Callable[..., None] | None:
+    if dtype not in _NATIVE or (dtype == torch.bfloat16 and _has_amx()):
+        return None
+    return function("attention", "attention", "p" * 4 + "i" * 10 + "f")
 
 
 @cache
@@ -78,17 +89,9 @@ def _has_amx() -> bool:
     return bool(features.get("amx_tile"))
 
 
-def _native() -> Callable[..., None] | None:
-    return function("attention", "attention", "p" * 4 + "i" * 10 + "f")
-
-
-# What torch.compiler.assume_constant_result sets, which would import the whole compiler.
-runs_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _run_native(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    kernel = _native()
-    assert kernel is not None
+def _run_native(
+    kernel: Callable[..., None], qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     b, n, _, heads, dim = qkv.shape
     qkv = qkv if dim == 1 or qkv.stride(-1) == 1 else qkv.contiguous()
     bias = None if bias is None else bias.float().contiguous()

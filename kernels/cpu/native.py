@@ -54,7 +54,8 @@ def function(source: str, name: str, types: str) -> Callable[..., Any] | None:
     if library is None:
         return None
     found = getattr(library, name)
-    found.argtypes, found.restype = [_TYPES[letter] for letter in types], None
+    if found.argtypes is None:
+        found.argtypes, found.restype = [_TYPES[letter] for letter in types], None
     return found
 
 

@@ -174,7 +174,10 @@ inline void store(bfloat16* to, Vec vec) {
 #ifdef __AVX512BF16__
   _mm256_storeu_si256((__m256i*)to, (__m256i)_mm512_cvtneps_pbh((__m512)vec));
 #else
-  for (int lane = 0; lane < LANES; lane++) from_float(vec[lane], to[lane]);
+  typedef uint16_t Halves __attribute__((vector_size(2 * LANES)));
+  const Ints bits = (Ints)vec, rounded = bits + 0x7fff + (bits >> 16 & 1);
+  const Halves halves = __builtin_convertvector(vec == vec ? rounded >> 16 : 0x7fc0, Halves);
+  std::memcpy(to, &halves, sizeof halves);
 #endif
 }
 

@@ -51,63 +51,25 @@ ALWAYS_INLINE void multiply(Vec (&sums)[M][V], const U* left, const U* right, in
   }
 }
 
-// Four units of a row.
-inline __m128 load_four(const float* from) { return _mm_loadu_ps(from); }
-
-inline __m128 load_four(const bfloat16* from) {
-  if (PER<bfloat16> == 2) return _mm_loadu_ps((const float*)from);
-  return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i*)from)), 16));
-}
-
-// LANES rows of four units -> four vectors of a unit of each row. ``four(row)`` loads.
-template <typename F>
-ALWAYS_INLINE void transpose_four(F four, Vec (&out)[4]) {
-  Vec part[4];
-#pragma GCC unroll 4
-  for (int at = 0; at < 4; at++) {
-#ifdef __AVX512F__
-    __m512 rows = _mm512_castps128_ps512(four(at));
-    rows = _mm512_insertf32x4(rows, four(at + 4), 1);
-    rows = _mm512_insertf32x4(rows, four(at + 8), 2);
-    part[at] = (Vec)_mm512_insertf32x4(rows, four(at + 12), 3);
-#else
-    part[at] = (Vec)_mm256_insertf128_ps(_mm256_castps128_ps256(four(at)), four(at + 4), 1);
-#endif
-  }
-#ifdef __AVX512F__
-  const auto low = [](Vec a, Vec b) { return (Vec)_mm512_unpacklo_ps((__m512)a, (__m512)b); };
-  const auto high = [](Vec a, Vec b) { return (Vec)_mm512_unpackhi_ps((__m512)a, (__m512)b); };
-  const auto low_pair = [](Vec a, Vec b) { return (Vec)_mm512_unpacklo_pd((__m512d)a, (__m512d)b); };
-  const auto high_pair = [](Vec a, Vec b) { return (Vec)_mm512_unpackhi_pd((__m512d)a, (__m512d)b); };
-#else
-  const auto low = [](Vec a, Vec b) { return (Vec)_mm256_unpacklo_ps((__m256)a, (__m256)b); };
-  const auto high = [](Vec a, Vec b) { return (Vec)_mm256_unpackhi_ps((__m256)a, (__m256)b); };
-  const auto low_pair = [](Vec a, Vec b) { return (Vec)_mm256_unpacklo_pd((__m256d)a, (__m256d)b); };
-  const auto high_pair = [](Vec a, Vec b) { return (Vec)_mm256_unpackhi_pd((__m256d)a, (__m256d)b); };
-#endif
-  const Vec a = low(part[0], part[1]), b = low(part[2], part[3]);
-  const Vec c = high(part[0], part[1]), d = high(part[2], part[3]);
-  out[0] = low_pair(a, b), out[1] = high_pair(a, b), out[2] = low_pair(c, d), out[3] = high_pair(c, d);
+// LANES units of a row of ``count`` elements, zeros behind them.
+template <typename T>
+inline Vec load_units(const T* from, int64_t count) {
+  if constexpr (PER<T> == 1) return load_some(from, count);
+  if (count >= 2 * LANES) return load((const float*)from);
+  T part[2 * LANES] = {};
+  std::copy_n(from, count, part);
+  return load((const float*)part);
 }
 
 // Up to LANES rows of ``dim`` elements -> units (steps, LANES of which ``apart`` is the distance). The last row stands in
-// for rows that are missing. Units are zero behind ``dim``.
+// for rows that are missing.
 template <typename T>
 void transpose(const T* from, int64_t stride, int64_t rows, int64_t dim, Unit<T>* to, int64_t apart) {
-  constexpr int WIDE = 4 * PER<T>;
-  const int64_t steps = (dim + PER<T> - 1) / PER<T>;
-  for (int64_t step = 0; step < steps; step += 4, from += WIDE, dim -= WIDE) {
-    T rest[LANES][WIDE];
-    const T* base = from;
-    int64_t row_stride = stride;
-    if (dim < WIDE) {
-      std::memset(rest, 0, sizeof rest);
-      for (int64_t row = 0; row < rows; row++) std::copy_n(from + row * stride, dim, rest[row]);
-      base = rest[0], row_stride = WIDE;
-    }
-    Vec units[4];
-    transpose_four([&](int64_t row) { return load_four(base + std::min(row, rows - 1) * row_stride); }, units);
-    for (int64_t at = 0; at < std::min<int64_t>(4, steps - step); at++) store((float*)to + (step + at) * apart, units[at]);
+  for (; dim > 0; dim -= PER<T> * LANES, from += PER<T> * LANES, to += LANES * apart) {
+    Vec tile[LANES];
+    for (int64_t row = 0; row < LANES; row++) tile[row] = load_units(from + std::min(row, rows - 1) * stride, dim);
+    transpose(tile);
+    for (int64_t at = 0; at < LANES && at * PER<T> < dim; at++) store((float*)to + at * apart, tile[at]);
   }
 }
 
