@@ -1,8 +1,7 @@
-"""Labels and probabilities of pixels that mix four lattice points, in plain PyTorch.
+"""Labels and probabilities of pixels that mix four lattice points.
 
-Labels of one lattice: pixels that mix the same four points are a cell, whose classes are pruned as in
-``upsample_argmax``. Otherwise the logits exist tile by tile: the rows of a tile mix a few lattice rows, and each of
-these is resized along x once.
+``labels`` has the labels of one lattice. Otherwise, and where its pruning does not pay, plain PyTorch makes the logits
+tile by tile: the rows of a tile mix a few lattice rows, and each of these is resized along x once.
 """
 
 from __future__ import annotations
@@ -13,10 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..registry import widest
 from .groups import used_groups
+from .labels import run_native, write_pruned
 from .resize import kernel, pointer
-from .upsample_argmax import TILE, Cells, cell_labels, prunable
 
 _TILE = 1 << 20  # logits of a tile: 4 MB of float32, two cores' second-level caches
 _TILE_ROWS = 16  # fewer where there are too many classes
@@ -29,13 +27,16 @@ def lattice_argmax(
     dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
     labels = scores.new_empty((rows.shape[2], cols.shape[2]), dtype=dtype)
     if len(rows) == 1:
-        ys, xs = _Runs.grouped(rows[0], row_weights[0]), _Runs.grouped(cols[0], col_weights[0])
-        cells = sum(len(y.lower) for y in ys) * sum(len(x.lower) for x in xs)
-        used = scores if index is None else scores[: used_groups(index, len(scores))]
-        if prunable(used, labels.numel() / cells):
-            for y in ys:
-                for x in xs:
-                    _prune(scores, index, y, x, labels)
+        run = kernel(scores, "upsample_argmax")
+        if run is not None:
+            if index is not None:
+                used_groups(index, len(scores))
+            points = None if index is None else index[None]
+            columns = (*cols[0].unique(return_inverse=True), col_weights)
+            strides = (0, 1, scores.shape[1])
+            run_native(run, scores, strides, points, (rows, row_weights), columns, labels[None])
+            return labels
+        if write_pruned(scores, rows[0], row_weights[0], cols[0], col_weights[0], index, labels):
             return labels
     lattices = _Lattices(scores, rows, row_weights, cols, col_weights, index)
     for tile in lattices.tiles():
@@ -103,49 +104,3 @@ class _Lattices:
         for out, upper, lower, weight in zip(logits, *row_of.tolist(), weights, strict=True):
             torch.mul(wide[upper], 1 - weight, out=out).add_(wide[lower], alpha=weight)
         return logits
-
-
-@dataclass(frozen=True)
-class _Runs:
-    """Runs of outputs of one axis that mix the same two points, padded to one length by their last output."""
-
-    lower: Tensor  # (runs,) points
-    upper: Tensor  # (runs,)
-    weights: Tensor  # (runs, length) of the upper points
-    outputs: Tensor  # (runs, length)
-
-    @classmethod
-    def grouped(cls, pairs: Tensor, weights: Tensor) -> list[_Runs]:
-        """Group ``(2, n)`` points and ``(n,)`` weights into runs whose lengths differ by less than a factor of 2."""
-        changes = (pairs[:, 1:] != pairs[:, :-1]).any(0).nonzero()[:, 0] + 1
-        first = torch.cat([changes.new_zeros(1), changes])
-        length = torch.cat([changes, changes.new_tensor([pairs.shape[1]])]) - first
-        kind = length.to(widest(length.device)).log2().floor()
-        groups = []
-        for one in kind.unique():
-            begin, longest = first[kind == one], length[kind == one]
-            slots = torch.arange(int(longest.max()), device=pairs.device)
-            outputs = begin[:, None] + torch.minimum(slots, longest[:, None] - 1)
-            groups.append(cls(pairs[0, begin], pairs[1, begin], weights[outputs], outputs))
-        return groups
-
-    def split(self, count: int) -> Iterator[_Runs]:
-        """Yield at most ``count`` runs at a time."""
-        parts = (tensor.split(count) for tensor in (self.lower, self.upper, self.weights, self.outputs))
-        return (_Runs(*part) for part in zip(*parts, strict=True))
-
-
-def _prune(scores: Tensor, index: Tensor | None, ys: _Runs, xs: _Runs, labels: Tensor) -> None:
-    """Write the labels of all cells of these runs."""
-    classes, rows, cols = scores.shape[1], ys.weights.shape[1], xs.weights.shape[1]
-    most = max(TILE // max(rows * cols, classes), 1)
-    for x in xs.split(most):
-        for y in ys.split(max(most // len(x.lower), 1)):
-            pairs = [row[:, None] + column for row in (y.lower, y.upper) for column in (x.lower, x.upper)]
-            points = torch.stack(pairs).flatten(1)
-            corners = scores[points if index is None else index[points]]  # (4, cells, K)
-            across, right = len(x.lower), corners[0].numel()
-            cells = Cells(corners.view(-1), across * classes, right, 2 * right, y.weights, x.weights)
-            found = cell_labels(corners.amin(0), corners.amax(0), cells, labels.dtype)
-            image = found.view(-1, across, rows, cols).transpose(1, 2).reshape(-1, across * cols)
-            labels[y.outputs.flatten()[:, None], x.outputs.flatten()] = image

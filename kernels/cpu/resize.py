@@ -14,6 +14,7 @@ from .native import function
 
 # Source and types of the arguments of each function.
 _FUNCTIONS = {
+    "upsample_argmax": ("upsample_argmax", "ppppp" + "ppp" + "iiiii" + "iiiiiii"),
     "upsample_cross_entropy": ("upsample_cross_entropy", "ppipi" + "pppi" + "fff" + "pppi"),
     "target_classes": ("upsample_cross_entropy", "pii" + "ipi" + "ppi"),
     "upsample_softmax": ("upsample_softmax", "ppip" + "pi"),

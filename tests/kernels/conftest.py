@@ -1,4 +1,4 @@
-"""One set of op tests serves three backends: the CPU formulations, Triton interpreted on the CPU, Triton on a GPU."""
+"""One set of op tests serves four backends: C++ and PyTorch on the CPU, Triton interpreted there, Triton on a GPU."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Backend:
 
 _ALL = (torch.float32, torch.bfloat16, torch.float16)
 # The interpreter's bfloat16 tl.dot is wrong in Triton 3.7 to 3.9.
-_BACKENDS = (
+BACKENDS = (
     pytest.param(Backend("cpu", "cpu", _ALL), id="cpu"),
     pytest.param(
         Backend("interpret", "cpu", (torch.float32, torch.float16)), id="interpret", marks=pytest.mark.interpret
@@ -42,8 +42,16 @@ _BACKENDS = (
 )
 
 
-@pytest.fixture(params=_BACKENDS)
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param
+
+
+@pytest.fixture(params=[*BACKENDS, pytest.param(Backend("pytorch", "cpu", _ALL), id="pytorch")])
+def backend_or_pytorch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Backend:
+    """A backend, or the CPU without C++ kernels."""
+    if request.param.name == "pytorch":
+        monkeypatch.setenv("SEGMENTER_FAST_NATIVE", "0")
     return request.param
 
 

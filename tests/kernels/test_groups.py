@@ -58,6 +58,15 @@ def test_results_are_those_of_gathered_masks(backend: Backend, case: tuple, pois
             assert torch.equal(found, kernels.upsample_cross_entropy(gathered, **options))
 
 
+def test_groups_whose_first_and_last_lie_as_far_apart_as_neighbours(backend: Backend) -> None:
+    masks, index = torch.randn(1, 3, 4, device=backend.device), torch.tensor([[[0, 3, 1, 3]]], device=backend.device)
+    for op in (kernels.upsample_argmax, kernels.upsample_softmax):
+        assert torch.equal(op(masks, (5, 12), index=index), op(reference.on_grid(masks, index), (5, 12)))
+    target = torch.randint(0, 3, (1, 5, 12), device=backend.device)
+    found = kernels.upsample_cross_entropy(masks, target, index=index)
+    assert torch.equal(found, kernels.upsample_cross_entropy(reference.on_grid(masks, index), target))
+
+
 @cases
 def test_gradients_of_groups(backend: Backend, case: tuple) -> None:
     for dtype in backend.dtypes[:1] if INTERPRET else backend.dtypes:  # the interpreter takes a second a case

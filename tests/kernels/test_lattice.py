@@ -20,6 +20,11 @@ from .conftest import Backend
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
+@pytest.fixture
+def backend(backend_or_pytorch: Backend) -> Backend:
+    return backend_or_pytorch
+
+
 def draw(
     lattices: int, classes: int, height: int, width: int, device: str = "cpu", spread: float = 2.0
 ) -> tuple[Tensor, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import itertools
 import subprocess
 import sys
 
@@ -18,8 +18,15 @@ from segmenter_fast.kernels.bilinear import Axis
 from segmenter_fast.kernels.registry import INTERPRET
 from support.accuracy import largest_shortfall
 
+from .conftest import Backend
+
 # The interpreter runs on numpy, which warns of infinities.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+@pytest.fixture
+def backend(backend_or_pytorch: Backend) -> Backend:
+    return backend_or_pytorch
 
 
 def logits(masks: Tensor, size: tuple[int, int], crop: tuple[int, int] | None, align_corners: bool) -> Tensor:
@@ -175,41 +182,34 @@ def test_extreme_values(backend, factor) -> None:
     assert largest_shortfall(labels, logits(masks, (32, 32), None, False), 1) <= 1e-6 * factor + 1e-44
 
 
-@pytest.mark.parametrize("limit", [1, 200, 5 * 50 * 61])
-def test_tiles_of_the_cpu_change_nothing(limit, monkeypatch) -> None:
-    module = importlib.import_module("segmenter_fast.kernels.cpu.upsample_argmax")
-    unpruned = torch.randn(1, 12, 6, 7)
-    unpruned[0, 3, 1, 2] = torch.nan
-    for masks in (smooth(1, 12, 6, 7), torch.randn(1, 12, 6, 7), unpruned):
-        arguments = (masks, (50, 61), (47, 61), False)
-        whole = module.upsample_argmax(*arguments)
-        for name in ("TILE", "_CHUNK", "_DENSE_CHUNK"):
-            monkeypatch.setattr(module, name, limit)
-        assert torch.equal(module.upsample_argmax(*arguments), whole)
-        monkeypatch.undo()
+@pytest.mark.parametrize("kind", ["noise", "smooth"])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_cells_in_which_classes_are_pruned(backend, kind, align_corners) -> None:
+    shapes = [(24, 3, 7), (33, 4, 17), (150, 2, 33)] if not INTERPRET else [(33, 4, 5)]
+    for (classes, height, width), scale in itertools.product(shapes, (3, 5.3, 16, 33)):
+        size = round(height * scale), round(width * scale)
+        for masks in (MAPS[kind](1, classes, height, width), MAPS[kind](1, classes, width, height).mT):
+            check(masks.to(backend.device), size, (size[0] - 2, size[1] - 3), align_corners)
 
 
-@pytest.mark.parametrize("pruned", [False, True])
-@pytest.mark.parametrize("resize", RESIZES, ids=str)
-def test_both_formulations_of_the_cpu(pruned, resize, monkeypatch, poisoned) -> None:
-    module = importlib.import_module("segmenter_fast.kernels.cpu.upsample_argmax")
-    monkeypatch.setattr(module, "_pruning_pays", lambda *args: pruned)
-    shape, *rest = resize
-    for kind in MAPS.values():
-        check(kind(*shape), *rest)
+def test_threads_and_tiles_change_nothing(monkeypatch) -> None:
+    masks = [draw(3, 40, 9, 11) for draw in (smooth, torch.randn)]
+    sizes = [(100, 121), (20, 25), (5, 4)]
 
+    def labels() -> list[Tensor]:
+        return [kernels.upsample_argmax(scores, size) for scores, size in itertools.product(masks, sizes)]
 
-def test_bounds_are_taken_where_they_prune(monkeypatch) -> None:
-    module = importlib.import_module("segmenter_fast.kernels.cpu.upsample_argmax")
-    chosen: list[str] = []
-    for name in ("_pruned", "_dense"):
-        own = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, name=name, own=own: (chosen.append(name), own(*args)))
-    maps = {"smooth": 4 * smooth(1, 50, 16, 16), "noise": torch.randn(1, 50, 16, 16)}
-    for masks in maps.values():
-        for scale in (2, 16):
-            check(masks, (16 * scale, 16 * scale))
-    assert chosen == ["_dense", "_pruned", "_dense", "_dense"]
+    threads, whole = torch.get_num_threads(), labels()
+    for count in (1, 3, 16):
+        torch.set_num_threads(count)
+        found = labels()
+        torch.set_num_threads(threads)
+        assert all(map(torch.equal, found, whole))
+    monkeypatch.setenv("SEGMENTER_FAST_NATIVE", "0")
+    for limit in (1, 30000):
+        for name in ("labels._TILE", "labels._CHUNK", "lattice._TILE"):
+            monkeypatch.setattr(f"segmenter_fast.kernels.cpu.{name}", limit)
+        assert all(map(torch.equal, labels(), whole))
 
 
 @pytest.mark.interpret

@@ -17,7 +17,7 @@ from segmenter_fast.kernels import registry
 from segmenter_fast.kernels.bilinear import Axis
 from support.models import normalised, pair
 
-MODULES = ["bilinear", "cpu.upsample_argmax", "cpu.upsample_cross_entropy", "cpu.lattice"]
+MODULES = ["bilinear", "cpu.labels", "cpu.upsample_cross_entropy"]
 
 
 class NoFloat64(TorchDispatchMode):

@@ -115,7 +115,8 @@ template <typename T>
 void load_points(const T* from, const int64_t* point, int64_t count, int64_t classes, int64_t class_stride, float* to,
                  int64_t stride) {
   if (class_stride != 1) {
-    const bool contiguous = point[count - 1] - point[0] == count - 1;
+    bool contiguous = true;
+    for (int64_t x = 1; x < count; x++) contiguous = contiguous && point[x] == point[0] + x;
     for (int64_t k = 0; k < classes; k++, from += class_stride, to += stride)
       if (contiguous)
         for (int64_t x = 0; x < count; x++) to[x] = to_float(from[point[0] + x]);

@@ -62,6 +62,7 @@ inline void from_float(float value, bfloat16& to) {
 inline Vec fill(float value) { return (Vec)_mm512_set1_ps(value); }
 // NaN in ``b`` stays.
 inline Vec maximum(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+inline Vec minimum(Vec a, Vec b) { return (Vec)_mm512_min_ps((__m512)a, (__m512)b); }
 inline Vec round_even(Vec a) { return (Vec)_mm512_roundscale_ps((__m512)a, 0); }
 inline float sum(Vec a) { return _mm512_reduce_add_ps((__m512)a); }
 inline float largest(Vec a) { return _mm512_reduce_max_ps((__m512)a); }
@@ -73,6 +74,7 @@ inline Vec scale_exponent(Vec a, Vec n) {
 #else
 inline Vec fill(float value) { return (Vec)_mm256_set1_ps(value); }
 inline Vec maximum(Vec a, Vec b) { return (Vec)_mm256_max_ps((__m256)a, (__m256)b); }
+inline Vec minimum(Vec a, Vec b) { return (Vec)_mm256_min_ps((__m256)a, (__m256)b); }
 inline Vec round_even(Vec a) { return (Vec)_mm256_round_ps((__m256)a, 8); }
 
 inline float sum(Vec a) {
