@@ -29,8 +29,10 @@ from .lazy_functions import (
     destination,
     has_kernel,
     is_transformed,
+    may_pay,
     outlined,
     pays,
+    positional,
     without_resize,
 )
 from .upsampling import Upsampling
@@ -74,9 +76,7 @@ class PatchScores(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if not args and "input" in kwargs:
-            args = (kwargs.pop("input"),)
+        args, kwargs = positional(args, kwargs)
         first = args[0] if args else None
         if func is F.interpolate and isinstance(first, PatchScores):
             return _interpolate(first, *args[1:], **kwargs)
@@ -105,7 +105,7 @@ def _interpolate(marked: PatchScores, *args: Any, **kwargs: Any) -> Tensor:
         one = torch.zeros(1, 1, 1, 1, dtype=scores.dtype, device=scores.device)
         scores = scores.to(F.interpolate(one, size=1, mode="bilinear").dtype)
     upsampling = Upsampling.of(scores, *args, **kwargs)
-    if upsampling is None:
+    if upsampling is None or not may_pay(upsampling):
         return F.interpolate(scores, *args, **kwargs)
     shape = (*scores.shape[:2], *upsampling.size)
     meta = torch.empty(shape, dtype=scores.dtype, device="meta", memory_format=suggest_memory_format(scores))
@@ -159,9 +159,7 @@ class Upsampled(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if not args and "input" in kwargs:
-            args = (kwargs.pop("input"),)
+        args, kwargs = positional(args, kwargs)
         args = outlined(func, args, Upsampled)
         first = args[0] if args else None
         if func is torch.autograd.grad:
@@ -178,7 +176,8 @@ class Upsampled(Tensor):
                 if out is not None:
                     first.use()
                     return out
-        args, kwargs = tree_map_only(Upsampled, lambda tensor: _in_full(tensor, func), (args, kwargs))
+        if any(isinstance(value, (Upsampled, list, tuple, dict)) for value in (*args, *kwargs.values())):
+            args, kwargs = tree_map_only(Upsampled, lambda tensor: _in_full(tensor, func), (args, kwargs))
         return func(*args, **kwargs)
 
     @classmethod

@@ -97,6 +97,19 @@ def outlined(function: Any, args: tuple[Any, ...], cls: type[Tensor]) -> tuple[A
     return (*args[: here.start or 0], *outlines, *args[here.stop :])
 
 
+def may_pay(upsampling: Upsampling) -> bool:
+    """False for a resize of so few logits that PyTorch is faster at what is usually computed of it."""
+    grad = upsampling.scores.requires_grad and torch.is_grad_enabled()
+    uses = (F.cross_entropy,) if grad else (F.cross_entropy, Tensor.argmax)
+    return any(pays(upsampling, use) for use in uses)
+
+
+def positional(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, with an ``input`` given by name as the first of them."""
+    kwargs = dict(kwargs or {})
+    return ((kwargs.pop("input"),), kwargs) if not args and "input" in kwargs else (args, kwargs)
+
+
 def without_resize(upsampling: Upsampling, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The upsampling of a view, or a result; None if the function or its arguments are none of those above."""
     method = VIEWS.get(function) or _RESULTS.get(function)

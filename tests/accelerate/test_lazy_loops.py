@@ -159,9 +159,12 @@ def test_dtype_and_shape_need_no_logits() -> None:
 def test_small_results_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     calls = FullSizeCalls()
-    waiting = resized(patch_scores(torch.randn(1, 3, 4, 4), calls), (8, 8))
+    waiting = resized(patch_scores(torch.randn(1, 20, 16, 16), calls), (64, 64))
+    assert type(waiting) is Upsampled
     waiting.softmax(1)
     assert type(waiting) is Tensor
+    few, trained = torch.randn(1, 3, 4, 4), torch.randn(1, 20, 16, 16, requires_grad=True) * 1
+    assert not any(type(resized(patch_scores(scores, calls), (64, 64))) is Upsampled for scores in (few, trained))
     assert not calls.counts
 
 
