@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
-from .lazy import mark_output
+from .full_size import CALLS
+from .lazy import patch_scores
 from .lazy_functions import has_kernel, is_transformed
 
 # Children of an attention that the fused forward calls.
@@ -46,6 +47,15 @@ class Fused(nn.Module):
         """Pickle the two classes and the state, because the class derived from them cannot be imported."""
         reduced: Any = super().__reduce_ex__(max(protocol, 2))
         return (_empty, (self.fused, self.original), *reduced[2:])
+
+
+def mark_output(module: nn.Module, output: Any) -> Any:
+    """The output of a head, after ``FullSizeCalls.check``, marked if ``accelerate`` counts the head's calls."""
+    calls = vars(module).get(CALLS)
+    if calls is None:
+        return output
+    calls.check(output)
+    return patch_scores(output, calls) if isinstance(output, Tensor) else output
 
 
 def fused_class(fused: type[Fused], original: type[nn.Module]) -> type[Fused]:

@@ -9,9 +9,8 @@ import torch
 from torch import nn
 
 from .. import decoders, reference
-from .forwards import Fused, FusedMaskTransformer, fused_class
+from .forwards import Fused, FusedMaskTransformer, fused_class, mark_output
 from .full_size import CALLS, FullSizeCalls
-from .lazy import mark_output
 from .match import named_attention
 
 # Any module may be marked, because results stay the same: these are the ones whose output is resized.

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.utils._pytree import tree_map_only
 
-from .full_size import CALLS, FullSizeCalls
+from .full_size import FullSizeCalls
 from .lazy_functions import (
     COPIES,
     METADATA,
@@ -29,6 +29,7 @@ from .lazy_functions import (
     destination,
     has_kernel,
     is_transformed,
+    keeps_size,
     may_pay,
     outlined,
     pays,
@@ -52,15 +53,6 @@ def patch_scores(scores: Tensor, calls: FullSizeCalls) -> Tensor:
     ):
         return scores
     return _marked(scores, calls)
-
-
-def mark_output(module: nn.Module, output: Any) -> Any:
-    """The output of a head, after ``FullSizeCalls.check``, marked if ``accelerate`` counts the head's calls."""
-    calls = vars(module).get(CALLS)
-    if calls is None:
-        return output
-    calls.check(output)
-    return patch_scores(output, calls) if isinstance(output, Tensor) else output
 
 
 def _marked(scores: Tensor, calls: FullSizeCalls) -> PatchScores:
@@ -168,7 +160,7 @@ class Upsampled(Tensor):
             if func in METADATA and first.state.full is None:
                 with torch._C.DisableTorchFunctionSubclass():
                     return func(*args, **kwargs)
-            if func is F.interpolate:
+            if func is F.interpolate and not (first.waits() and keeps_size(first.state.meta, args[1:], kwargs)):
                 calls = first.state.calls
                 return func(patch_scores(first.in_full(func), calls), *args[1:], **kwargs)
             if first.waits():
@@ -256,6 +248,8 @@ class Upsampled(Tensor):
         upsampling = self.state.upsampling
         if function in (Tensor.unbind, torch.unbind) and upsampling.batched and args in ((), (0,)) and not kwargs:
             return tuple(map(self._unbound, range(len(self))))
+        if function is F.interpolate:
+            return _child(self.state, upsampling, lambda full: function(full, *args, **kwargs), None)
         if function in COPIES:
             return self.copy(function, args, kwargs)
         if not pays(upsampling, function):

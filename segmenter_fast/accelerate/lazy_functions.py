@@ -104,6 +104,13 @@ def may_pay(upsampling: Upsampling) -> bool:
     return any(pays(upsampling, use) for use in uses)
 
 
+def keeps_size(resized: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """True for a second resize, to the size of the first and in its dtype: finite values stay the same."""
+    again = Upsampling.of(resized, *args, **kwargs)
+    casts = resized.dtype != torch.float32 and any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    return again is not None and again.size == resized.shape[2:] and not casts
+
+
 def positional(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call, with an ``input`` given by name as the first of them."""
     kwargs = dict(kwargs or {})

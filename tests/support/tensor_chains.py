@@ -151,6 +151,7 @@ def step(r: random.Random, x: Tensor, rounded: bool, resized: bool, first: bool)
         "out": lambda y: torch.add(y.detach(), 1, out=torch.empty_like(y.detach())),
         "resize": lambda y: F.interpolate(y, size=(9, 7), mode="bilinear", align_corners=keep),
         "resize2": lambda y: F.interpolate(y, scale_factor=2, mode="bilinear"),
+        "resize again": lambda y: F.interpolate(y, size=y.shape[2:], mode="bilinear", align_corners=keep),
         "nearest": lambda y: F.interpolate(y, size=(5, 5)),
         "Upsample": lambda y: nn.Upsample(scale_factor=1.5, mode="bilinear")(y),
         "numpy": lambda y: y.detach().numpy().copy(),
