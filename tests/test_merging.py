@@ -12,6 +12,7 @@ from torch import Tensor
 
 import segmenter_fast as sf
 from segmenter_fast import TokenMerging
+from segmenter_fast.kernels import reference
 from segmenter_fast.merging import run_blocks
 from segmenter_fast.segmenter import Segmenter
 from segmenter_fast.visualize import draw_groups
@@ -94,6 +95,22 @@ def test_windows_merge_whole_and_the_most_similar_first() -> None:
         window = groups.index[0, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
         assert (len(window.unique()) == 1) == ((row, column) in merged)
     assert len(groups.index.unique()) == 20 - 9
+
+
+@pytest.mark.parametrize("channels", [64, 100, 192, 500])
+def test_tokens_are_compared_in_sums_of_channels(channels: int) -> None:
+    model, given = made(), images()
+    x, _ = model.encoder.embed(given)
+    z = model.encoder.blocks[0].norm1(x[:, 1:])
+    sums = torch.stack([z[..., first::channels].sum(-1) for first in range(min(channels, 192))], -1)
+    z = torch.nn.functional.normalize(sums, dim=-1)
+    value, match = reference.best_match(z[:, 1::2], z[:, ::2])
+    _, groups = model.with_merging(TokenMerging((0,), 0.3, channels=channels)).encoder.merged(given)
+    assert groups is not None
+    assert torch.equal(groups.index.flatten(1), reference.bipartite_groups(value, match, 30, 9))
+    _, own = model.with_merging(TokenMerging((0,), 0.3)).encoder.merged(given)
+    assert own is not None
+    assert torch.equal(own.index, groups.index) == (channels >= 192)
 
 
 def test_ragged_batches_give_what_each_image_gives() -> None:
@@ -191,7 +208,11 @@ def test_options_of_load_predict_and_create(tmp_path: Any) -> None:
         sf.load(tmp_path / "exact", merge="fast"),
         sf.load(
             tmp_path / "exact",
-            merge={"layers": [1, 2, 3], "share": list(model.with_merging("fast").config.merging.shares)},
+            merge={
+                "layers": [1, 2, 3],
+                "share": list(model.with_merging("fast").config.merging.shares),
+                "channels": 128,
+            },
         ),
     ):
         assert other.config.merging == model.with_merging("fast").config.merging

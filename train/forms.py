@@ -31,12 +31,14 @@ from .datasets.layouts import LAYOUTS, value_table
 from .datasets.pairs import LABEL_SUFFIXES, Pair, PairedFiles, read_pixels
 from .evaluation import ConfusionMatrix, Scores
 
+EXACT = "exact"
 FORMS: dict[str, dict[str, Any]] = {
     **{name: {"dtype": name} for name in ("float32", "bfloat16", "float16")},
     **{name: {"quantize": name} for name in ("int8", "fp8")},
     **{f"merge {name}": {"merge": name} for name in MERGING},
+    EXACT: {"dtype": "float32", "merge": "none"},
 }
-"""Arguments of ``Segmenter.optimize`` by the form's name; all are compared with the first."""
+"""Arguments of ``Segmenter.optimize`` by the form's name; all are compared with the first. EXACT only if it merges."""
 TIMED_IMAGES, REPEATS = 4, 3
 """Images that are timed, and how often after the call that counts the labels."""
 
@@ -153,7 +155,7 @@ def compare_forms(
         OSError, ValueError: an image or its labels cannot be read, or do not fit each other, naming the file; with
             ``broken`` if there is no other image.
     """
-    forms, seen = [Form(name, model) for name in FORMS], 0
+    forms, seen = [Form(name, model) for name in FORMS if name != EXACT or model.config.merging is not None], 0
     for index, pair in enumerate(photos.pairs):
         try:
             pixels, target = (
@@ -190,8 +192,8 @@ def compare_forms(
 
 def python_line(source: str, device: str, form: str) -> str:
     """Return the line of Python that makes a form of a checkpoint, or of a variant with random weights."""
-    ((key, value),) = FORMS[form].items()
     random = source in VARIANTS and not Path(source).exists()
     load = f"sf.create_model({json.dumps(source)}).eval()" if random else f"sf.load({json.dumps(source)})"
     place = "" if device == "cpu" else f".to({json.dumps(device)})"
-    return f'model = {load}{place}.optimize({"" if key == "dtype" else f"{key}="}"{value}")'
+    given = ", ".join(f'{"" if key == "dtype" else f"{key}="}"{value}"' for key, value in FORMS[form].items())
+    return f"model = {load}{place}.optimize({given})"

@@ -34,7 +34,7 @@ SPEED = ("seg_t_mask_16", "seg_s_mask_16", "seg_b_mask_16", "seg_s_mask_8")
 # Rounding decides between tokens that are about as alike, and few labels with them.
 SAME = 0.97
 NAMED: dict[str, TokenMerging | None] = {"exact": None, **MERGING}
-UNIFORM = {f"{share:.0%} each": TokenMerging(tuple(range(2, 10)), share) for share in (0.03, 0.05, 0.09, 0.15)}
+UNIFORM = {f"{share:.0%} each": replace(MERGING["fast"], share=share) for share in (0.03, 0.05, 0.09, 0.15)}
 Schedules = Mapping[str, TokenMerging | None]
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import next_power_of_2, programs, refuse_float64
+from .common import device_arch, next_power_of_2, programs, refuse_float64
 
 _MOST = 2048
 
@@ -104,6 +104,6 @@ def bipartite_groups(
             prefix=prefix,
             threshold=threshold,
             BLOCK=block,
-            num_warps=8 if block > 1024 else 4,
+            num_warps=8 if block > 1024 or (block == 1024 and device_arch(value) == "sm_80") else 4,  # others spill
         )
     return index

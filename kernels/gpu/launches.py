@@ -199,8 +199,9 @@ def _mask_scores(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
 
 
 def _tokens(half: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Tokens of ViT-Tiny, ViT-Small and ViT-Large; merging also of other widths, such as angles of rotary positions."""
-    for name, dim in itertools.product((half, "fp16", "fp32") if half == "bf16" else (half, "fp32"), (192, 384, 1024)):
+    """Tokens of ViT-Tiny, ViT-Small and ViT-Large, sums of channels; merging also of angles of rotary positions."""
+    dtypes = (half, "fp16", "fp32") if half == "bf16" else (half, "fp32")
+    for name, dim in itertools.product(dtypes, (128, 192, 384, 1024)):
         for images, tokens in ((BATCH, 1024), (BATCH, 16384)):
             both = empty(images, tokens, dim, dtype=DTYPES[name])
             a, b, label = both[:, 1::2], both[:, ::2], f"D={dim} {name}"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .common import cdiv, programs, refuse_float64
 
-_TOKENS, _PROGRAMS, _PAIRS, _GROUPS, _COLUMNS = 1024, 8, 64, 8, 128
+_TOKENS, _PROGRAMS, _PAIRS, _GROUPS, _COLUMNS = 1024, 8, 64, 16, 128
 
 
 @triton.jit(do_not_specialize=["seq_len", "groups"])

@@ -18,7 +18,7 @@ from segmenter_fast.inference.settings import Settings
 from segmenter_fast.inference_segmenter import InferenceSegmenter
 from segmenter_fast.io import Raster
 from segmenter_fast.train import forms
-from segmenter_fast.train.forms import FORMS, compare_forms, find_photos, python_line
+from segmenter_fast.train.forms import EXACT, FORMS, compare_forms, find_photos, python_line
 from support.models import windowed
 from support.predict import call
 
@@ -58,12 +58,13 @@ def test_the_table_the_picture_and_the_line(least: str, data: Path, checkpoint: 
     assert rows["fp8"] == ["-"] * 5
     assert "fp8: quantize='fp8' needs an NVIDIA GPU of the Hopper generation" in result.stdout
     assert rows["float32"][2:4] == ["100.00%", "1.0000"]
-    assert set(FORMS) <= set(rows)
+    assert set(FORMS) - {EXACT} <= set(rows)
+    assert EXACT not in rows
     assert "most changed: " in result.stdout
     assert "2 of 3 images have labels" in result.stdout
     *_, heading, line, _ = result.stdout.splitlines()
-    chosen = re.fullmatch(rf"the fastest form that keeps {float(least):.1%} of the labels is (\w+):", heading)[1]
-    kept = [name for name in FORMS if name != "fp8" and (least == "0" or rows[name][2] == "100.00%")]
+    chosen = re.fullmatch(rf"the fastest form that keeps {float(least):.1%} of the labels is (.+):", heading)[1]
+    kept = [name for name in FORMS if name not in ("fp8", EXACT) and (least == "0" or rows[name][2] == "100.00%")]
     assert float(rows[chosen][0]) == max(float(rows[name][0]) for name in kept)
     assert line == python_line(checkpoint, "cpu", chosen)
     names: dict[str, Any] = {"sf": sf}
@@ -81,6 +82,19 @@ def test_the_table_the_picture_and_the_line(least: str, data: Path, checkpoint: 
 
 def _cells(line: str) -> list[str]:
     return line.split("│") if line.startswith("│") else ["", ""]
+
+
+def test_a_model_that_merges_is_compared_with_its_exact_form(data: Path) -> None:
+    torch.manual_seed(0)
+    model = windowed().with_merging({"layers": [0], "share": 0.5})
+    photos = find_photos([data], None, model.config)
+    forms = {form.name: form for form in compare_forms(model, photos, lambda done: None)}
+    assert list(forms) == list(FORMS)
+    assert forms["float32"].model.config.merging == model.config.merging
+    exact = forms[EXACT]
+    assert exact.model.config.merging is None
+    assert 0 < exact.scores.aacc < forms["float32"].scores.aacc == 1
+    assert python_line("my model", "cpu", EXACT) == 'model = sf.load("my model").optimize("float32", merge="none")'
 
 
 def test_figures_are_those_of_each_form(data: Path, checkpoint: str) -> None:
