@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 import math
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -185,6 +186,23 @@ def lack_of_memory(needs_bytes: int, device: torch.device) -> str | None:
     """A note where ``needs_bytes`` are more than is free, else None."""
     free = available_memory(device)
     return f"needs {needs_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free" if needs_bytes > free else None
+
+
+def timed_rows(
+    calls: Mapping[str, Callable[[], Any]], device: torch.device, images: int, flops: int = 0, **options: Any
+) -> list[Row]:
+    """Time calls that were checked against each other: a row for each; ``options`` are those of ``measure``."""
+    outcomes = measure({name: [call] for name, call in calls.items()}, device, **options)
+    return [Row(name, "ok").timed(outcome, images, flops) for name, outcome in outcomes.items()]
+
+
+def time_once(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+    """The output of a call, and its seconds."""
+    start = time.perf_counter()
+    output = call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return output, time.perf_counter() - start
 
 
 def is_ours(variant: str) -> bool:

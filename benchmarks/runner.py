@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import torch
 import typer
@@ -67,6 +68,12 @@ class Runner:
     def result(self, op: str) -> Result:
         """A result of this run, still without cases."""
         return Result(op, self.record, self.ceilings, self.started, self.quick)
+
+    def keep(self, result: Result, parameters: dict[str, Any], rows: list[Row], title: str) -> None:
+        """Add a case to a result, write the file and print the rows."""
+        result.cases.append((parameters, rows))
+        write(result, self.out)
+        self.console.print(case_table(title, rows))
 
     def run(self, cases: list[tuple[str, Case]], deadline: float) -> int:
         """Run ``cases``, each with its op, until ``deadline`` and write ``<out>/<device>/<op>.json`` after each.

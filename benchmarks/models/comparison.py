@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import gc
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,7 +25,7 @@ from torch.nn.attention import SDPBackend
 from segmenter_fast.io.images import ImageSource
 from segmenter_fast.reference import ReferenceSegmenter
 
-from ..case import OURS, DisagreementError, Row, compiled, is_ours, lack_of_memory
+from ..case import OURS, DisagreementError, Row, compiled, is_ours, lack_of_memory, time_once
 from ..deadline import OutOfTimeError, time_limit
 from ..device import Ceilings, name_of
 from ..timing import Failure, Timing, measure, own_stream, peak_memory, release
@@ -254,11 +253,7 @@ class Comparison:
         return row, self._timed_once(with_sdpa(self.reference, torch.float32))
 
     def _timed_once(self, model: ReferenceSegmenter) -> Tensor:
-        start = time.perf_counter()
-        logits = model(self.images)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.reference_seconds = time.perf_counter() - start
+        logits, self.reference_seconds = time_once(partial(model, self.images), self.device)
         return logits
 
     def makers(self) -> dict[str, Callable[[], Segment] | str]:

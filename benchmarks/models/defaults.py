@@ -7,9 +7,7 @@ that a user gets by one line: ``optimize()`` with its defaults, ``segment`` and 
 
 from __future__ import annotations
 
-import gc
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,13 +21,13 @@ from segmenter_fast import accelerate
 from segmenter_fast.devices import choose_compile, choose_dtype
 from segmenter_fast.reference import MaskTransformer
 
-from ..case import OURS, Row, is_ours, lack_of_memory
+from ..case import OURS, DisagreementError, is_ours, time_once
 from ..device import Ceilings
 from ..results import RESULTS, CaseRows
 from ..runner import narrow_table
-from ..timing import measure, own_stream
 from .comparison import REFERENCE, SLOW_SECONDS, Accuracy, Limits, Plan, share
 from .official import OfficialLike
+from .parts import Calls, Groups, measure_groups, without_figures
 from .peers import ModelCase, build, with_sdpa
 from .summary import case_name
 from .swap_in import run_swap_in
@@ -45,10 +43,8 @@ CLEARLY = 0.8
 Call = Callable[..., Tensor]
 # For each form the time over that of plain PyTorch, and the case.
 Ratios = dict[str, list[tuple[float, str]]]
-OUTPUTS = {
-    "labels": (REFERENCE, SDPA, OPTIMIZE, SEGMENT, FORWARD, ACCELERATE),
-    "logits": (REFERENCE, SDPA, OPTIMIZE, FORWARD, ACCELERATE),
-}
+_NAMES = (REFERENCE, SDPA, OPTIMIZE, FORWARD, ACCELERATE)
+OUTPUTS: Groups = ("output", {"labels": (*_NAMES[:3], SEGMENT, *_NAMES[3:]), "logits": _NAMES})
 
 
 @dataclass(frozen=True)
@@ -58,31 +54,10 @@ class DefaultsJob(Job):
     calls: ClassVar[int] = 60
 
     def run(self, device: torch.device, ceilings: Ceilings, seconds: float, plan: Plan) -> CaseRows:
-        case = self.case
-        if device.type == "cpu" and (note := lack_of_memory(case.needs_bytes, device)):
-            return self._without_figures("out of memory", note)
-        gc.collect()
-        with own_stream(device), torch.inference_mode():
-            calls, fault, slow = _calls(case, device)
-            if fault:
-                return self._without_figures("refused", fault)
-            found = []
-            for output, functions in calls.items():
-                variants = {name: [call] for name, call in functions.items()}
-                few = {"min_samples": 2, "max_samples": 3} if slow else {"min_samples": 4}
-                outcomes = measure(variants, device, seconds=seconds / len(calls), **few)
-                rows = [Row(name, "ok").timed(outcome, case.batch, case.flops) for name, outcome in outcomes.items()]
-                found.append((case.parameters | {"output": output}, rows))
-        return found
+        return measure_groups(self.case, device, seconds, OUTPUTS, _calls)
 
     def not_run(self, note: str) -> CaseRows:
-        return self._without_figures("not run", note)
-
-    def _without_figures(self, status: str, note: str) -> CaseRows:
-        return [
-            (self.case.parameters | {"output": output}, [Row(name, status, note) for name in names])
-            for output, names in OUTPUTS.items()
-        ]
+        return without_figures(self.case, OUTPUTS, "not run", note)
 
 
 def run_defaults(
@@ -144,8 +119,8 @@ def ratios_of(cases: CaseRows) -> Ratios:
     return found
 
 
-def _calls(case: ModelCase, device: torch.device) -> tuple[dict[str, dict[str, Call]], str | None, bool]:
-    """The calls of each output by form; why one of ours is wrong, if it is; whether the calls are slow.
+def _calls(case: ModelCase, device: torch.device) -> tuple[Calls, dict[str, int]]:
+    """The calls of each output by form, and options of ``timed_rows``.
 
     Slow calls have labels alone: the logits' share of the time is small. A reference that is clearly slower than SDPA
     has no calls: plain PyTorch is the faster one.
@@ -159,25 +134,22 @@ def _calls(case: ModelCase, device: torch.device) -> tuple[dict[str, dict[str, C
     }
     if isinstance(reference.decoder, MaskTransformer):
         forms[ACCELERATE] = accelerate(OfficialLike(reference).eval())
-    expected, first = _timed(partial(_labels, reference, images), device)
-    logits, second = _timed(partial(forms[SDPA], images), device)
+    expected, first = time_once(partial(_labels, reference, images), device)
+    logits, second = time_once(partial(forms[SDPA], images), device)
     if second < CLEARLY * first:
         del forms[REFERENCE]
     low = with_sdpa(reference, case.dtype)(images.to(case.dtype))
     limits = Limits(Accuracy.of(low, logits), case.dtype)
     del logits, low
-    labels: dict[str, Call] = {name: partial(_labels, form, images) for name, form in forms.items()}
+    labels: dict[str, Callable[[], Tensor]] = {name: partial(_labels, form, images) for name, form in forms.items()}
     labels |= {OPTIMIZE: partial(forms[OPTIMIZE].segment, images), SEGMENT: partial(model.segment, images)}
     for name, call in labels.items():
         if is_ours(name) and (fault := limits.labels_fault(share(call() == expected))):
-            return {}, f"{name}: {fault}", False
+            raise DisagreementError(f"{name}: {fault}")
     if device.type == "cpu" and second > SLOW_SECONDS:
-        return {"labels": labels}, None, True
-    return (
-        {"labels": labels, "logits": {name: partial(_logits, form, images) for name, form in forms.items()}},
-        None,
-        False,
-    )
+        return {"labels": labels}, {"min_samples": 2, "max_samples": 3, "flops": case.flops}
+    scores = {name: partial(_logits, form, images) for name, form in forms.items()}
+    return {"labels": labels, "logits": scores}, {"min_samples": 4, "flops": case.flops}
 
 
 def _logits(form: Call, images: Tensor) -> Tensor:
@@ -186,12 +158,3 @@ def _logits(form: Call, images: Tensor) -> Tensor:
 
 def _labels(form: Call, images: Tensor) -> Tensor:
     return form(images).argmax(1)
-
-
-def _timed(call: Call, device: torch.device) -> tuple[Tensor, float]:
-    """The output of a call, and its seconds."""
-    start = time.perf_counter()
-    output = call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return output, time.perf_counter() - start

@@ -27,8 +27,8 @@ from segmenter_fast.inference.settings import Settings
 from segmenter_fast.io.images import normalise, read_image
 
 from ..case import OURS, Row
-from ..results import RESULTS, write
-from ..runner import Runner, case_table
+from ..results import RESULTS
+from ..runner import Runner
 from ..timing import Timing
 from .peers import PHOTOGRAPH, ModelCase
 
@@ -57,9 +57,8 @@ def run_folder(
             model = create_model(case.variant, num_classes=case.classes, image_size=SIDE).to(device).eval()
             rows = measure_job(model.optimize(kind, compile=False), Path(folder), batch)
             result.refused += [f"{case.variant}: {row.note}" for row in rows[:1] if row.status == "refused"]
-            result.cases.append(({**case.parameters, "photographs": photographs}, rows))
-            write(result, out)
-            runner.console.print(case_table(f"{case.variant}, {photographs} photographs, batch {batch}", rows))
+            parameters = {**case.parameters, "photographs": photographs}
+            runner.keep(result, parameters, rows, f"{case.variant}, {photographs} photographs, batch {batch}")
     return len(result.refused)
 
 

@@ -24,8 +24,8 @@ from segmenter_fast.io.images import normalise
 from segmenter_fast.token_merging import MERGING, TokenMerging
 
 from ..case import OURS, Row
-from ..results import RESULTS, write
-from ..runner import Runner, case_table
+from ..results import RESULTS
+from ..runner import Runner
 from ..timing import measure, own_stream
 from .peers import ModelCase, build, centre
 
@@ -93,9 +93,7 @@ def run_merging(
             rows = measure_schedules(model, images, schedules, case, seconds)
         result.refused += [f"{case.variant}, {row.variant}: {row.note}" for row in rows if row.status == "refused"]
         parameters = {**case.parameters, "tokens": model.config.num_prefix_tokens + _patches(model)}
-        result.cases.append((parameters, rows))
-        write(result, out)
-        runner.console.print(case_table(case.variant, rows))
+        runner.keep(result, parameters, rows, case.variant)
         for row in rows:
             kept = "" if row.labels is None else f", {row.labels:.2%} of the labels of float32"
             runner.console.print(f"{row.variant}: {row.note}{kept}", highlight=False)

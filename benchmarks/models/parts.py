@@ -16,53 +16,63 @@ from torch import Tensor
 
 from segmenter_fast import kernels
 
-from ..case import OURS, Row, lack_of_memory
+from ..case import OURS, DisagreementError, Row, lack_of_memory, timed_rows
 from ..results import CaseRows
-from ..timing import Failure, measure, own_stream
+from ..timing import Failure, own_stream
 from .comparison import PEER, REFERENCE, Accuracy, Limits, share
 from .peers import ModelCase, build, with_sdpa
 
 PARTS = ("encoder", "decoder", "upsample")
-NAMES = (REFERENCE, PEER, OURS)
+Calls = dict[str, dict[str, Callable[[], Tensor]]]
+# A parameter of cases, and for each of its values the names of the calls that are timed against each other.
+Groups = tuple[str, dict[str, tuple[str, ...]]]
+GROUPS: Groups = ("part", dict.fromkeys(PARTS, (REFERENCE, PEER, OURS)))
 
 
 def measure_parts(case: ModelCase, device: torch.device, seconds: float) -> CaseRows:
-    """A case for each part, with a row for each of reference, peer and ours; ``seconds`` for each part.
+    """A case for each part, with a row for each of reference, peer and ours; ``seconds`` for all parts."""
+    return measure_groups(case, device, seconds, GROUPS, _calls)
 
-    The parts first run one after the other. Every row is "refused" where the labels that come out are wrong, and "out
-    of memory" where there is no room.
+
+def measure_groups(
+    case: ModelCase,
+    device: torch.device,
+    seconds: float,
+    groups: Groups,
+    make: Callable[[ModelCase, torch.device], tuple[Calls, dict[str, int]]],
+) -> CaseRows:
+    """A case for each group of calls, within ``seconds`` for all of them.
+
+    Every row is "refused" where ``make``, which also gives options of ``timed_rows``, finds wrong labels, and "out of
+    memory" where there is no room.
     """
     if device.type == "cpu" and (note := lack_of_memory(case.needs_bytes, device)):
-        return without_figures(case, "out of memory", note)
+        return without_figures(case, groups, "out of memory", note)
     gc.collect()
     with own_stream(device), torch.inference_mode():
         try:
-            calls, fault = _calls(case, device)
+            calls, options = make(case, device)
         except (torch.OutOfMemoryError, MemoryError) as error:
-            return without_figures(case, "out of memory", Failure.of(error).note)
-        if fault:
-            return without_figures(case, "refused", fault)
-        found = []
-        for part, functions in calls.items():
-            calls_of = {name: [call] for name, call in functions.items()}
-            outcomes = measure(calls_of, device, seconds=seconds, min_samples=3)
-            rows = [Row(name, "ok").timed(outcome, case.batch) for name, outcome in outcomes.items()]
-            found.append((case.parameters | {"part": part}, rows))
-    return found
+            return without_figures(case, groups, "out of memory", Failure.of(error).note)
+        except DisagreementError as error:
+            return without_figures(case, groups, "refused", str(error))
+        share = seconds / len(calls)
+        rows = {group: timed_rows(own, device, case.batch, seconds=share, **options) for group, own in calls.items()}
+    return [(case.parameters | {groups[0]: group}, own) for group, own in rows.items()]
 
 
-def without_figures(case: ModelCase, status: str, note: str) -> CaseRows:
-    return [(case.parameters | {"part": part}, [Row(name, status, note) for name in NAMES]) for part in PARTS]
+def without_figures(case: ModelCase, groups: Groups, status: str, note: str) -> CaseRows:
+    key, names = groups
+    return [(case.parameters | {key: group}, [Row(name, status, note) for name in own]) for group, own in names.items()]
 
 
-def _calls(case: ModelCase, device: torch.device) -> tuple[dict[str, dict[str, Callable[[], Tensor]]], str | None]:
-    """The calls of each part by model, and the reason why ours is wrong, if it is."""
+def _calls(case: ModelCase, device: torch.device) -> tuple[Calls, dict[str, int]]:
     model, reference, images = build(case, device)
     peer, ours = with_sdpa(reference, case.dtype), model.optimize(case.dtype, compile=False)
     low = images.to(case.dtype)
     grid = -(-case.size // case.config.patch_size)
     size, crop = (grid * case.config.patch_size,) * 2, (case.size,) * 2
-    calls: dict[str, dict[str, Callable[[], Tensor]]] = {part: {} for part in PARTS}
+    calls: Calls = {part: {} for part in PARTS}
     logits, labels = {}, {}
     whole: Any
     for name, whole, given in ((REFERENCE, reference, images), (PEER, peer, low), (OURS, ours, low)):
@@ -80,7 +90,9 @@ def _calls(case: ModelCase, device: torch.device) -> tuple[dict[str, dict[str, C
         or limits.labels_fault(share(labels[OURS] == labels[REFERENCE]))
         or limits.argmax_fault(labels[OURS], logits[OURS])
     )
-    return calls, fault
+    if fault:
+        raise DisagreementError(fault)
+    return calls, {"min_samples": 3}
 
 
 def _logits(masks: Tensor, size: tuple[int, int], crop: tuple[int, int]) -> Tensor:

@@ -1,8 +1,8 @@
 """Loops of users on models of others before and after ``accelerate``: labels and training steps, time and peak memory.
 
 Cases are the official program's structure (T/16, 512 px) and the loss of transformers' SegFormer at 1024 px, whose
-scores are resized from 256; both with 150 classes, one image, float32, random weights. ``swap_in.json`` is written at
-the end. A case is refused if more than 1e-4 of the labels differ, or the losses by more than that.
+scores are resized from 256; both with 150 classes, one image, float32, random weights. Each case is written to
+``swap_in.json``. It is refused if more than 1e-4 of the labels differ, or the losses by more than that.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from segmenter_fast import accelerate, create_model
 from segmenter_fast.reference import ReferenceSegmenter
 
-from ..case import OURS, Row
-from ..results import RESULTS, CaseRows, write
-from ..runner import Runner, case_table
-from ..timing import measure, own_stream
+from ..case import OURS, timed_rows
+from ..results import RESULTS, CaseRows
+from ..runner import Runner
+from ..timing import own_stream
 from .official import OfficialLike
 
 OP, PLAIN = "swap_in", "as it is"
@@ -54,11 +54,9 @@ def run_swap_in(*, device: torch.device, seconds: float = 3.0, out: Path = RESUL
         if float(off) > TOLERANCE:
             raise ValueError(f"{name}, {loop}: the results of the accelerated model differ from its own")
         with own_stream(device):
-            outcomes = measure({key: [call] for key, call in calls.items()}, device, seconds=seconds, min_samples=4)
-        rows = [Row(key, "ok").timed(outcome, 1, 0) for key, outcome in outcomes.items()]
-        result.cases.append(({"model": name, "loop": loop, "classes": CLASSES, "batch": 1, "dtype": "float32"}, rows))
-        runner.console.print(case_table(f"{name}, {loop}", rows))
-    write(result, out)
+            rows = timed_rows(calls, device, 1, seconds=seconds, min_samples=4)
+        parameters = {"model": name, "loop": loop, "classes": CLASSES, "batch": 1, "dtype": "float32"}
+        runner.keep(result, parameters, rows, f"{name}, {loop}")
     return result.cases
 
 

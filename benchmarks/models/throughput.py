@@ -28,7 +28,7 @@ from ..device import Ceilings
 from ..results import RESULTS, CaseRows, write
 from ..runner import Runner, case_table
 from .comparison import Plan, compare_models, in_stages, names_of
-from .parts import measure_parts, without_figures
+from .parts import GROUPS, measure_parts, without_figures
 from .peers import ModelCase
 from .summary import case_name, models_table
 
@@ -55,12 +55,12 @@ class Job:
 
     def run(self, device: torch.device, ceilings: Ceilings, seconds: float, plan: Plan) -> CaseRows:
         if self.op == "split":
-            return measure_parts(self.case, device, seconds / 3)
+            return measure_parts(self.case, device, seconds)
         return [(self.case.parameters, compare_models(self.case, device, ceilings, seconds, plan))]
 
     def not_run(self, note: str) -> CaseRows:
         if self.op == "split":
-            return without_figures(self.case, "not run", note)
+            return without_figures(self.case, GROUPS, "not run", note)
         return [(self.case.parameters, [Row(name, "not run", note) for name in names_of(self.case)])]
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -52,23 +53,11 @@ def models(
     if context.invoked_subcommand is not None:
         return
     from ..benchmarks.models.throughput import run_models
-    from ..devices import choose_device
 
-    refused = run_models(
-        variant or (),
-        size or (),
-        batch or (),
-        classes or (),
-        [choice.value for choice in dtype or ()],
-        merge or (),
-        device=choose_device(device.value),
-        compile=compile,
-        extras=extras,
-        seconds=seconds,
-        budget=budget,
-        out=out,
-    )
-    raise typer.Exit(int(refused > 0))
+    dtypes = [choice.value for choice in dtype or ()]
+    grid = variant or (), size or (), batch or (), classes or (), dtypes, merge or ()
+    options = {"compile": compile, "extras": extras, "seconds": seconds, "budget": budget}
+    _measure(run_models, *grid, device=device, out=out, **options)
 
 
 @bench.command()
@@ -83,11 +72,9 @@ def defaults(
 ) -> None:
     """`optimize()`, `accelerate(...)` and the model itself, with defaults, against plain PyTorch: the worst ratio."""
     from ..benchmarks.models.defaults import run_defaults
-    from ..devices import choose_device
 
-    place = choose_device(device.value)
-    refused = run_defaults(variant or (), size, batch or (), device=place, seconds=seconds, budget=budget, out=out)
-    raise typer.Exit(int(refused > 0))
+    grid = variant or (), size, batch or ()
+    _measure(run_defaults, *grid, device=device, out=out, seconds=seconds, budget=budget)
 
 
 @bench.command()
@@ -100,10 +87,8 @@ def kernels(
 ) -> None:
     """Every fused op against its peers; where named, `sliding` windows and the `tokens` that merge against theirs."""
     from ..benchmarks.ops import run_ops
-    from ..devices import choose_device
 
-    refused = run_ops(op or (), device=choose_device(device.value), quick=quick, out=out, budget=budget)
-    raise typer.Exit(int(refused > 0))
+    _measure(run_ops, op or (), device=device, out=out, quick=quick, budget=budget)
 
 
 @bench.command()
@@ -122,22 +107,10 @@ def train(
 ) -> None:
     """Training steps of whole models: time, images per second and memory, against patch size and classes."""
     from ..benchmarks.training import run_training
-    from ..devices import choose_device
 
-    refused = run_training(
-        [choice.value for choice in model or ()],
-        patch or (),
-        classes or (),
-        size,
-        batch,
-        device=choose_device(device.value),
-        dtype=dtype.value,
-        compile=compile,
-        quick=quick,
-        out=out,
-        budget=budget,
-    )
-    raise typer.Exit(int(refused > 0))
+    grid = [choice.value for choice in model or ()], patch or (), classes or (), size, batch
+    options = {"dtype": dtype.value, "compile": compile, "quick": quick, "budget": budget}
+    _measure(run_training, *grid, device=device, out=out, **options)
 
 
 @bench.command()
@@ -163,10 +136,8 @@ def folder(
 ) -> None:
     """The whole job of predict: files to labels, and to overlays, too, against the model alone."""
     from ..benchmarks.models.folder import run_folder
-    from ..devices import choose_device
 
-    refused = run_folder(variant, photographs, batch, dtype.value, choose_device(device.value), out)
-    raise typer.Exit(int(refused > 0))
+    _measure(run_folder, variant, photographs, batch, dtype.value, device=device, out=out)
 
 
 @bench.command()
@@ -185,9 +156,12 @@ def merging(
 ) -> None:
     """Token merging: speed of schedules, and the share of the exact model's labels that they keep on photographs."""
     from ..benchmarks.models.merging import run_merging
+
+    _measure(run_merging, weights, photos or (), variant or (), dtype.value, device=device, out=out, seconds=seconds)
+
+
+def _measure(run: Callable[..., int], *arguments: Any, device: Device, **options: Any) -> None:
+    """Run a benchmark; exit code 1 if an output of ours was wrong."""
     from ..devices import choose_device
 
-    refused = run_merging(
-        weights, photos or (), variant or (), dtype.value, device=choose_device(device.value), seconds=seconds, out=out
-    )
-    raise typer.Exit(int(refused > 0))
+    raise typer.Exit(int(run(*arguments, device=choose_device(device.value), **options) > 0))

@@ -241,7 +241,7 @@ def make_folder(folder: Path, images: int, size: int = 128, seed: int = 0) -> di
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not empty; name a new folder")
     counts = {"train": images - max(1, images // 5), "val": max(1, images // 5)}
-    scenes = {split: Shapes.of_split(split, seed, size) for split in counts}
+    scenes = {split: replace(Shapes.of_split(split, seed, size), length=count) for split, count in counts.items()}
     with atomic_path(folder) as temporary:
         for split, count in counts.items():
             for kind in ("images", "labels"):

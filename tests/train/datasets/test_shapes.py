@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from segmenter_fast.cli import app
 from segmenter_fast.train.datasets import open_dataset
 from segmenter_fast.train.datasets.drawing import outline, texture, turned
-from segmenter_fast.train.datasets.shapes import BACKGROUND, BUTTON, HELD_OUT, Shapes, Thing, make_folder
+from segmenter_fast.train.datasets.shapes import BACKGROUND, BUTTON, HELD_OUT, LENGTHS, Shapes, Thing, make_folder
 
 DIGEST = """
 import hashlib
@@ -203,3 +203,9 @@ def test_make_refuses(tmp_path: Path) -> None:
     assert result.exit_code == 2
     assert "size must be within" in result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_a_folder_may_have_more_scenes_than_a_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LENGTHS, "val", 1)
+    assert make_folder(tmp_path / "new", 10, 32) == {"train": 8, "val": 2}
+    assert len(list((tmp_path / "new/images/val").iterdir())) == 2
