@@ -148,7 +148,7 @@ def _calls(case: ModelCase, device: torch.device) -> tuple[Calls, dict[str, int]
             raise DisagreementError(f"{name}: {fault}")
     if device.type == "cpu" and second > SLOW_SECONDS:
         return {"labels": labels}, {"min_samples": 2, "max_samples": 3, "flops": case.flops}
-    scores = {name: partial(_logits, form, images) for name, form in forms.items()}
+    scores: dict[str, Callable[[], Tensor]] = {name: partial(_logits, form, images) for name, form in forms.items()}
     return {"labels": labels, "logits": scores}, {"min_samples": 4, "flops": case.flops}
 
 

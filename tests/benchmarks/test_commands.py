@@ -34,7 +34,7 @@ def test_models(monkeypatch: pytest.MonkeyPatch) -> None:
     options = "--variant a --variant b --size 64 --batch 2 --classes 7 --dtype float32 --device cpu --no-compile"
     options += " --no-extras --seconds 0.5 --budget 9 --out x"
     args, kwargs = invoke((throughput, "run_models"), options, monkeypatch)
-    assert args == (["a", "b"], [64], [2], [7], ["float32"])
+    assert args == (["a", "b"], [64], [2], [7], ["float32"], ())
     cpu = torch.device("cpu")
     wanted = {"device": cpu, "compile": False, "extras": False, "seconds": 0.5, "budget": 9.0, "out": Path("x")}
     assert kwargs == wanted
