@@ -21,8 +21,8 @@ class _Graph:
 
     graph: torch.cuda.CUDAGraph
     images: Tensor
-    result: Tensor
-    function: Callable[[Tensor], Tensor]
+    result: Any
+    function: Callable[[Tensor], Any]
 
 
 class Graphs:
@@ -47,9 +47,9 @@ class Graphs:
     def run(
         self,
         key: Hashable,
-        function: Callable[[Tensor], Tensor],
+        function: Callable[[Tensor], Any],
         images: Tensor,
-        take: Callable[[Tensor], Tensor] = torch.clone,
+        take: Callable[[Any], Tensor] = torch.clone,
     ) -> Tensor:
         """``take(function(images))`` by the graph of ``key``, which is captured at its first call.
 
@@ -81,7 +81,7 @@ class Graphs:
     # A buffer made in inference mode could not be written to outside of it.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _capture(self, function: Callable[[Tensor], Tensor], images: Tensor) -> _Graph:
+    def _capture(self, function: Callable[[Tensor], Any], images: Tensor) -> _Graph:
         """Graph of ``function``, captured on a stream of the current device that nothing else uses."""
         fixed = torch.empty_like(images)
         fixed.copy_(images)

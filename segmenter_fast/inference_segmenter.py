@@ -129,7 +129,7 @@ class InferenceSegmenter(nn.Module):
 
     def _renew(self) -> None:
         self._stems: dict[tuple[int, int, bool], _Stem] = {}
-        self._compiled: dict[tuple[str, torch.dtype], Callable[..., Tensor]] = {}
+        self._compiled: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}
         self._called: set[Any] = set()
         self._graphs = Graphs()
         self._lock = threading.RLock()
@@ -180,15 +180,16 @@ class InferenceSegmenter(nn.Module):
         if not self._captures(images):
             return self._call(result, images, stem)
         # The last op on a large result runs after the graph, which then leaves nothing large to be copied.
-        captured = result if result in ("labels", "groups") else "masks"
+        scores = "scores" if result == "probabilities" and self.config.merging else "masks"
+        captured = result if result in ("labels", "groups") else scores
         key = captured, images.shape, images.dtype, numeric_state(images.device.type)
-        size = images.shape[2], images.shape[3]
-        return self._graphs.run(
-            key,
-            lambda fixed: self._call(captured, fixed, stem),
-            images,
-            torch.clone if captured == result else lambda masks: upsampled(result, masks, self.config, size),
-        )
+
+        def upsample(found: Any) -> Tensor:
+            masks, index = found if captured == "scores" else (found, None)
+            return upsampled(result, masks, self.config, images.shape[2:], index)
+
+        take = torch.clone if captured == result else upsample
+        return self._graphs.run(key, lambda fixed: self._call(captured, fixed, stem), images, take)
 
     def _captures(self, images: Tensor) -> bool:
         return self.cuda_graph and not self.config.adaptive and images.is_cuda and images.numel() > 0
@@ -206,7 +207,7 @@ class InferenceSegmenter(nn.Module):
                 stem = self._stems[key] = self._stem(*key)
         return stem
 
-    def _call(self, result: str, images: Tensor, stem: _Stem) -> Tensor:
+    def _call(self, result: str, images: Tensor, stem: _Stem) -> Any:
         """``_compute``, compiled where that is asked for."""
         if self.config.adaptive or not self.compile_graph:
             return self._compute(result, images, *stem)
@@ -248,7 +249,7 @@ class InferenceSegmenter(nn.Module):
             weight, bias = folded, (bias.float() - rest).to(bias.dtype)
         return weight, bias, shift, *self.encoder.grid_embeddings(rows, columns, self.config.merging)
 
-    def _function(self, result: str, dtype: torch.dtype) -> Callable[..., Tensor]:
+    def _function(self, result: str, dtype: torch.dtype) -> Callable[..., Any]:
         """The compiled form of ``_compute`` for one result and dtype of images."""
         if (result, dtype) not in self._compiled:
             # The compiler counts recompilations per code object: a copy keeps other models' out of the count.
@@ -277,9 +278,8 @@ class InferenceSegmenter(nn.Module):
         prefix: Tensor,
         positions: Tensor | None,
         rotation: Tensor | None,
-    ) -> Tensor:
-        """Compute one result from tensors alone: the function that is compiled and captured."""
-        size = images.shape[2], images.shape[3]
+    ) -> Any:
+        """Compute a tensor, or masks and index for "scores", from tensors alone: what is compiled and captured."""
         images = images.to(weight.dtype)
         if shift is not None:
             images = images - shift
@@ -295,4 +295,6 @@ class InferenceSegmenter(nn.Module):
         if result == "groups":
             return scores.index()
         masks, index = scores.maps(gather=result in ("masks", "logits"))
-        return masks if result == "masks" else upsampled(result, masks, self.config, size, index)
+        if result in ("masks", "scores"):
+            return masks if result == "masks" else (masks, index)
+        return upsampled(result, masks, self.config, images.shape[2:], index)

@@ -56,10 +56,10 @@ def test_shares_of_merging_are_captured_and_thresholds_are_not(cuda: SimpleNames
     for images in torch.randn(3, 2, 3, 40, 50):
         for result in (*RESULTS, "token_groups"):
             assert torch.equal(getattr(fast, result)(images), getattr(plain, result)(images))
-    assert len(cuda.captures) == len(fast._graphs) == 3  # labels, scores, groups
+    assert len(cuda.captures) == len(fast._graphs) == 4  # labels, masks, scores of groups, groups
     adaptive = fast.with_merging(sf.TokenMerging((0, 1), threshold=0.5))
     assert torch.equal(adaptive.segment(images), plain.with_merging(adaptive.config.merging).segment(images))
-    assert len(cuda.captures) == 3
+    assert len(cuda.captures) == 4
     assert not len(adaptive._graphs)
 
 

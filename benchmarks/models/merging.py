@@ -2,8 +2,8 @@
 
 Without labelled data, the labels are those of real weights on real photographs: the scores of a patch are the cosines
 of its feature to 21 k-means centres of the features of all photographs, upsampled bilinearly. The labels kept are those
-equal to the exact model's in float32. Other models have random weights, whose tokens say nothing about agreement: for
-them only the speed counts.
+equal to the exact model's in float32; the notes have those of crops. Other models have random weights, whose tokens say
+nothing about agreement: for them only the speed counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from segmenter_fast import Segmenter, create_model
 from segmenter_fast.devices import choose_compile, choose_dtype
 from segmenter_fast.inference_segmenter import InferenceSegmenter
-from segmenter_fast.io.images import normalise
+from segmenter_fast.io.images import normalise, read_image
 from segmenter_fast.token_merging import MERGING, TokenMerging
 
 from ..case import OURS, Row
@@ -90,7 +90,8 @@ def run_merging(
     for case, make, schedules in cases:
         with own_stream(device), torch.inference_mode():
             model, images = make()
-            rows = measure_schedules(model, images, schedules, case, seconds)
+            crops = corners(photographs, model, device) if case.variant == REAL else None
+            rows = measure_schedules(model, images, schedules, case, seconds, crops)
         result.refused += [f"{case.variant}, {row.variant}: {row.note}" for row in rows if row.status == "refused"]
         parameters = {**case.parameters, "tokens": model.config.num_prefix_tokens + _patches(model)}
         runner.keep(result, parameters, rows, case.variant)
@@ -111,6 +112,17 @@ def real_model(weights: Path, photographs: Sequence[Path], device: torch.device)
     return model, images
 
 
+def corners(photographs: Sequence[Path], model: Segmenter, device: torch.device) -> Tensor:
+    """Top left and bottom right corner of each photograph, 80 % of its smaller side: ``(2 B, 3, S, S)``."""
+    crops = []
+    for path in photographs:
+        pixels = read_image(str(path))
+        side = int(0.8 * min(pixels.shape[:2]))
+        crops += [pixels[:side, :side], pixels[-side:, -side:]]
+    mean, std = model.config.mean, model.config.std
+    return torch.cat([normalise(centre(crop, SIDE), mean, std, device) for crop in crops])
+
+
 def centres_of(features: Tensor) -> Tensor:
     """``(N, D)`` unit vectors -> ``(21, D)`` k-means centres by cosine."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
@@ -122,7 +134,12 @@ def centres_of(features: Tensor) -> Tensor:
 
 
 def measure_schedules(
-    model: Segmenter, images: Tensor, schedules: Schedules, case: ModelCase, seconds: float
+    model: Segmenter,
+    images: Tensor,
+    schedules: Schedules,
+    case: ModelCase,
+    seconds: float,
+    crops: Tensor | None = None,
 ) -> list[Row]:
     """Time ``optimize(merge=...)`` on one image, schedule by schedule in turns; count the labels kept on all images.
 
@@ -132,17 +149,24 @@ def measure_schedules(
     calls: dict[str, list[Callable[[], object]]] = {}
     rows, depth, patches = [], model.config.depth, _patches(model)
     expected = _labels(model, images) if case.variant == REAL else None
+    of_crops = None if crops is None else _labels(model, crops)
     for name, schedule in schedules.items():
         merging = schedule if depth == 12 or schedule is None else TokenMerging.of(name, depth)
         left = merging.tokens_left(patches, depth) if merging else [patches]
         row = Row(f"{OURS} {name}", "ok", f"{left[-1]} of {patches} patch tokens left")
-        labels = _labels(model.optimize(torch.float32, compile=False, merge=merging or "none"), images)
+        form = model.optimize(torch.float32, compile=False, merge=merging or "none")
+        labels = _labels(form, images)
         same = (labels == _labels(model.with_merging(merging), images)).float().mean().item()
         if same < SAME:
             rows.append(replace(row, status="refused", note=f"{same:.2%} of the labels are those of the model itself"))
             continue
         if expected is not None:
             row = replace(row, labels=(labels == expected).float().mean().item())
+        if crops is not None and of_crops is not None:
+            kept = (_labels(form, crops) == of_crops).float().mean((1, 2))
+            row = replace(
+                row, note=f"{row.note}; of crops {kept.mean():.2%} of the labels, {kept.min():.2%} of the worst"
+            )
         rows.append(row)
         fast = model.optimize(case.dtype, merge=merging or "none")
         calls[row.variant] = [partial(fast.segment, image) for image in images.split(1)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +64,9 @@ def test_labels_of_real_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert refused == 0
     assert exact.labels > 0.9999  # ties that rounding decides
     assert 0.96 < fast.labels < 1
+    assert exact.note.endswith("of crops 100.00% of the labels, 100.00% of the worst")
+    kept = [float(share) / 100 for share in re.findall(r"([\d.]+)%", fast.note)]
+    assert 0.9 < kept[1] <= kept[0] < 1
     assert 0.9 < faster.labels < fast.labels
 
 

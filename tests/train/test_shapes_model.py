@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 import segmenter_fast as sf
 from segmenter_fast.benchmarks.models import demo
 from segmenter_fast.cli import app
+from segmenter_fast.train import shapes_merging
 from segmenter_fast.train.datasets.shapes import HELD_OUT, Shapes
 from segmenter_fast.train.shapes_model import (
     MODEL,
@@ -81,3 +82,18 @@ def test_the_demo_shows_the_trained_model(tmp_path: Path, monkeypatch: pytest.Mo
     assert result.exit_code == 0, result.output
     assert "held-out" in result.output
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["shapes.png"]
+
+
+def test_scores_of_token_merging_on_a_few_scenes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    load_shapes_model().with_merging({"layers": [1], "share": 0.5}).save_pretrained(run / "best")
+    (run / "run.json").write_text(json.dumps({"recipe": {"steps": 300}}))
+    monkeypatch.setattr(shapes_merging, "held_out_scenes", lambda model: Shapes(96, 3, HELD_OUT))
+    monkeypatch.setattr(shapes_merging, "SHARES", (0.0, 0.3))
+    shapes_merging.main(run, run, tmp_path / "out")
+    exact, none, merged, trained, off, *_ = found = json.loads((tmp_path / "out/scores.json").read_text())
+    assert exact["miou"] == none["miou"] == off["miou"] > merged["miou"]
+    assert exact["macs"] == none["macs"] > trained["macs"] > merged["macs"]
+    assert (exact["share"], merged["share"], trained["share"]) == (None, [0.3, 0.3, 0.3], [0.5])
+    assert (trained["steps"], exact["scenes"], len(found)) == (300, 3, 7)
+    assert (tmp_path / "out/scores.png").stat().st_size > 1000
