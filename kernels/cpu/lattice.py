@@ -1,7 +1,8 @@
 """Labels and probabilities of pixels that mix four lattice points.
 
-``labels`` has the labels of one lattice. Otherwise, and where its pruning does not pay, plain PyTorch makes the logits
-tile by tile: the rows of a tile mix a few lattice rows, and each of these is resized along x once.
+``labels`` has the labels of one lattice; ``src/upsample_softmax.cpp`` makes the probabilities. Elsewhere, in PyTorch,
+and where pruning does not pay, the logits exist tile by tile: the rows of a tile mix a few lattice rows, and
+each of these is resized along x once.
 """
 
 from __future__ import annotations
@@ -38,6 +39,11 @@ def lattice_argmax(
             return labels
         if write_pruned(scores, rows[0], row_weights[0], cols[0], col_weights[0], index, labels):
             return labels
+    elif kernel(scores, "lattice_softmax") is not None:
+        for top in range(0, len(labels), step := max(_TILE // (scores.shape[1] * labels.shape[1]), 1)):
+            part = rows[..., top : top + step].contiguous(), row_weights[:, top : top + step].contiguous()
+            labels[top : top + step] = lattice_softmax(scores, *part, cols, col_weights, index).max(0).indices
+        return labels
     lattices = _Lattices(scores, rows, row_weights, cols, col_weights, index)
     for tile in lattices.tiles():
         votes = lattices.logits(0, tile) if len(rows) == 1 else lattices.probabilities(tile)

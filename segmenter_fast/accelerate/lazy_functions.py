@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from ..kernels.cpu.resize import kernel
 from .upsampling import Upsampling
 
 _ATTRIBUTES = (
@@ -56,11 +57,13 @@ _RESULTS: dict[Any, Callable[..., Any]] = {
     **{function: Upsampling.max for function in (Tensor.max, torch.max)},
     **{function: Upsampling.topk for function in (Tensor.topk, torch.topk)},
 }
+_ARGMAX = (Tensor.argmax, torch.argmax)
+_WITHOUT_CPP = (8 << 20, 8 << 20, 2)  # for the argmax where its C++ kernel does not run
 # Logits, those in a channels-last layout, and pixels per patch, from which the fused op is faster on a CPU (measured on
 # two cores of an EPYC with AVX512, float32, 1 to 150 classes). Without an entry it always is.
 FASTER_FROM: dict[Any, tuple[int, int, int]] = {
     F.cross_entropy: (2 << 20, 2 << 20, 4),
-    **{function: (1 << 16, 8 << 20, 2) for function in (Tensor.argmax, torch.argmax)},
+    **{function: (1 << 15, 1 << 17, 1) for function in _ARGMAX},
     **{function: (16 << 20, 16 << 20, 8) for function in (F.softmax, Tensor.softmax, torch.softmax)},
     **{function: (16 << 20, 16 << 20, 8) for function in (Tensor.max, torch.max)},
 }
@@ -81,7 +84,10 @@ def is_transformed() -> bool:
 def pays(upsampling: Upsampling, function: Any) -> bool:
     """False for a result of few logits, which PyTorch computes faster from the resized tensor."""
     scores, pixels = upsampling.scores, math.prod(upsampling.crop)
-    planar, channels_last, ratio = FASTER_FROM.get(function, (0, 0, 0))
+    limits = FASTER_FROM.get(function, (0, 0, 0))
+    if function in _ARGMAX and any(limits) and kernel(scores, "upsample_argmax") is None:
+        limits = _WITHOUT_CPP
+    planar, channels_last, ratio = limits
     least = planar if scores.is_contiguous() else channels_last
     patches = scores.shape[2] * scores.shape[3]
     enough = scores.shape[0] * scores.shape[1] * pixels >= least and math.prod(upsampling.size) >= ratio * patches

@@ -18,6 +18,7 @@ from segmenter_fast.accelerate import lazy_functions
 from segmenter_fast.accelerate.forwards import Fused
 from segmenter_fast.accelerate.full_size import FullSizeCalls
 from segmenter_fast.accelerate.lazy import Upsampled, patch_scores
+from segmenter_fast.kernels.cpu.native import unavailable
 from support.lazy_pairs import IGNORED, assert_same_gradients, pair, resized
 from support.other_models import build, images
 
@@ -166,6 +167,23 @@ def test_small_results_are_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
     few, trained = torch.randn(1, 3, 4, 4), torch.randn(1, 20, 16, 16, requires_grad=True) * 1
     assert not any(type(resized(patch_scores(scores, calls), (64, 64))) is Upsampled for scores in (few, trained))
     assert not calls.counts
+
+
+def test_labels_wait_from_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    scores = torch.randn(1, 20, 16, 16)
+
+    def waits(scores: Tensor, side: int) -> bool:
+        logits = F.interpolate(patch_scores(scores, FullSizeCalls()), size=(side, side), mode="bilinear")
+        expected = F.interpolate(scores, size=(side, side), mode="bilinear").argmax(1)
+        assert torch.equal(logits.argmax(1), expected)
+        return type(logits) is Upsampled
+
+    native = unavailable() is None
+    found = [waits(scores, side) for side in (8, 32, 64)], waits(scores.to(memory_format=torch.channels_last), 64)
+    assert found == ([False, False, native], False)
+    monkeypatch.setenv("SEGMENTER_FAST_NATIVE", "0")
+    assert not waits(scores, 64)
 
 
 def test_named_heads() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -156,16 +154,16 @@ def test_classes_of_minus_infinity_never_win(backend: Backend) -> None:
     torch.testing.assert_close(probabilities, reference.lattice_softmax(scores, *tables))
 
 
-@pytest.mark.parametrize("limit", [1, 300, 4000])
-def test_tiles_of_the_cpu_change_nothing(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("segmenter_fast.kernels.cpu.lattice")
-    for lattices in (1, 3):
-        arguments = draw(lattices, 9, 40, 50)
-        whole = module.lattice_argmax(*arguments), module.lattice_softmax(*arguments)
-        monkeypatch.setattr(module, "_TILE", limit)
-        assert torch.equal(module.lattice_argmax(*arguments), whole[0])
-        torch.testing.assert_close(module.lattice_softmax(*arguments), whole[1], rtol=0, atol=1e-6)
-        monkeypatch.undo()
+@pytest.mark.parametrize("native", ["0", "1"])
+@pytest.mark.parametrize("limit", [1, 4000])
+def test_tiles_of_the_cpu_change_nothing(limit: int, native: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SEGMENTER_FAST_NATIVE", native)
+    drawn = [draw(lattices, 9, 40, 50) for lattices in (1, 3)]
+    whole = [(kernels.lattice_argmax(*arguments), kernels.lattice_softmax(*arguments)) for arguments in drawn]
+    monkeypatch.setattr("segmenter_fast.kernels.cpu.lattice._TILE", limit)
+    for arguments, (labels, probabilities) in zip(drawn, whole, strict=True):
+        assert torch.equal(kernels.lattice_argmax(*arguments), labels)
+        torch.testing.assert_close(kernels.lattice_softmax(*arguments), probabilities, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(
