@@ -75,22 +75,17 @@ def _locked(folder: Path) -> Iterator[bool]:
 
     Yields False, too, where the system has no locks of folders.
     """
-    try:
-        import fcntl
+    with contextlib.ExitStack() as opened:
+        try:
+            import fcntl
 
-        descriptor = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # Windows; another process removed it
-        yield False
-        return
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        locked = True
-    except OSError:
-        locked = False
-    try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = True
+        except (ImportError, OSError):  # Windows; another process removed or locked it
+            locked = False
         yield locked
-    finally:
-        os.close(descriptor)
 
 
 def remove_left(folder: Path) -> None:

@@ -127,6 +127,11 @@ def test_an_output_folder_that_cannot_be_written_is_named(tmp_path: Path) -> Non
     make_writable(tmp_path / "new/out")
     assert sorted(os.listdir(tmp_path / "new/out")) == ["labels", "overlays"]
     assert not list(tmp_path.rglob("*.part"))
+    left = tmp_path / "new/out/labels/sub/.saving-x"
+    left.mkdir(parents=True)
+    os.utime(left, (0, 0))
+    make_writable(tmp_path / "new/out")
+    assert left.exists() == (os.name != "posix")  # of a process that was killed
     touch(tmp_path / "file")
     for out in (tmp_path / "file", tmp_path / "file/below"):
         with pytest.raises(OSError, match=rf"output folder {out} cannot be written"):
