@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"C++ k
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-@pytest.fixture(autouse=True, params=["", "-mno-avx512f"], ids=["all", "AVX2"])
+@pytest.fixture(autouse=True, params=["", "-mno-avx512bf16", "-mno-avx512f"], ids=["all", "no bfloat16", "AVX2"])
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compile with fewer of the processor's instructions."""
     monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, *([request.param] if request.param else [])))
