@@ -7,8 +7,8 @@
 // second-level cache. It owns dK and dV of its keys and a part of dQ; parts are added in the order of the chunks.
 // The number of chunks depends on the shape only: results are the same for any number of threads.
 //
-// Every product has a tile of ROWS rows by two vectors in registers. In bfloat16, factors of products are bfloat16, P and
-// dS too; sums and exponents are float32. Rows behind the last token repeat it: what they meet in a sum is zero.
+// In bfloat16, factors of products are bfloat16, P and dS too; sums and exponents are float32. Rows of tiles behind the
+// last token repeat it: what they meet in a sum is zero.
 
 #include "tiles.h"
 
@@ -30,19 +30,18 @@ struct Shape {
   int64_t gradient(int64_t head) const { return (head / heads * tokens * 3 * heads + head % heads) * dim; }
 };
 
-// Units of the dimension of a head; of a tile of ROWS queries, whose transposition writes whole vectors.
 template <typename T>
 int64_t steps(const Shape& shape) {
   return (shape.dim + PER<T> - 1) / PER<T>;
 }
 
+// Units of ROWS queries, whose transposition writes whole vectors.
 template <typename T>
 int64_t tile_size(const Shape& shape) {
   return round_up(steps<T>(shape) * ROWS + LANES, LANES);
 }
 
-// Queries or dO of a head as left factor, tiles (D in units, ROWS), and as right factor, (width / PANEL, padded in units,
-// PANEL); delta and lse belong to both.
+// Q and dO of a head: tiles (D in units, ROWS) as left factors, rows (width / PANEL, padded in units, PANEL) as right.
 template <typename T>
 struct Queries {
   Unit<T>*query_tiles, *query_rows, *grad_tiles, *grad_rows;
@@ -71,10 +70,11 @@ struct Queries {
 
 template <typename T>
 struct Keys {
-  Unit<T>*key_panels, *value_panels, *key_rows;  // (KEYS / PANEL, D in units, PANEL) twice, (width / PANEL, KEYS, PANEL)
-  Unit<T>*weights, *slopes;                      // P and dS, (QUERIES in units, KEYS)
-  Unit<T>* slopes_of_query;                      // dS, (QUERIES, KEYS in units); the same for float
-  float *grad_key, *grad_value, *bias;           // (KEYS, width) twice, (KEYS)
+  Unit<T>*key_panels, *value_panels;    // (KEYS / PANEL, D in units, PANEL)
+  Unit<T>* key_rows;                    // (width / PANEL, KEYS in units, PANEL)
+  Unit<T>*weights, *slopes;             // P and dS, (QUERIES in units, KEYS)
+  Unit<T>* slopes_of_query;             // dS, (QUERIES, KEYS in units); the same for float
+  float *grad_key, *grad_value, *bias;  // (KEYS, width) twice, (KEYS)
   int count;
 
   static int64_t size(const Shape& shape) {
@@ -132,7 +132,8 @@ void weigh(const Queries<T>& queries, const Keys<T>& keys, int count, const Shap
   const int64_t depth = steps<T>(shape);
   for (int panel = 0; panel < keys.count; panel += PANEL) {
     const int columns = keys.count - panel > LANES ? PANEL : LANES;
-    const auto product = columns == PANEL ? multiply_tile<1, ROWS, false, 2, Unit<T>> : multiply_tile<1, ROWS, false, 1, Unit<T>>;
+    const auto wide = multiply_tile<1, ROWS, false, 2, Unit<T>>, narrow = multiply_tile<1, ROWS, false, 1, Unit<T>>;
+    const auto product = columns == PANEL ? wide : narrow;
     for (int first = 0; first < count; first += ROWS) {
       const int64_t tile = first / ROWS * tile_size<T>(shape);
       product(queries.query_tiles + tile, keys.key_panels + panel * depth, depth, scores, PANEL);
@@ -159,21 +160,22 @@ void add_gradients(const Queries<T>& queries, const Keys<T>& keys, int count, co
                    float* grad) {
   weigh(queries, keys, count, shape, scale);
   const int64_t apart = shape.padded / PER<T> * PANEL, width = shape.width;
-  const int64_t query_steps = (count + PER<T> - 1) / PER<T>, key_steps = (keys.count + PER<T> - 1) / PER<T>;
+  const int64_t depth = (count + PER<T> - 1) / PER<T>, key_depth = (keys.count + PER<T> - 1) / PER<T>;
   for (int key = 0; key < keys.count; key += ROWS)
-    add_products<1, KEYS>(keys.weights + key, queries.grad_rows, apart, query_steps, shape, keys.grad_value + key * width);
+    add_products<1, KEYS>(keys.weights + key, queries.grad_rows, apart, depth, shape, keys.grad_value + key * width);
   for (int key = 0; key < keys.count; key += ROWS)
-    add_products<1, KEYS>(keys.slopes + key, queries.query_rows, apart, query_steps, shape, keys.grad_key + key * width);
+    add_products<1, KEYS>(keys.slopes + key, queries.query_rows, apart, depth, shape, keys.grad_key + key * width);
   for (int row = 0; row < count; row += ROWS)
     add_products<KEYS / PER<T>, 1>(keys.slopes_of_query + row * (KEYS / PER<T>), keys.key_rows, KEYS / PER<T> * PANEL,
-                                   key_steps, shape, grad + row * width);
+                                   key_depth, shape, grad + row * width);
 }
 
 template <typename T>
 void pack_keys(const Shape& shape, const T* key, const float* bias, const Keys<T>& keys) {
   const int64_t stride = shape.token_stride;
   for (int token = 0; token < keys.count; token += LANES) {
-    const int64_t panel = token / PANEL * PANEL * steps<T>(shape) + token % PANEL, rows = std::min(LANES, keys.count - token);
+    const int64_t rows = std::min(LANES, keys.count - token);
+    const int64_t panel = token / PANEL * PANEL * steps<T>(shape) + token % PANEL;
     transpose(key + token * stride, stride, rows, shape.dim, keys.key_panels + panel, PANEL);
     transpose(key + shape.kind_stride + token * stride, stride, rows, shape.dim, keys.value_panels + panel, PANEL);
   }
@@ -286,8 +288,8 @@ void run(const Shape& shape, const Tensors<T>& tensors, float scale, int threads
 
 }  // namespace
 
-// grad_out, out (batch, tokens, heads, dim); qkv (batch, tokens, 3, heads, dim), any strides of elements but the last, of
-// 1; lse (batch, heads, tokens) natural logarithms; bias (batch, tokens) or null; grad as qkv, whole.
+// grad_out, out (batch, tokens, heads, dim); qkv (batch, tokens, 3, heads, dim) with these strides of elements and a
+// last stride of 1; lse (batch, heads, tokens), natural logarithms; bias (batch, tokens) or null; grad as qkv, whole.
 extern "C" void attention_backward(const void* grad_out, const void* out, const void* qkv, const float* lse,
                                    const float* bias, void* grad, int64_t batch, int64_t tokens, int64_t heads,
                                    int64_t dim, int64_t batch_stride, int64_t token_stride, int64_t kind_stride,
