@@ -68,10 +68,10 @@ def accelerate(model: Model, heads: Collection[str] = ()) -> Model:
     Recognised, without importing the library: the official ``Segmenter``, mmsegmentation's ``EncoderDecoder`` with
     Segmenter's backbone and head, timm's Vision Transformers, and every module whose attention has timm's structure
     (``qkv``, ``proj``, ``num_heads`` or ``heads``). The attention of transformers' Vision Transformers (``q_proj`` or
-    ``query``, implementation "sdpa") and of timm's DINOv3 runs on the op where it is faster: without gradients, on AMD
-    CPUs with AVX512, from some hundred tokens. The model is changed in place: the forwards of single modules are
-    replaced, nothing global. State-dict keys, parameters, hooks, the forward contract and training stay; outputs and
-    gradients agree within rounding. Calls with a mask, attention dropout in training, hooks inside an attention and
+    ``query``, implementation "sdpa") and of timm's DINOv3 runs on the op where it is faster: without gradients, on
+    CPUs where C++ kernels run, from some hundred tokens. The model is changed in place: the forwards of single modules
+    are replaced, nothing global. State-dict keys, parameters, hooks, the forward contract and training stay; outputs
+    and gradients agree within rounding. Calls with a mask, attention dropout in training, hooks inside an attention and
     requested attention maps run the original forward, and so does everything inside ``torch.func`` or forward-mode
     differentiation. Gradients with a graph of their own (``create_graph=True``) are PyTorch's.
 

@@ -2,11 +2,11 @@
 
 These modules run PyTorch's attention already, on three tensors, and transformers' ``AttentionInterface`` would hand
 over three. ``kernels.attention`` takes a packed one; the activations are packed, so that no packed copy of the weights
-exists. It runs only where models were measured to win in spite of that: without gradients, on a CPU where it multiplies
-by oneDNN, from ``least`` tokens on. Two cores of an AMD EPYC (Zen 5), float32, whole S models at batch 1, two runs: ViT
-0.99 and 1.05x at 577 tokens, 1.04 and 1.09x at 1025; DINOv2 1.03 and 1.06x at 785 and 842, 1.08 and 1.15x at 1370;
-DINOv3 0.98 to 1.04x below 1000, 1.03 and 1.05x at 1029, 1.13x at 1605. On a GPU PyTorch's attention stays: on an H100
-it is as fast forward, and faster backward from 577 tokens on.
+exists. It runs only where models were measured to win in spite of that: without gradients, on a CPU with C++ kernels,
+from ``least`` tokens on. Two cores of an AMD EPYC (Zen 5), four layers of S models at batch 1, ViT / DINOv3: float32
+1.01 / 0.98x at 257 tokens, 1.06 / 1.04x at 401, 1.10 / 1.08x at 577, 1.19 / 1.16x at 1025; bfloat16 1.01 / 1.00x at
+101, 1.13 / 1.09x at 197, 1.31 / 1.28x at 401, 1.86 / 1.79x at 1025. On a GPU PyTorch's attention stays: on an H100 it
+is as fast forward, and faster backward from 577 tokens on.
 """
 
 from __future__ import annotations
@@ -32,21 +32,20 @@ class FusedWhereFaster(Fused):
     """Base of both: runs the fused forward in evaluation, where it is faster; in a trial whether it is or not."""
 
     op = "attention"
-    least: ClassVar[int] = 768
+    least: ClassVar[int] = 384
     """Number of tokens from which the fused forward wins."""
-    least_rotated: ClassVar[int] = 1000
+    least_bfloat16: ClassVar[int] = 192
 
     @classmethod
     def condition(cls, module: nn.Module) -> str:
-        tokens = cls.least_rotated if rotation_argument(module) else cls.least
-        return f"without gradients, on a CPU, from {tokens} tokens"
+        return f"without gradients, on a CPU, from {cls.least} tokens ({cls.least_bfloat16} in bfloat16)"
 
-    def wins(self, x: Tensor, rotated: bool) -> bool:
+    def wins(self, x: Tensor) -> bool:
         """True if the fused forward is faster than PyTorch's attention for these tokens."""
         if self.training or self.tried:
             return self.tried and not self.training
-        enough = x.device.type == "cpu" and x.shape[1] >= (self.least_rotated if rotated else self.least)
-        return enough and not torch.is_grad_enabled() and runs_native(x.dtype)
+        least = self.least_bfloat16 if x.dtype == torch.bfloat16 else self.least
+        return x.device.type == "cpu" and x.shape[1] >= least and not torch.is_grad_enabled() and runs_native(x.dtype)
 
 
 class FusedSeparateAttention(FusedWhereFaster):
@@ -61,7 +60,7 @@ class FusedSeparateAttention(FusedWhereFaster):
         rotation = others.pop("position_embeddings", None)
         tokens = args or (others.pop("hidden_states", None),)
         serves = is_plain(tokens, others) and (rotation is None or all(map(_is_table, rotation)))
-        if not serves or self.config._attn_implementation != "sdpa" or not self.wins(tokens[0], rotation is not None):
+        if not serves or self.config._attn_implementation != "sdpa" or not self.wins(tokens[0]):
             return super().forward(*args, **kwargs)
         qkv = torch.stack([self.get_submodule(name)(tokens[0]) for name in projections(self)], 2)
         out = _attend(qkv, head_count(self), scale(self), rotation)
@@ -76,7 +75,7 @@ class FusedRotaryAttention(FusedWhereFaster):
         others = dict(kwargs)
         rope = args[1] if len(args) > 1 else others.pop("rope", None)
         serves = is_plain((*args[:1], *args[2:]), others) and (rope is None or _is_table(rope))
-        if not serves or is_hooked(self.qkv) or not self.wins(args[0], rope is not None):
+        if not serves or is_hooked(self.qkv) or not self.wins(args[0]):
             return super().forward(*args, **kwargs)
         bias = (
             self.qkv.bias if (q := getattr(self, "q_bias", None)) is None else torch.cat([q, self.k_bias, self.v_bias])

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from ..describe import info_table, variants_table
+from ..kernels.cpu import native
 from .app import app, check_new, load_model, say, short_warnings
 from .options import CheckpointArgument, Device, Dtype, ModelArgument, OverwriteOption
 
@@ -23,9 +24,11 @@ class Format(str, Enum):
 
 @app.command()
 def info(model: ModelArgument) -> None:
-    """Print what a checkpoint is."""
+    """Print what a checkpoint is, and whether C++ kernels run on this CPU."""
     segmenter = load_model(model, Device.cpu, Dtype.float32)
-    Console().print(info_table(segmenter.config, model))
+    table = info_table(segmenter.config, model)
+    table.add_row("C++ kernels here", native.unavailable() or "run")
+    Console().print(table)
 
 
 @app.command()

@@ -8,6 +8,7 @@ import pytest
 
 import segmenter_fast as sf
 from segmenter_fast.cli import checkpoints
+from segmenter_fast.kernels.cpu import native
 from support.folders import write_folder
 from support.predict import MODEL, call
 
@@ -47,6 +48,12 @@ def test_an_import_that_is_broken_off_is_an_interrupt(monkeypatch: pytest.Monkey
     monkeypatch.setattr(checkpoints, "info_table", broken_off)
     result = call("info", MODEL)
     assert (result.exit_code, result.stderr) == (130, "interrupted\n")
+
+
+def test_info_says_whether_cpp_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (native.unavailable() or "run") in " ".join(call("info", MODEL).output.split())
+    monkeypatch.setenv("SEGMENTER_FAST_NATIVE", "0")
+    assert "SEGMENTER_FAST_NATIVE=0" in call("info", MODEL).output
 
 
 def test_version_and_help() -> None:
