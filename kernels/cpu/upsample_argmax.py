@@ -1,7 +1,7 @@
 """Labels of bilinearly upsampled masks: the C++ kernel of ``src/upsample_argmax.cpp``, or PyTorch image by image.
 
 Two cores of an AMD EPYC (Zen 5), 150 float32 classes, channels-last, to 512 x 512, this and interpolate + argmax: from
-32 x 32 noise 0.69 and 79 ms, smooth maps 0.55 and 84 ms; from 256 x 256 noise 3.4 and 86 ms.
+32 x 32 noise 1.1 and 88 ms, smooth maps 0.88 and 86 ms; from 256 x 256 noise 5.1 and 94 ms.
 """
 
 from __future__ import annotations
