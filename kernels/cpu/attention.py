@@ -3,10 +3,10 @@
 The flash kernel takes ``(B, H, N, D)`` tensors of any strides with a last stride of 1, so neither the split into q, k
 and v nor the transposes copy anything. Devices without it, and empty tensors, take matrix products and softmax.
 
-Two cores of an AMD EPYC (Zen 5), heads of 64, this and the flash kernel: 4097 tokens, 6 heads 56 and 140 ms; 1025 tokens,
-12 heads 7.2 and 17.8 ms; 257 tokens, 6 heads 0.26 and 0.61 ms; in bfloat16 34 and 149, 4.5 and 19, 0.16 and 0.73 ms.
-Backward: 163 and 364, 21 and 46, 0.64 and 1.4 ms; in bfloat16 101 and 247, 13 and 33, 0.41 and 1.5 ms. With AVX2 alone,
-PyTorch's backward takes 1.1x to 1.6x as long in float32, 1.2x to 10x in bfloat16.
+Two cores of an AMD EPYC (Zen 5), heads of 64, this and the flash kernel: 4097 tokens, 6 heads 56 and 140 ms; 1025
+tokens, 12 heads 7.2 and 17.8 ms; 257 tokens, 6 heads 0.26 and 0.61 ms; in bfloat16 34 and 149, 4.5 and 19, 0.16 and
+0.73 ms. Backward: 163 and 364, 21 and 46, 0.64 and 1.4 ms; in bfloat16 101 and 247, 13 and 33, 0.41 and 1.5 ms.
+With AVX2 alone, PyTorch's backward takes 1.1x to 1.6x as long in float32, 1.2x to 10x in bfloat16.
 """
 
 from __future__ import annotations
