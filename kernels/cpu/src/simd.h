@@ -95,22 +95,6 @@ inline Vec scale_exponent(Vec a, Vec n) {
 }
 #endif
 
-// e^x to 1.2e-7 of itself for x <= 87; 0 below -88; NaN stays. The rest is exact to more than a float's digits.
-inline Vec exp(Vec x) {
-  x = maximum(fill(-88.02f), x);
-  const Vec whole = round_even(x * 1.44269504f);
-  Vec rest = x - whole * 0.693359375f;
-  rest += whole * 2.12194440e-4f;
-  Vec power = fill(1.9875691e-4f);
-  power = power * rest + 1.3981999e-3f;
-  power = power * rest + 8.3334519e-3f;
-  power = power * rest + 4.1665796e-2f;
-  power = power * rest + 1.6666667e-1f;
-  power = power * rest + 0.5f;
-  power = power * (rest * rest) + rest + 1.0f;
-  return scale_exponent(power, whole);
-}
-
 // 2^x to 1e-7 of itself for x < 128; 0 below -126; NaN stays.
 inline Vec exp2(Vec x) {
   x = maximum(fill(-127.0f), x);
@@ -124,6 +108,9 @@ inline Vec exp2(Vec x) {
   power = power * rest + 1.0f;
   return scale_exponent(power, whole);
 }
+
+// e^x; 0 below -87; NaN stays. The error is 1e-7 (1 + |x|) of the result.
+inline Vec exp(Vec x) { return exp2(x * 1.44269504f); }
 
 // ln x to 2e-7 of itself, for normal numbers; NaN stays.
 inline Vec log(Vec x) {
