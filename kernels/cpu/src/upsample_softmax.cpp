@@ -18,6 +18,7 @@ void write(const Group& group, const Mean& mean, float weight, Scratch& scratch,
   const Vec peak = mix(&scratch.wide[0], scratch.classes, weight, logits);
   const Vec scale = 1.0f / (exponentials(logits, scratch.classes, peak) * float(mean.count));
   for (int64_t k = 0; k < scratch.classes; k++, out += mean.plane) {
+    __builtin_prefetch(out + LANES, 1, 2);  // of the next group: the processor follows no more than a few classes
     const Vec share = load(logits + k * LANES) * scale;
     store_some(out, mean.number ? load_some(out, group.count) + share : share, group.count);
   }
@@ -86,6 +87,8 @@ void backward(const Masks& masks, const T* grad, const Strides& grads, const T* 
         for (int64_t k = 0; k < classes; k++) {
           const Vec probability = load_apart(p + k * outs.classes, outs.column, group.count);
           const Vec product = probability * load_apart(g + k * grads.classes, grads.column, group.count);
+          __builtin_prefetch(p + k * outs.classes + LANES * outs.column, 0, 2);
+          __builtin_prefetch(g + k * grads.classes + LANES * grads.column, 0, 2);
           store(&scratch.logits[k * LANES], product), store(&scratch.wide[k * LANES], probability);
           total += product;
         }
