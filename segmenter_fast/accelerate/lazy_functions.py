@@ -62,9 +62,9 @@ _WITHOUT_CPP = (8 << 20, 8 << 20, 2)  # for the argmax where its C++ kernel does
 # Logits, those in a channels-last layout, and pixels per patch, from which the fused op is faster on a CPU (measured on
 # two cores of an EPYC with AVX512, float32, 1 to 150 classes). Without an entry it always is.
 FASTER_FROM: dict[Any, tuple[int, int, int]] = {
-    F.cross_entropy: (2 << 20, 2 << 20, 4),
+    F.cross_entropy: (1 << 18, 1 << 18, 0),
     **{function: (1 << 15, 1 << 17, 1) for function in _ARGMAX},
-    **{function: (16 << 20, 16 << 20, 8) for function in (F.softmax, Tensor.softmax, torch.softmax)},
+    **{function: (1 << 18, 1 << 18, 2) for function in (F.softmax, Tensor.softmax, torch.softmax)},
     **{function: (16 << 20, 16 << 20, 8) for function in (Tensor.max, torch.max)},
 }
 _signature = functools.cache(inspect.signature)
