@@ -18,7 +18,7 @@ from ..bilinear import shape_on_grid
 from ..loss_options import LossOptions
 from ..registry import statistics_dtype, widest
 from .resize import geometry, kernel, pointer
-from .strips import Resize, Transpose
+from .strips import Resize
 
 _CHUNK = 1 << 15  # pixels of a chunk of targets in the C++ source
 
@@ -84,17 +84,15 @@ def _by_strips(
     resize = Resize(masks, options.size, classes.shape[1:], options.align_corners, grad.dtype, options.groups)
     strip_loss = _StripLoss(masks.shape[1], options, grad.dtype)
     for image in range(masks.shape[0]):
-        transpose = None if grad_loss is None else Transpose(resize, image, grad)
         for strip, logits in resize.rows(image):
-            found = strip_loss.forward(logits, classes[image, strip.rows])
+            found = strip_loss.forward(logits, classes[image, strip])
             if losses.ndim > 1:
-                losses[image, strip.rows] = found
+                losses[image, strip] = found
             else:
                 total += found.sum()
-            if grad_loss is not None and transpose:
-                transpose.add(strip, strip_loss.backward(logits, grad_loss[image, strip.rows]))
-        if transpose:
-            transpose.finish()
+            if grad_loss is not None:
+                grad_logits = strip_loss.backward(logits, grad_loss[image, strip])
+                resize.add_gradient(image, strip, grad_logits, grad)
     return losses if losses.ndim > 1 else total
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..registry import statistics_dtype
 from .resize import geometry, kernel, pointer
-from .strips import Resize, Transpose
+from .strips import Resize
 
 
 def upsample_softmax(
@@ -30,7 +30,7 @@ def upsample_softmax(
     for image in range(masks.shape[0]):
         for strip, logits in resize.rows(image):
             exp = logits.sub_(logits.amax(1, keepdim=True)).exp_()
-            torch.div(exp, exp.sum(1, keepdim=True), out=out[image, :, strip.rows].transpose(0, 1))  # (rows, K, W')
+            torch.div(exp, exp.sum(1, keepdim=True), out=out[image, :, strip].transpose(0, 1))  # (rows, K, W')
     return out
 
 
@@ -57,11 +57,9 @@ def upsample_softmax_backward(
     grad_masks = probabilities.new_zeros((batch, classes, *grid), dtype=dtype)
     resize = Resize(grad_masks, size, kept, align_corners, dtype, index)
     for image in range(grad_masks.shape[0]):
-        transpose = Transpose(resize, image, grad_masks)
         for strip in resize.strips:
-            p, grad_p = (tensor[image, :, strip.rows].transpose(0, 1) for tensor in (probabilities, grad))
-            grad_logits = torch.mul(p, grad_p, out=resize.buffer[: len(p)])  # (rows, K, W')
-            grad_logits.addcmul_(p, grad_logits.sum(1, keepdim=True), value=-1)
-            transpose.add(strip, grad_logits)
-        transpose.finish()
+            p, grad_p = (tensor[image, :, strip].transpose(0, 1) for tensor in (probabilities, grad))
+            grad_logits = p.to(dtype) * grad_p  # (rows, K, W')
+            grad_logits.addcmul_(p.to(dtype), grad_logits.sum(1, keepdim=True), value=-1)
+            resize.add_gradient(image, strip, grad_logits, grad_masks)
     return grad_masks.to(probabilities.dtype)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from segmenter_fast.kernels.cpu import strips
-from segmenter_fast.kernels.cpu.strips import Resize, Transpose
+from segmenter_fast.kernels.cpu.strips import Resize
 
 # Input, output, kept (height, width).
 SIZES = [
@@ -19,7 +19,7 @@ SIZES = [
 ]
 
 
-@pytest.fixture(params=[1, 100, 400, 1 << 20], ids=lambda elements: f"{elements} elements")
+@pytest.fixture(params=[1, 100, 400, 1 << 21], ids=lambda elements: f"{elements} elements")
 def _elements(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(strips, "_STRIP_ELEMENTS", request.param)
 
@@ -38,26 +38,11 @@ def test_rows_and_their_transpose(
 
     resize = Resize(masks.detach(), size, kept, align_corners, torch.float64)
     out, gradient = torch.full_like(expected, torch.nan), torch.zeros_like(masks)
-    transpose = Transpose(resize, 0, gradient)
     for strip, logits in resize.rows(0):
-        out[0, :, strip.rows] = logits.transpose(0, 1)
-        transpose.add(strip, upstream[0, :, strip.rows].transpose(0, 1))
-    transpose.finish()
+        out[0, :, strip] = logits.transpose(0, 1)
+        resize.add_gradient(0, strip, upstream[0, :, strip].transpose(0, 1), gradient)
     torch.testing.assert_close(out, expected.detach(), rtol=0, atol=1e-12)
     torch.testing.assert_close(gradient, masks.grad, rtol=0, atol=1e-12)
-
-
-def test_strips_hold_pieces_of_a_cell_or_several_cells(monkeypatch: pytest.MonkeyPatch) -> None:
-    def lengths(elements: int) -> list[int]:
-        monkeypatch.setattr(strips, "_STRIP_ELEMENTS", elements)
-        found = Resize(torch.zeros(2, 4, 4), (32, 32), (32, 32), False, torch.float32).strips
-        assert [strip.rows.stop for strip in found] == [*[strip.rows.start for strip in found][1:], 32]
-        return [strip.rows.stop - strip.rows.start for strip in found]
-
-    assert lengths(64 * 3) == [2, 2, 2, 3, 3, 2, 3, 3, 2, 3, 3, 2, 2]
-    assert lengths(64 * 8) == [4, 8, 8, 8, 4]
-    assert lengths(64 * 24) == [12, 8, 12]
-    assert lengths(64 * 64) == [32]
 
 
 @pytest.mark.usefixtures("_elements")
@@ -65,10 +50,8 @@ def test_a_nan_reaches_the_rows_that_use_it_and_no_others() -> None:
     resize = Resize(torch.zeros(2, 6, 3), (48, 24), (48, 24), False, torch.float32)
     gradient, upstream = torch.zeros(1, 2, 6, 3), torch.ones(48, 2, 24)
     upstream[20, 1, 12] = torch.nan  # row 20.5 / 8 - 0.5: between 2 and 3, column 1.06: between 1 and 2
-    transpose = Transpose(resize, 0, gradient)
     for strip in resize.strips:
-        transpose.add(strip, upstream[strip.rows])
-    transpose.finish()
+        resize.add_gradient(0, strip, upstream[strip], gradient)
     expected = torch.zeros(2, 6, 3, dtype=torch.bool)
     expected[1, 2:4, 1:] = True
     assert torch.equal(gradient[0].isnan(), expected)
