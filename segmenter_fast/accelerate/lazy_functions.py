@@ -57,15 +57,17 @@ _RESULTS: dict[Any, Callable[..., Any]] = {
     **{function: Upsampling.max for function in (Tensor.max, torch.max)},
     **{function: Upsampling.topk for function in (Tensor.topk, torch.topk)},
 }
-_ARGMAX = (Tensor.argmax, torch.argmax)
-_WITHOUT_CPP = (8 << 20, 8 << 20, 2)  # for the argmax where its C++ kernel does not run
-# Logits, those in a channels-last layout, and pixels per patch, from which the fused op is faster on a CPU (measured on
-# two cores of an EPYC with AVX512, float32, 1 to 150 classes). Without an entry it always is.
-FASTER_FROM: dict[Any, tuple[int, int, int]] = {
-    F.cross_entropy: (1 << 18, 1 << 18, 0),
-    **{function: (1 << 15, 1 << 17, 1) for function in _ARGMAX},
-    **{function: (1 << 18, 1 << 18, 2) for function in (F.softmax, Tensor.softmax, torch.softmax)},
-    **{function: (16 << 20, 16 << 20, 8) for function in (Tensor.max, torch.max)},
+# Logits, those in a channels-last layout, pixels per patch, and classes, from which the fused op is faster on a CPU,
+# for its C++ kernel and for its PyTorch formulation. Without an entry it always is. Measured on two cores of an EPYC
+# with AVX512, float32, 2 to 150 classes.
+_ARGMAX = ((1 << 15, 1 << 17, 1, 1), (8 << 20, 8 << 20, 2, 1))
+_SOFTMAX = ((1 << 18, 1 << 16, 0, 1), (16 << 20, 16 << 20, 8, 1))
+_MAX = ((1 << 19, 1 << 21, 0, 16), (16 << 20, 16 << 20, 8, 16))
+FASTER_FROM: dict[Any, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {
+    F.cross_entropy: ((1 << 17, 1 << 17, 0, 1), (2 << 20, 2 << 20, 4, 1)),
+    **{function: _ARGMAX for function in (Tensor.argmax, torch.argmax)},
+    **{function: _SOFTMAX for function in (F.softmax, Tensor.softmax, torch.softmax)},
+    **{function: _MAX for function in (Tensor.max, torch.max)},
 }
 _signature = functools.cache(inspect.signature)
 
@@ -83,15 +85,14 @@ def is_transformed() -> bool:
 
 def pays(upsampling: Upsampling, function: Any) -> bool:
     """False for a result of few logits, which PyTorch computes faster from the resized tensor."""
-    scores, pixels = upsampling.scores, math.prod(upsampling.crop)
-    limits = FASTER_FROM.get(function, (0, 0, 0))
-    if function in _ARGMAX and any(limits) and kernel(scores, "upsample_argmax") is None:
-        limits = _WITHOUT_CPP
-    planar, channels_last, ratio = limits
-    least = planar if scores.is_contiguous() else channels_last
-    patches = scores.shape[2] * scores.shape[3]
-    enough = scores.shape[0] * scores.shape[1] * pixels >= least and math.prod(upsampling.size) >= ratio * patches
-    return enough or scores.device.type != "cpu"
+    scores, size = upsampling.scores, upsampling.size
+    if scores.device.type != "cpu" or function not in FASTER_FROM:
+        return True
+    cpp, formulation = FASTER_FROM[function]
+    planar, channels_last, ratio, classes = cpp if kernel(scores, "upsample_argmax") else formulation
+    logits = scores.shape[0] * scores.shape[1] * math.prod(upsampling.crop)
+    enough = logits >= (planar if scores.is_contiguous() else channels_last) and scores.shape[1] >= classes
+    return enough and math.prod(size) >= ratio * scores.shape[2] * scores.shape[3]
 
 
 def outlined(function: Any, args: tuple[Any, ...], cls: type[Tensor]) -> tuple[Any, ...]:
