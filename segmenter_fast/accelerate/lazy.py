@@ -34,6 +34,7 @@ from .lazy_functions import (
     outlined,
     pays,
     positional,
+    untraced,
     without_resize,
 )
 from .upsampling import Upsampling
@@ -151,9 +152,12 @@ class Upsampled(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return untraced(cls.call)(func, args, kwargs)
+
+    @classmethod
+    def call(cls, func: Any, args: Any, kwargs: Any) -> Any:
+        """The result of a function of PyTorch."""
         args, kwargs = positional(args, kwargs)
-        if torch.compiler.is_compiling():  # a trace takes the functions below one for another
-            return func(*tree_map_only(Upsampled, _in_full, args), **tree_map_only(Upsampled, _in_full, kwargs))
         args = outlined(func, args, Upsampled)
         first = args[0] if args else None
         if func is torch.autograd.grad:

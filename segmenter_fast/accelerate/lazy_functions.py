@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -116,6 +117,16 @@ def keeps_size(resized: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     again = Upsampling.of(resized, *args, **kwargs)
     casts = resized.dtype != torch.float32 and any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
     return again is not None and again.size == resized.shape[2:] and not casts
+
+
+@functools.cache
+def _disabled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compiler.disable(function)
+
+
+def untraced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, outside of the traces of torch.compile, which take one function of PyTorch for another."""
+    return _disabled(function) if "torch._dynamo" in sys.modules else function
 
 
 def positional(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:

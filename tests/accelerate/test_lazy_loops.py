@@ -121,6 +121,8 @@ def test_compiled_code_takes_the_resized_tensor() -> None:
         return F.cross_entropy(logits, labels, ignore_index=IGNORED)
 
     assert_same_gradients(model, fast, lambda m: loss(m(x)))
+    several = torch.compile(lambda y: (y.argmax(1), y.softmax(1), y.max(1)[0]), backend="aot_eager")
+    torch.testing.assert_close(several(fast(x)), several(model(x)), rtol=1e-7, atol=1e-9)
     assert type(torch.compile(fast, backend="aot_eager")(x)) is Tensor
 
 
