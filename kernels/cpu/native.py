@@ -7,6 +7,7 @@ folder. Where there is no compiler or no AVX2, or with ``SEGMENTER_FAST_NATIVE=0
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import hashlib
 import os
@@ -72,14 +73,29 @@ def _unsupported() -> str | None:
         return f"they need Linux on x86-64, this is {platform.system()} on {platform.machine()}"
     if not torch.backends.cpu.get_cpu_capability().startswith(("AVX2", "AVX512")):
         return f"they need AVX2, PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
-    return None if _compiler() else "there is no C++ compiler: install g++ or clang++, or set CXX"
+    if not _compiler():
+        _warn(reason := "there is no C++ compiler: install g++ or clang++, or set CXX")
+        return reason
+    return None
+
+
+@cache
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"PyTorch's slower operators run instead of C++ kernels: {reason} (SEGMENTER_FAST_NATIVE=0 accepts it)",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 @cache
 def _compiler() -> list[str]:
     """Command that starts the compiler, empty if there is none."""
-    commands = [shlex.split(os.environ.get("CXX", "")), ["g++"], ["clang++"]]
-    return next((command for command in commands if command and shutil.which(command[0])), [])
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:  # an open quotation
+        chosen = []
+    return next((command for command in (chosen, ["g++"], ["clang++"]) if command and shutil.which(command[0])), [])
 
 
 @cache
@@ -91,44 +107,56 @@ def _library(source: str) -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_built(source, flags)))
     except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        lines = [line for line in said.splitlines() if "error" in line] or said.splitlines()
-        reason = lines[0] if lines else repr(error)
-        warnings.warn(
-            f"{shlex.join(_compiler())} could not build {source}.cpp, PyTorch's slower operators run: {reason}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+        code = getattr(error, "returncode", None)
+        said = getattr(error, "stderr", None) or (str(error) if code is None else f"it ended with code {code}")
+        reason = next((line for line in said.splitlines() if "error" in line), said.splitlines()[0])
+        _warn(f"{shlex.join(_compiler())} made no library of {source}.cpp: {reason}")
         return None
 
 
 def _built(source: str, flags: list[str]) -> Path:
-    """Path of the compiled library. A crash or a second process leaves either a whole library or none."""
-    compiler = Path(str(shutil.which(_compiler()[-1]))).resolve()
+    """Path of the compiled library, which ends with a digest: one that a crash or a full disk cut is made anew."""
     files = [_SOURCES / f"{source}.cpp", *sorted(_SOURCES.glob("*.h"))]
-    identity = [*_compiler(), *flags, str(compiler), str(compiler.stat().st_mtime_ns), _processor()]
+    programs = [Path(found).resolve() for word in _compiler() if (found := shutil.which(word))]
+    identity = [*_compiler(), *flags, *(f"{path} {path.stat().st_mtime_ns}" for path in programs), _processor()]
     digest = hashlib.sha256("\n".join([*identity, *(path.read_text() for path in files)]).encode()).hexdigest()
     path = _cache_folder() / f"{source}-{digest[:20]}.so"
-    if not path.exists():
+    if not _is_whole(path):
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".building-") as folder:
             made = Path(folder, path.name)
             command = [*_compiler(), *flags, str(files[0]), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
+            if not made.exists():
+                raise OSError("it wrote nothing")
+            code = made.read_bytes()
+            made.write_bytes(code + hashlib.sha256(code).digest())  # what follows a library is not loaded
             made.replace(path)
     return path
 
 
+def _is_whole(library: Path) -> bool:
+    code = library.read_bytes() if library.is_file() else b""
+    return hashlib.sha256(code[:-32]).digest() == code[-32:]
+
+
 @cache
 def _cache_folder() -> Path:
-    """A folder of the user's that exists and can be written; a temporary one where there is none."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("SEGMENTER_FAST_CACHE") or Path(home, "segmenter-fast"))
+    """Absolute path of a folder of the user's that can be written, else of a temporary one, with a warning."""
     try:
+        chosen, home = os.environ.get("SEGMENTER_FAST_CACHE"), os.environ.get("XDG_CACHE_HOME")
+        folder = Path(chosen or Path(home or Path.home() / ".cache", "segmenter-fast")).absolute()
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return folder
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="segmenter-fast-"))
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        folder = Path(tempfile.mkdtemp(prefix="segmenter-fast-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        warnings.warn(
+            f"C++ kernels are compiled for this process alone and cannot be kept: {error}; set SEGMENTER_FAST_CACHE",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return folder
 
 
 @cache

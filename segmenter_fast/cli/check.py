@@ -72,7 +72,7 @@ def check(
         typer.echo(f"{count} of {len(found)} images have labels")
     headings = ["images/s", "MiB of weights", "labels of float32", "mIoU with float32"]
     headings += ["mIoU with labels"] * labelled
-    table = Table(title=f"{model} on {len(found)} images, {place}", header_style="bold")
+    table = Table(title=f"{model} on {len(found) - len(broken)} images, {place}", header_style="bold")
     table.add_column("form", no_wrap=True)
     for heading in headings:
         table.add_column(heading, justify="right")

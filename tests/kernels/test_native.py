@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from segmenter_fast.kernels import attention, reference
+from segmenter_fast.kernels import attention, reference, upsample_argmax
 from segmenter_fast.kernels.cpu import native
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"C++ kernels: {native.unavailable()}")
@@ -30,7 +31,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 def forget() -> None:
-    for function in (native._unsupported, native._compiler, native._library, native._cache_folder):
+    for function in (native._unsupported, native._warn, native._compiler, native._library, native._cache_folder):
         function.cache_clear()
 
 
@@ -85,9 +86,7 @@ def test_errors_of_the_compiler_are_told_once(
     monkeypatch.setenv("CXX", f"'{compiler}'")
     for _ in range(2):
         assert_attention_is_right()
-    (warning,) = [str(warning.message) for warning in recwarn if "could not build" in str(warning.message)]
-    assert "attention.cpp" in warning
-    assert "no such thing" in warning
+    assert_warns_once(recwarn, "no library of attention.cpp", "no such thing")
     assert not list(own_cache.iterdir())
 
 
@@ -96,7 +95,66 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.War
     monkeypatch.delenv("CXX", raising=False)
     assert "g++" in str(native.unavailable())
     assert_attention_is_right()
+    assert_warns_once(recwarn, "no C++ compiler", "set CXX", "SEGMENTER_FAST_NATIVE=0")
+
+
+def assert_warns_once(found: pytest.WarningsRecorder, *texts: str) -> None:
+    (message,) = [str(warning.message) for warning in found]
+    assert all(text in message for text in texts), message
+
+
+@pytest.mark.parametrize("size", [0, 3000, -1])
+def test_a_damaged_library_is_made_anew(own_cache: Path, size: int, recwarn: pytest.WarningsRecorder) -> None:
+    assert_attention_is_right()
+    (library,) = own_cache.iterdir()
+    whole = library.read_bytes()
+    library.unlink()  # the old one is still loaded
+    library.write_bytes(whole[:size])
+    forget()
+    assert_attention_is_right()
+    assert library.read_bytes()[-32:] == hashlib.sha256(library.read_bytes()[:-32]).digest()
     assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [("g++ -m64", None), ("env g++", None), ("nonexistent", None), ('g++ "', None), ("true", "it wrote nothing")],
+)
+def test_commands_of_compilers(
+    command: str, said: str | None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setenv("CXX", command)
+    assert_attention_is_right()
+    if said:
+        assert_warns_once(recwarn, said)
+    else:
+        assert not recwarn.list
+
+
+def test_a_relative_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SEGMENTER_FAST_CACHE", ".")
+    assert_attention_is_right()
+    monkeypatch.chdir(tmp_path / "there")
+    scores = torch.randn(1, 2, 4, 4)
+    assert torch.equal(upsample_argmax(scores, (8, 8)), reference.upsample_argmax(scores, (8, 8)))
+    assert len(list(tmp_path.glob("*.so"))) == 2
+    assert not recwarn.list
+
+
+def test_a_user_without_home(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", fails)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert_attention_is_right()
+    assert list(own_cache.iterdir())
+    monkeypatch.delenv("SEGMENTER_FAST_CACHE")
+    forget()
+    with pytest.warns(RuntimeWarning, match="home directory.*set SEGMENTER_FAST_CACHE"):
+        assert_attention_is_right()
 
 
 def test_switched_off(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,11 +167,13 @@ def test_switched_off(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_cache_that_cannot_be_written(own_cache: Path) -> None:
     own_cache.mkdir(mode=0o500)
-    assert_attention_is_right()
+    with pytest.warns(RuntimeWarning, match="cannot be kept"):
+        assert_attention_is_right()
     assert not list(own_cache.iterdir())
 
 
 def test_a_cache_that_is_a_file(own_cache: Path) -> None:
     own_cache.write_text("mine")
-    assert_attention_is_right()
+    with pytest.warns(RuntimeWarning, match="cannot be kept"):
+        assert_attention_is_right()
     assert own_cache.read_text() == "mine"

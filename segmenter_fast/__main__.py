@@ -1,0 +1,5 @@
+"""``python -m segmenter_fast`` starts the command line."""
+
+from .cli import main
+
+main()
