@@ -29,8 +29,8 @@ _MULTIPLE = 16
 _FEWEST_ROWS = 17
 _TOKENS = 1024
 # Below this width int8 gains nothing over bfloat16 on a CPU with bfloat16 units. AMD EPYC (Zen 5, AVX512 with VNNI, 2
-# threads), 512 px, ms an image, bfloat16 / int8, batch 1: T/16 69 / 79, S/16 167 / 171, B/16 416 / 387.
-_LEAST_WIDTH = 768
+# threads), 512 px, ms an image, bfloat16 / int8, batch 1: T/16 40 / 58, S/16 105 / 134, B/16 319 / 326.
+_LEAST_WIDTH = 1024
 
 
 class QuantizedLinear(nn.Module):

@@ -228,11 +228,11 @@ def test_a_model_in_fp8_is_near_float32(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_slow_width_warns_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, "cpu_is_fast_in_bfloat16", lambda: True)
     quantize.warn_of_slow_quantization.cache_clear()
-    with pytest.warns(UserWarning, match="int8 gains nothing over bfloat16 .* below width 768; .* width 192"):
+    with pytest.warns(UserWarning, match="int8 gains nothing over bfloat16 .* below width 1024; .* width 192"):
         quantize.warn_of_slow_quantization("int8", 192, "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for arguments in (("int8", 192, "cpu"), ("int8", 768, "cpu"), ("int8", 192, "cuda"), ("fp8", 192, "cpu")):
+        for arguments in (("int8", 192, "cpu"), ("int8", 1024, "cpu"), ("int8", 192, "cuda"), ("fp8", 192, "cpu")):
             quantize.warn_of_slow_quantization(*arguments)
     quantize.warn_of_slow_quantization.cache_clear()
 
