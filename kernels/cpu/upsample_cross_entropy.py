@@ -36,14 +36,14 @@ def upsample_cross_entropy(
 
 
 def scale_gradient(grad_loss: Tensor, grad_masks: Tensor, masks: Tensor, index: Tensor | None = None) -> Tensor:
-    """``grad_masks`` of the forward pass times the gradient of the loss, in the dtype and layout of the masks."""
-    return torch.mul(grad_masks, grad_loss, out=torch.empty_like(masks))
+    """``grad_masks`` of the forward pass times the gradient of the loss, in the dtype of the masks, channels last."""
+    return (grad_masks * grad_loss).to(masks.dtype)
 
 
 def pixel_backward(grad_loss: Tensor, masks: Tensor, target: Tensor, options: LossOptions) -> Tensor:
-    """Gradient of the masks for a loss gradient per pixel (reduction "none")."""
+    """Gradient of the masks for a loss gradient per pixel (reduction "none"), channels last."""
     classes = _target_classes(target, masks, options)[0]
-    return torch.empty_like(masks).copy_(_loss(masks, classes, options, grad_loss)[1])
+    return _loss(masks, classes, options, grad_loss)[1].to(masks.dtype)
 
 
 def _loss(masks: Tensor, classes: Tensor, options: LossOptions, grad_loss: Tensor | None) -> tuple[Tensor, Tensor]:

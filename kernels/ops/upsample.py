@@ -209,13 +209,19 @@ def _fake_cross_entropy(masks: Tensor, target: Tensor, *options: Any) -> tuple[T
     dtype = statistics_dtype(masks.dtype)
     loss = masks.new_empty(target.shape if loss_options.reduction == "none" else (), dtype=dtype)
     if with_grad and not runs_triton(masks):
-        return loss, masks.new_empty(masks.shape[0], *masks.shape[2:], masks.shape[1], dtype=dtype).movedim(-1, 1)
+        return loss, _channels_last(masks).to(dtype)
     parts = size_of_parts(*shape_on_grid(masks, loss_options.groups)) if with_grad else 0
     return loss, masks.new_empty(parts, dtype=dtype)
 
 
 def _fake_gradient(masks: Tensor, index: Tensor | None = None) -> Tensor:
-    return torch.empty_like(masks) if index is None or not runs_triton(masks) else masks.new_empty(masks.shape)
+    if not runs_triton(masks):  # whatever the layout of the masks, which differs in compiled code
+        return _channels_last(masks)
+    return torch.empty_like(masks) if index is None else masks.new_empty(masks.shape)
+
+
+def _channels_last(masks: Tensor) -> Tensor:
+    return masks.new_empty(masks.shape[0], *masks.shape[2:], masks.shape[1]).movedim(-1, 1)
 
 
 def _setup_cross_entropy(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:

@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 
 from ..describe import info_table, variants_table
-from ..kernels.cpu import native
 from .app import app, check_new, load_model, say, short_warnings
 from .options import CheckpointArgument, Device, Dtype, ModelArgument, OverwriteOption
 
@@ -25,6 +24,8 @@ class Format(str, Enum):
 @app.command()
 def info(model: ModelArgument) -> None:
     """Print what a checkpoint is, and whether C++ kernels run on this CPU."""
+    from ..kernels.cpu import native  # imports PyTorch
+
     segmenter = load_model(model, Device.cpu, Dtype.float32)
     table = info_table(segmenter.config, model)
     table.add_row("C++ kernels here", native.unavailable() or "run")
