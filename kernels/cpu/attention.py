@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..registry import statistics_dtype
-from .native import function
+from .native import function, pointer
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -54,22 +54,6 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | 
     return out.transpose(1, 2).contiguous(), lse.contiguous() if with_lse else lse.new_empty(0)
 
 
-def onednn_beats_mkl() -> bool:
-    """True on AMD processors with AVX512, which oneDNN uses and MKL does not: their float32 products differ by 2.2x."""
-    return _uses_avx512_of_amd()
-
-
-# What torch.compiler.assume_constant_result sets, which would import the whole compiler.
-onednn_beats_mkl._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@cache
-def _uses_avx512_of_amd() -> bool:
-    uses_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.backends.mkldnn.is_available()
-    features = getattr(torch.cpu, "get_capabilities", None)
-    return uses_avx512 and features is not None and bool(features().get("sse4a"))  # Intel never had SSE4a
-
-
 def runs_native(dtype: torch.dtype) -> bool:
     """True if attention runs the C++ kernel on this CPU. In bfloat16, AMX makes PyTorch's own kernel faster."""
     return _native(dtype) is not None
@@ -95,15 +79,20 @@ def _run_native(
     kernel: Callable[..., None], qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     b, n, _, heads, dim = qkv.shape
-    qkv = qkv if dim == 1 or qkv.stride(-1) == 1 else qkv.contiguous()
-    bias = None if bias is None else bias.float().contiguous()
+    qkv, bias = _operands(qkv, bias)
     if not scale > 1e-20:  # the kernel divides the bias by it and looks for the largest product
         qkv, scale = torch.cat([qkv[:, :, :1] * scale, qkv[:, :, 1:]], 2), 1.0
     out = qkv.new_empty(b, n, heads, dim)
     lse = qkv.new_empty((b, heads, n) if with_lse else 0, dtype=torch.float32)
-    pointers = (qkv.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), lse.data_ptr())
-    kernel(*pointers[:3], pointers[3] if with_lse else None, *_sizes(qkv), scale)
+    pointers = map(pointer, (qkv, bias, out, lse if with_lse else None))
+    kernel(*pointers, *_sizes(qkv), scale)
     return out, lse
+
+
+def _operands(qkv: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both as the kernels read them: ``qkv`` with a last stride of 1, a contiguous bias in float32."""
+    qkv = qkv if qkv.shape[-1] == 1 or qkv.stride(-1) == 1 else qkv.contiguous()
+    return qkv, None if bias is None else bias.float().contiguous()
 
 
 def _sizes(qkv: Tensor) -> tuple[int, ...]:
@@ -118,11 +107,9 @@ def attention_backward(
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     on_cpu = qkv.device.type == "cpu" and qkv.numel() > 0
     if on_cpu and (kernel := _native(qkv.dtype, "attention_backward")):
-        bias = None if bias is None else bias.float().contiguous()
-        qkv = qkv if qkv.shape[-1] == 1 or qkv.stride(-1) == 1 else qkv.contiguous()
-        given = (grad_out.contiguous(), out.contiguous(), qkv, lse.contiguous())
-        pointers = (*(tensor.data_ptr() for tensor in given), None if bias is None else bias.data_ptr())
-        kernel(*pointers, grad_qkv.data_ptr(), *_sizes(qkv), scale)
+        qkv, bias = _operands(qkv, bias)
+        given = (grad_out.contiguous(), out.contiguous(), qkv, lse.contiguous(), bias, grad_qkv)
+        kernel(*map(pointer, given), *_sizes(qkv), scale)
         return grad_qkv
     short = qkv.dtype == torch.bfloat16 and qkv.shape[1] <= _WIDEN_BFLOAT16_UP_TO
     if qkv.device.type == "cpu" and (short or qkv.dtype == torch.float16):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..registry import widest
 from .groups import used_groups
-from .resize import pointer
+from .native import pointer
 
 # Points, and pixels, of the cells that are treated at once, and logits of those that are compared; they fit the caches.
 _TILE, _CHUNK = 1 << 19, 1 << 18

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .groups import used_groups
 from .labels import run_native, write_pruned
-from .resize import kernel, pointer
+from .native import pointer
+from .resize import kernel
 
 _TILE = 1 << 20  # logits of a tile: 4 MB of float32, two cores' second-level caches
 _TILE_ROWS = 16  # fewer where there are too many classes

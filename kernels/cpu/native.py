@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _SOURCES = Path(__file__).with_name("src")
 _FLAGS = (
@@ -58,6 +59,10 @@ def function(source: str, name: str, types: str) -> Callable[..., Any] | None:
     if found.argtypes is None:
         found.argtypes, found.restype = [_TYPES[letter] for letter in types], None
     return found
+
+
+def pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def unavailable() -> str | None:

@@ -31,10 +31,6 @@ def kernel(scores: Tensor, name: str) -> Callable[..., Any] | None:
     return function(source, name, types)
 
 
-def pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def geometry(masks: Tensor, index: Tensor | None, size: Sequence[int], kept: Sequence[int], align: bool) -> Tensor:
     """The numbers of ``Masks`` in ``src/resize.h``; checks the index."""
     batch, classes, *grid = shape_on_grid(masks, index)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..registry import statistics_dtype
-from .resize import geometry, kernel, pointer
+from .native import pointer
+from .resize import geometry, kernel
 from .strips import Resize
 
 
