@@ -12,13 +12,12 @@ With AVX2 alone, PyTorch's backward takes 1.1x to 1.6x as long in float32, 1.2x 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from ..registry import statistics_dtype
-from .native import function, pointer
+from .native import function, has_feature, pointer
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -64,15 +63,9 @@ runs_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _native(dtype: torch.dtype, name: str = "attention") -> Callable[..., None] | None:
-    if dtype not in _NATIVE or (dtype == torch.bfloat16 and _has_amx()):
+    if dtype not in _NATIVE or (dtype == torch.bfloat16 and has_feature("amx_tile")):
         return None
     return function(name, name, "p" * (4 if name == "attention" else 6) + "i" * 10 + "f")
-
-
-@cache
-def _has_amx() -> bool:
-    features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return bool(features.get("amx_tile"))
 
 
 def _run_native(

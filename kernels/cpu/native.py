@@ -61,6 +61,13 @@ def function(source: str, name: str, types: str) -> Callable[..., Any] | None:
     return found
 
 
+@cache
+def has_feature(*names: str) -> bool:
+    """True if the processor has one of these features, by PyTorch's names."""
+    features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(features.get(name) for name in names)
+
+
 def pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import statistics_dtype
+from .native import has_feature
 
 _TILE_SCORES = 1 << 20  # of one product
 _SAMPLE = 16  # rows whose best product is typical
@@ -62,15 +63,13 @@ def _best_of_image(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 def onednn_beats_mkl() -> bool:
     """True on AMD processors with AVX512, which oneDNN uses and MKL does not: their float32 products differ by 2.2x."""
     uses_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.backends.mkldnn.is_available()
-    features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    return uses_avx512 and bool(features.get("sse4a"))  # Intel never had SSE4a
+    return uses_avx512 and has_feature("sse4a")  # Intel never had SSE4a
 
 
 @cache
 def _multiplies_bfloat16() -> bool:
     """True if the CPU has bfloat16 matrix products and oneDNN uses them."""
-    features: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()
-    units = bool(features.get("amx_tile") or features.get("avx512_bf16"))
+    units = has_feature("amx_tile", "avx512_bf16")
     return units and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

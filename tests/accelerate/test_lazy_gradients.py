@@ -16,6 +16,7 @@ from segmenter_fast.accelerate import lazy_functions
 from segmenter_fast.accelerate.full_size import FullSizeCalls
 from segmenter_fast.accelerate.lazy import patch_scores
 from support.lazy_pairs import IGNORED, assert_same_gradients, pair, resized
+from support.tensor_chains import Double
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* made the logits")
 
@@ -87,19 +88,9 @@ def test_gradient_penalty(name: str) -> None:
 
 def test_gradient_penalty_through_a_function_of_the_user() -> None:
     """A resize that reaches the graph below PyTorch's Python functions."""
-
-    class Doubled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            return x * 2
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            return grad * 2
-
     leaf, found = torch.randn(2, 5, 4, 4, dtype=torch.float64, requires_grad=True), []
     for scores in (leaf * 1, patch_scores(leaf * 1, FullSizeCalls())):
-        loss = Doubled.apply(resized(scores, (9, 13))).sin().sum()
+        loss = Double.apply(resized(scores, (9, 13))).sin().sum()
         (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
         found.append(torch.autograd.grad(grad.square().sum(), leaf)[0])
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)

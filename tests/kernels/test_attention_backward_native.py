@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compile with fewer of the processor's instructions."""
     monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, *([request.param] if request.param else [])))
-    monkeypatch.setattr(cpu, "_has_amx", lambda: False)
+    monkeypatch.setattr(cpu, "has_feature", lambda *names: False)
     native._library.cache_clear()
     yield
     monkeypatch.undo()

@@ -26,7 +26,7 @@ M_PERTURB = -6  # of mallopt
 def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Compile with fewer of the processor's instructions; its memory starts with large numbers."""
     monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, *([request.param] if request.param else [])))
-    monkeypatch.setattr(cpu, "_has_amx", lambda: False)
+    monkeypatch.setattr(cpu, "has_feature", lambda *names: False)
     native._library.cache_clear()
     perturb = ctypes.CDLL(None).mallopt
     perturb(M_PERTURB, 0x80)
