@@ -1,76 +1,43 @@
-"""Matching and merging of tokens by PyTorch's matrix products, sorts and sums of bags, for every device."""
+"""Matching and merging of tokens: C++ of ``best_match.cpp``, elsewhere PyTorch's products, sorts and sums of bags."""
 
 from __future__ import annotations
-
-from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import statistics_dtype
-from .native import has_feature
+from .native import function, pointer
 
 _TILE_SCORES = 1 << 20  # of one product
-_SAMPLE = 16  # rows whose best product is typical
+_NATIVE = (torch.float32, torch.bfloat16)
+_TYPES = "p" * 5 + "i" * 10  # of the C++ best_match
 
 
 def best_match(a: Tensor, b: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """``(B, S, D), (B, T, D)`` -> the largest scalar product of each row of ``a`` and its row of ``b``, ``(B, S)``."""
-    dtype = statistics_dtype(a.dtype)
-    value = a.new_full(a.shape[:2], -torch.inf, dtype=dtype)
-    match = a.new_zeros(a.shape[:2], dtype=torch.int64)
+    value = a.new_empty(a.shape[:2], dtype=statistics_dtype(a.dtype))
+    match = a.new_empty(a.shape[:2], dtype=torch.int64)
+    if a.device.type == "cpu" and a.dtype in _NATIVE and (kernel := function("best_match", "best_match", _TYPES)):
+        lengths = None if lengths is None else lengths.long().contiguous()
+        sizes = (*a.shape, b.shape[1], *a.stride()[:2], *b.stride()[:2], a.dtype == torch.bfloat16)
+        kernel(*map(pointer, (a, b, lengths, value, match)), *sizes, torch.get_num_threads())
+        return value, match
+    value.fill_(-torch.inf)
+    match.zero_()
     counts = [b.shape[1]] * len(b) if lengths is None else lengths.tolist()
-    if a.shape[1]:
-        for image, count in enumerate(counts):
-            if (rows := b[image, : max(count, 0)]).numel():
-                value[image], match[image] = _best_of_image(a[image], rows, dtype)
+    step = max(_TILE_SCORES // b.shape[1], 1)
+    for image, count in enumerate(counts):
+        if count > 0:
+            columns = b[image, :count].to(value.dtype)
+            for rows, *best in zip(
+                a[image].split(step), value[image].split(step), match[image].split(step), strict=True
+            ):
+                scores = F.linear(rows.to(value.dtype), columns)
+                torch.max(scores, 1, out=best)
+                if best[0].isnan().any():
+                    torch.max(scores.masked_fill_(scores.isnan(), -torch.inf), 1, out=best)
     return value, match
-
-
-def _best_of_image(a: Tensor, b: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``(S, D), (T, D)`` -> ``(S,)`` values and rows.
-
-    bfloat16 products are rounded after the best of a few rows is subtracted: the ranks of others as good are then finer
-    than bfloat16's step at their value. The value of each row's best is computed again in float32.
-    """
-    low = a.dtype == torch.bfloat16 and a.device.type == "cpu" and _multiplies_bfloat16()
-    bound = None
-    if low:
-        typical = (a[:: max(len(a) // _SAMPLE, 1)].float() @ b.T.float()).max()
-        bound = -torch.where(typical.isfinite(), typical, 0).to(b.dtype).expand(len(b)).contiguous()
-    rows, columns = (a, b) if low else (a.to(dtype), b.to(dtype))
-    columns, onednn = columns.contiguous(), dtype == torch.float32 and a.device.type == "cpu" and onednn_beats_mkl()
-    found = []
-    for part in rows.split(max(_TILE_SCORES // len(b), 1)):
-        scores = (
-            torch.ops.mkldnn._linear_pointwise(part, columns, bound, "none", [], "")
-            if onednn
-            else F.linear(part, columns, bound)
-        )
-        best, match = scores.max(1)
-        if best.isnan().any():
-            best, match = torch.where(scores.isnan(), -torch.inf, scores).max(1)
-        found.append((best, match))
-    value, match = (torch.cat(parts) for parts in zip(*found, strict=True))
-    if low:
-        exact = (a.float() * b[match]).sum(1)
-        value = torch.where(exact.isnan(), -torch.inf, exact)
-    return value, match
-
-
-@cache
-def onednn_beats_mkl() -> bool:
-    """True on AMD processors with AVX512, which oneDNN uses and MKL does not: their float32 products differ by 2.2x."""
-    uses_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.backends.mkldnn.is_available()
-    return uses_avx512 and has_feature("sse4a")  # Intel never had SSE4a
-
-
-@cache
-def _multiplies_bfloat16() -> bool:
-    """True if the CPU has bfloat16 matrix products and oneDNN uses them."""
-    units = has_feature("amx_tile", "avx512_bf16")
-    return units and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def bipartite_groups(

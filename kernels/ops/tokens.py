@@ -31,8 +31,7 @@ def best_match(a: Tensor, b: Tensor, lengths: Tensor | None = None) -> tuple[Ten
 
     Returns:
         The products ``(B, S)``, float32 (float64 for float64), and the rows of ``b``, ``(B, S)`` int64. Ties go to the
-        lowest row. A product that is NaN never matches; where none is left, the product is -inf and the row 0. On
-        CPUs with bfloat16 products, rows whose products differ by less than bfloat16's rounding may count as ties. Not
+        lowest row. A product that is NaN never matches; where none is left, the product is -inf and the row 0. Not
         differentiable.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +10,10 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+
+from segmenter_fast.kernels.cpu import attention, native
+
+_M_PERTURB = -6  # of mallopt
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,22 @@ def backend_or_pytorch(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     if request.param.name == "pytorch":
         monkeypatch.setenv("SEGMENTER_FAST_NATIVE", "0")
     return request.param
+
+
+@pytest.fixture(params=["", "-mno-avx512bf16", "-mno-avx512f"], ids=["all", "no bfloat16", "AVX2"])
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """C++ compiled with fewer of the processor's instructions, without AMX; its memory starts with large numbers."""
+    if reason := native.unavailable():
+        pytest.skip(f"C++ kernels: {reason}")
+    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, *([request.param] if request.param else [])))
+    monkeypatch.setattr(attention, "has_feature", lambda *names: False)
+    native._library.cache_clear()
+    perturb = ctypes.CDLL(None).mallopt
+    perturb(_M_PERTURB, 0x80)
+    yield
+    perturb(_M_PERTURB, 0)
+    monkeypatch.undo()
+    native._library.cache_clear()
 
 
 @pytest.fixture

@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 from segmenter_fast.kernels.cpu import attention as cpu
-from segmenter_fast.kernels.cpu import native
 from segmenter_fast.kernels.registry import statistics_dtype
 from support.accuracy import assert_as_accurate
 
 from .test_attention import ulps_of_scores
 
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"C++ kernels: {native.unavailable()}")
+pytestmark = pytest.mark.usefixtures("instructions")
 DTYPES = (torch.float32, torch.bfloat16)
-
-
-@pytest.fixture(autouse=True, params=["", "-mno-avx512bf16", "-mno-avx512f"], ids=["all", "no bfloat16", "AVX2"])
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compile with fewer of the processor's instructions."""
-    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, *([request.param] if request.param else [])))
-    monkeypatch.setattr(cpu, "has_feature", lambda *names: False)
-    native._library.cache_clear()
-    yield
-    monkeypatch.undo()
-    native._library.cache_clear()
 
 
 @pytest.fixture(autouse=True)

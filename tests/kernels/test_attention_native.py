@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -12,28 +10,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from segmenter_fast.kernels.cpu import attention as cpu
-from segmenter_fast.kernels.cpu import native
 from support.accuracy import assert_as_accurate
 
 from .test_attention import ulps_of_scores
 from .test_attention_bias import sdpa
 
-pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=f"C++ kernels: {native.unavailable()}")
-M_PERTURB = -6  # of mallopt
-
-
-@pytest.fixture(autouse=True, params=["", "-mno-avx512bf16", "-mno-avx512f"], ids=["all", "no bfloat16", "AVX2"])
-def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compile with fewer of the processor's instructions; its memory starts with large numbers."""
-    monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, *([request.param] if request.param else [])))
-    monkeypatch.setattr(cpu, "has_feature", lambda *names: False)
-    native._library.cache_clear()
-    perturb = ctypes.CDLL(None).mallopt
-    perturb(M_PERTURB, 0x80)
-    yield
-    perturb(M_PERTURB, 0)
-    monkeypatch.undo()
-    native._library.cache_clear()
+pytestmark = pytest.mark.usefixtures("instructions")
 
 
 def assert_attention(qkv: Tensor, scale: float, bias: Tensor | None = None) -> Tensor:

@@ -56,18 +56,18 @@ def reference_products(a: Tensor, b: Tensor) -> Tensor:
     ragged=st.booleans(),
 )
 @EXAMPLES
-def test_best_match(backend: Backend, b: int, s: int, t: int, dim: int, index: int, ragged: bool) -> None:
+def test_best_match(backend_or_pytorch: Backend, b: int, s: int, t: int, dim: int, index: int, ragged: bool) -> None:
     torch.manual_seed(0)
-    dtype = backend.dtypes[index % len(backend.dtypes)]
-    a, rows = (torch.randn(b, n, dim, device=backend.device).to(dtype) for n in (s, t))
-    lengths = torch.randint(1, t + 1, (b,), device=backend.device) if ragged else None
+    dtype = backend_or_pytorch.dtypes[index % len(backend_or_pytorch.dtypes)]
+    a, rows = (torch.randn(b, n, dim, device=backend_or_pytorch.device).to(dtype) for n in (s, t))
+    lengths = torch.randint(1, t + 1, (b,), device=backend_or_pytorch.device) if ragged else None
     assert_best(a, rows, lengths)
 
 
-def test_tokens_match_in_place(backend: Backend, poisoned: None) -> None:
+def test_tokens_match_in_place(backend_or_pytorch: Backend, poisoned: None) -> None:
     """Sources and destinations are every other token of one tensor, which is not copied first."""
-    for dtype in backend.dtypes:
-        z = F.normalize(torch.randn(2, 1 + 131, 64, device=backend.device) + 1, dim=-1).to(dtype)[:, 1:]
+    for dtype in backend_or_pytorch.dtypes:
+        z = F.normalize(torch.randn(2, 1 + 131, 64, device=backend_or_pytorch.device) + 1, dim=-1).to(dtype)[:, 1:]
         assert_best(z[:, 1::2], z[:, ::2])
         value, match = best_match(z[:, 1::2], z[:, ::2])
         contiguous = best_match(z[:, 1::2].contiguous(), z[:, ::2].contiguous())
@@ -75,12 +75,14 @@ def test_tokens_match_in_place(backend: Backend, poisoned: None) -> None:
         assert torch.equal(match, contiguous[1])
 
 
-def test_ties_nan_and_infinities(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    if backend.name == "interpret":  # NumPy's maximum keeps NaN, a GPU's drops it
+def test_ties_nan_and_infinities(backend_or_pytorch: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    if backend_or_pytorch.name == "interpret":  # NumPy's maximum keeps NaN, a GPU's drops it
         fmax = "triton.runtime.interpreter.InterpreterBuilder.create_maxnumf"
         monkeypatch.setattr(fmax, lambda builder, one, other: builder.binary_op(one, other, np.fmax))
-    for dtype in backend.dtypes:
-        b = torch.eye(16, device=backend.device, dtype=dtype).repeat(6, 1)[None] * 3  # rows 0, 16, 32, ... are equal
+    for dtype in backend_or_pytorch.dtypes:
+        b = (
+            torch.eye(16, device=backend_or_pytorch.device, dtype=dtype).repeat(6, 1)[None] * 3
+        )  # rows 0, 16, 32, ... are equal
         value, match = best_match(b[:, :16], b)
         assert match.tolist() == [list(range(16))]
         assert (value == 9).all()
@@ -94,31 +96,26 @@ def test_ties_nan_and_infinities(backend: Backend, monkeypatch: pytest.MonkeyPat
         assert best_match(a[:, :1].abs() + 1, b)[0].tolist() == [[-math.inf]]
 
 
-def test_lengths_of_nothing(backend: Backend) -> None:
-    a = torch.randn(3, 5, 16, device=backend.device)
-    value, match = best_match(a, a, torch.tensor([0, 1, 9], dtype=torch.int32, device=backend.device))
+def test_lengths_of_nothing(backend_or_pytorch: Backend) -> None:
+    a = torch.randn(3, 5, 16, device=backend_or_pytorch.device)
+    value, match = best_match(a, a, torch.tensor([0, 1, 9], dtype=torch.int32, device=backend_or_pytorch.device))
     assert (value[0] == -math.inf).all()
     assert not match[:2].any()
     torch.testing.assert_close(value[1], (a[1] * a[1, 0]).sum(-1))
     torch.testing.assert_close(value[2:], reference.best_match(a[2:], a[2:])[0])
 
 
-@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="needs oneDNN")
-def test_matches_in_tiles_and_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cosines near 1 differ by less than bfloat16's step there; products are rounded less the best of a few."""
-    cpu = importlib.import_module("segmenter_fast.kernels.cpu.tokens")
-    monkeypatch.setattr(cpu, "_TILE_SCORES", 1000)
-    for units in (False, True):
-        monkeypatch.setattr(cpu, "_multiplies_bfloat16", lambda units=units: units)
-        monkeypatch.setattr(cpu, "onednn_beats_mkl", lambda units=units: units)
-        for dtype in (torch.float32, torch.bfloat16):
-            z = F.normalize(torch.randn(1, 200, 384) * 0.1 + torch.randn(384), dim=-1).to(dtype)
-            assert_best(z[:, 1::2], z[:, ::2])
-            value, match = best_match(z[:, 1::2], z[:, ::2])
-            best, expected = reference.best_match(z[:, 1::2], z[:, ::2])
-            assert best.min() > 0.9
-            assert (match == expected).float().mean() >= 0.95
-            assert (best - value).max() < 0.02 * (1 - best).max()
+def test_tiles_and_near_ties(backend_or_pytorch: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cosines near 1 differ by less than bfloat16's step there."""
+    monkeypatch.setattr(importlib.import_module("segmenter_fast.kernels.cpu.tokens"), "_TILE_SCORES", 1000)
+    for dtype in backend_or_pytorch.dtypes:
+        z = F.normalize(torch.randn(1, 200, 384) * 0.1 + torch.randn(384), dim=-1).to(backend_or_pytorch.device, dtype)
+        assert_best(z[:, 1::2], z[:, ::2])
+        value, match = best_match(z[:, 1::2], z[:, ::2])
+        best, expected = reference.best_match(z[:, 1::2], z[:, ::2])
+        assert best.min() > 0.9
+        assert (match == expected).float().mean() >= 0.95
+        assert (best - value).abs().max() < 0.02 * (1 - best).max()
 
 
 def values(backend: Backend, b: int, sources: int) -> Tensor:
