@@ -9,9 +9,8 @@ import inspect
 import json
 import os
 import sys
-from enum import EnumMeta as EnumType
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -67,10 +66,9 @@ def commands() -> dict[str, Any]:
             visit(child, f"{path} {name}".strip())
         for parameter in command.params:
             kind = parameter.type_descriptor.annotation
-            kind = [choice.value for choice in kind] if issubclass(type(kind), EnumType) else str(kind)
-            default = getattr(parameter.default, "value", parameter.default)
+            kind = list(get_args(kind)) if get_origin(kind) is Literal else str(kind)
             option = " ".join(sorted([*parameter.opts, *parameter.secondary_opts]))
-            found[f"{path} {option}"] = [kind, "required" if parameter.required else str(default)]
+            found[f"{path} {option}"] = [kind, "required" if parameter.required else str(parameter.default)]
 
     visit(typer.main.get_command(app), "")
     return found

@@ -97,8 +97,8 @@ def load_model(name: str, device: Device, dtype: Dtype, merge: str | None = None
     from .. import create_model, load
     from ..devices import choose_device, choose_dtype
 
-    place = choose_device(device.value)
-    kind = choose_dtype(dtype.value, place)
+    place = choose_device(device)
+    kind = choose_dtype(dtype, place)
     if name in VARIANTS and not Path(name).exists():
         say(f"WARNING: {name} has RANDOM weights. Its labels mean nothing; give a checkpoint for real ones.", "yellow")
         model = create_model(name, merging=merge).eval()
@@ -116,8 +116,8 @@ def load_for_inference(
         return load_model(name, device, dtype, merge)
     from ..devices import choose_device, choose_dtype
 
-    kind = choose_dtype(dtype.value, choose_device(device.value))
-    model = load_model(name, device, Dtype.float32, merge)
+    kind = choose_dtype(dtype, choose_device(device))
+    model = load_model(name, device, "float32", merge)
     with short_warnings():
         # Without enlarging, images below the window have more sizes than graphs are kept for.
         graph = model.config.upscale_small_images

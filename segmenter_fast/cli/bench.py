@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from .app import app
-from .options import Device, DeviceOption, Dtype, DtypeOption
+from .options import Device, DeviceOption, DtypeOption
 
 bench = typer.Typer(help="Measure speed and memory; every output is checked before it is timed.")
 app.add_typer(bench, name="bench")
@@ -20,13 +19,6 @@ OutOption = Annotated[Path, typer.Option("--out", "-o", help="Folder of the resu
 BudgetOption = Annotated[float | None, typer.Option(min=0, help="Seconds; the most valuable cases go first.")]
 
 
-class Size(str, Enum):
-    t = "t"
-    s = "s"
-    b = "b"
-    l = "l"  # noqa: E741
-
-
 @bench.callback(invoke_without_command=True)
 def models(
     context: typer.Context,
@@ -34,11 +26,11 @@ def models(
     size: Annotated[list[int] | None, typer.Option(min=1, help="Pixels a side; default 512.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once; default 1, on a GPU also 32.")] = None,
     classes: Annotated[list[int] | None, typer.Option(min=1, help="Number of classes; default 150.")] = None,
-    dtype: Annotated[list[Dtype] | None, typer.Option(help="Default: bfloat16 where it is fast.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="As for train; default: bfloat16 where it is fast.")] = None,
     merge: Annotated[
         list[str] | None, typer.Option(help="Rows of ours with token merging, too: fast, faster, or fields in JSON.")
     ] = None,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     compile: Annotated[bool, typer.Option(help="Compile peers and ours.")] = True,
     extras: Annotated[bool, typer.Option(help="Measure parts, and memory against classes, too.")] = True,
     seconds: Annotated[float, typer.Option(min=0, help="For the timing of one case.")] = 3.0,
@@ -54,8 +46,7 @@ def models(
         return
     from ..benchmarks.models.throughput import run_models
 
-    dtypes = [choice.value for choice in dtype or ()]
-    grid = variant or (), size or (), batch or (), classes or (), dtypes, merge or ()
+    grid = variant or (), size or (), batch or (), classes or (), dtype or (), merge or ()
     options = {"compile": compile, "extras": extras, "seconds": seconds, "budget": budget}
     _measure(run_models, *grid, device=device, out=out, **options)
 
@@ -65,7 +56,7 @@ def defaults(
     variant: Annotated[list[str] | None, typer.Option(help="May be repeated, as batch.")] = None,
     size: Annotated[int, typer.Option(min=1, help="Pixels a side.")] = 512,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once; default 1, 2 and 4.")] = None,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     seconds: Annotated[float, typer.Option(min=0, help="For the timing of one case.")] = 3.0,
     out: OutOption = RESULTS,
     budget: BudgetOption = 540.0,
@@ -80,7 +71,7 @@ def defaults(
 @bench.command()
 def kernels(
     op: Annotated[list[str] | None, typer.Argument(help="Ops to run; default: all of them.")] = None,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     quick: Annotated[bool, typer.Option("--quick", help="A few small cases, made for two CPU cores.")] = False,
     out: OutOption = RESULTS,
     budget: BudgetOption = None,
@@ -93,13 +84,13 @@ def kernels(
 
 @bench.command()
 def train(
-    model: Annotated[list[Size] | None, typer.Option(help="Size of the model; this and the next two repeat.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="t, s, b or l; this and the next two repeat.")] = None,
     patch: Annotated[list[int] | None, typer.Option(min=1, help="Patch size.")] = None,
     classes: Annotated[list[int] | None, typer.Option(min=1, help="Number of classes.")] = None,
     size: Annotated[int | None, typer.Option(min=1, help="Side of the images in pixels.")] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="Images a step.")] = None,
-    device: DeviceOption = Device.auto,
-    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     compile: Annotated[bool, typer.Option(help="Measure compiled steps, too.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="A few small steps, made for two CPU cores.")] = False,
     out: OutOption = RESULTS,
@@ -108,8 +99,8 @@ def train(
     """Training steps of whole models: time, images per second and memory, against patch size and classes."""
     from ..benchmarks.training import run_training
 
-    grid = [choice.value for choice in model or ()], patch or (), classes or (), size, batch
-    options = {"dtype": dtype.value, "compile": compile, "quick": quick, "budget": budget}
+    grid = model or (), patch or (), classes or (), size, batch
+    options = {"dtype": dtype, "compile": compile, "quick": quick, "budget": budget}
     _measure(run_training, *grid, device=device, out=out, **options)
 
 
@@ -130,14 +121,14 @@ def folder(
     variant: Annotated[list[str], typer.Option(help="May be repeated.")] = ["seg_t_mask_16", "seg_s_mask_16"],  # noqa: B006
     photographs: Annotated[int, typer.Option(min=5, help="Files of 512 x 512 pixels.")] = 200,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 2,
-    device: DeviceOption = Device.auto,
-    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     out: OutOption = RESULTS,
 ) -> None:
     """The whole job of predict: files to labels, and to overlays, too, against the model alone."""
     from ..benchmarks.models.folder import run_folder
 
-    _measure(run_folder, variant, photographs, batch, dtype.value, device=device, out=out)
+    _measure(run_folder, variant, photographs, batch, dtype, device=device, out=out)
 
 
 @bench.command()
@@ -149,19 +140,19 @@ def merging(
     variant: Annotated[
         list[str] | None, typer.Option(help="Models of which the speed counts; may be repeated.")
     ] = None,
-    device: DeviceOption = Device.auto,
-    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
     seconds: Annotated[float, typer.Option(min=0, help="For the timing of one model.")] = 6.0,
     out: OutOption = RESULTS,
 ) -> None:
     """Token merging: speed of schedules, and the share of the exact model's labels that they keep on photographs."""
     from ..benchmarks.models.merging import run_merging
 
-    _measure(run_merging, weights, photos or (), variant or (), dtype.value, device=device, out=out, seconds=seconds)
+    _measure(run_merging, weights, photos or (), variant or (), dtype, device=device, out=out, seconds=seconds)
 
 
 def _measure(run: Callable[..., int], *arguments: Any, device: Device, **options: Any) -> None:
     """Run a benchmark; exit code 1 if an output of ours was wrong."""
     from ..devices import choose_device
 
-    raise typer.Exit(int(run(*arguments, device=choose_device(device.value), **options) > 0))
+    raise typer.Exit(int(run(*arguments, device=choose_device(device), **options) > 0))

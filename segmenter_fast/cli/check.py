@@ -38,7 +38,7 @@ def check(
     overwrite: options.OverwriteOption = False,
     bands: options.BandsOption = None,
     scale: options.ScaleOption = None,
-    device: options.DeviceOption = options.Device.auto,
+    device: options.DeviceOption = "auto",
 ) -> None:
     """Compare the forms that optimize offers on your own images: speed, memory, and how many labels change.
 
@@ -55,7 +55,7 @@ def check(
             raise ValueError(f"--out must be a .png file, a new one or with --overwrite, got {out}")
         check_new(out, overwrite)
     numbers = options.parse_numbers("--bands", bands, int)
-    segmenter = load_model(model, device, options.Dtype.float32)
+    segmenter = load_model(model, device, "float32")
     found = find_photos(photos, labels, segmenter.config, ReadOptions(palette, reduce_zero_label, page))
     found = replace(found, channels=channels_of(segmenter.config, numbers, scale))
     for warning in warn_of_pages(found, found.pairs):

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 
 from ..describe import info_table, variants_table
 from .app import app, check_new, load_model, say, short_warnings
-from .options import CheckpointArgument, Device, Dtype, ModelArgument, OverwriteOption
-
-
-class Format(str, Enum):
-    """``ours``: config.json and model.safetensors. ``official``: variant.yml and checkpoint.pth."""
-
-    ours = "ours"
-    official = "official"
+from .options import CheckpointArgument, ModelArgument, OverwriteOption
 
 
 @app.command()
@@ -26,7 +18,7 @@ def info(model: ModelArgument) -> None:
     """Print what a checkpoint is, and whether C++ kernels run on this CPU."""
     from ..kernels.cpu import native  # imports PyTorch
 
-    segmenter = load_model(model, Device.cpu, Dtype.float32)
+    segmenter = load_model(model, "cpu", "float32")
     table = info_table(segmenter.config, model)
     table.add_row("C++ kernels here", native.unavailable() or "run")
     Console().print(table)
@@ -36,7 +28,7 @@ def info(model: ModelArgument) -> None:
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="Checkpoint: folder, file or hub id.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
-    to: Annotated[Format, typer.Option(help="The format to write.")] = Format.ours,
+    to: Annotated[Literal["ours", "official"], typer.Option(help="The format to write.")] = "ours",
     overwrite: OverwriteOption = False,
 ) -> None:
     """Convert a checkpoint to our format, or back to the official one."""
@@ -45,7 +37,7 @@ def convert(
 
     if out.exists() and not out.is_dir():
         raise FileExistsError(f"{out} is a file; OUT is the folder to write")
-    files = {Format.ours: (hub.CONFIG, hub.WEIGHTS), Format.official: (official.VARIANT, official.WEIGHTS)}
+    files = {"ours": (hub.CONFIG, hub.WEIGHTS), "official": (official.VARIANT, official.WEIGHTS)}
     written = [out / name for name in files[to]]
     if any(map(Path.exists, written)) and Path(source).resolve() in map(Path.resolve, (out, *written)):
         raise ValueError(f"{out} is the checkpoint that is read; choose another folder as OUT")
@@ -56,7 +48,7 @@ def convert(
     for other, names in files.items():
         if other != to and (found := [name for name in names if (out / name).exists()]):
             raise ValueError(f"{out} holds another checkpoint ({', '.join(found)}); choose a folder without one")
-    if to is Format.official:
+    if to == "official":
         for difference in official.write_folder(out, model.config, model.state_dict()):
             say(f"warning: {difference}", "yellow")
     else:

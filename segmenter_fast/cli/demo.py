@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from .app import app, say, stages
-from .options import Device, DeviceOption, Dtype, DtypeOption
+from .options import DeviceOption, DtypeOption
 
 if TYPE_CHECKING:
     import torch
@@ -20,8 +20,8 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the overlays.")] = Path("demo"),
     image: Annotated[Path | None, typer.Option(help="A photograph of yours instead of the one shipped.")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="Variant to run; may be given more than once.")] = None,
-    device: DeviceOption = Device.auto,
-    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
 ) -> None:
     """Segment scenes that a small trained model never saw, and compare the speed of large ones on a photograph."""
     from ..benchmarks.case import DisagreementError
@@ -30,8 +30,8 @@ def demo(
     from ..benchmarks.models.summary import models_table
     from ..devices import choose_device, choose_dtype
 
-    place, names, found = choose_device(device.value), variant or VARIANTS, []
-    kind, photograph = choose_dtype(dtype.value, place), image or PHOTOGRAPH
+    place, names, found = choose_device(device), variant or VARIANTS, []
+    kind, photograph = choose_dtype(dtype, place), image or PHOTOGRAPH
     try:
         with stages() as show:
             show("segmenting drawn scenes by the trained model")

@@ -40,8 +40,8 @@ def evaluate(
     merge: options.MergeOption = None,
     bands: options.BandsOption = None,
     scale: options.ScaleOption = None,
-    device: options.DeviceOption = options.Device.auto,
-    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
     out: Annotated[Path | None, typer.Option("--json", metavar="FILE", help="File for all figures.")] = None,
     overwrite: options.OverwriteOption = False,
 ) -> None:
@@ -65,7 +65,7 @@ def evaluate(
     inputs = {"model": model, "data": data, "split": split}
     if out is not None:
         check_new(out, overwrite, _inputs(out) == inputs)
-    with process_group(device.value) as world:
+    with process_group(device) as world:
         dataset = open_dataset(data, kind, split, ReadOptions(palette, reduce_zero_label, page))
         segmenter = load_for_inference(model, device, dtype, optimize, len(dataset) // world.size, merge)
         batch_size = default_batch_size(segmenter) if batch_size is None else batch_size

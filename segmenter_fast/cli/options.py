@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import typer
 
 from ..config import LARGEST_SCALE
 
 Number = TypeVar("Number", int, float)
-
-
-class Device(str, Enum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Dtype(str, Enum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 CheckpointArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint: folder, file or hub id.")]
 ModelArgument = Annotated[str, typer.Argument(metavar="M", help="Checkpoint, or a variant's name.")]
 DeviceOption = Annotated[Device, typer.Option(help="auto: the GPU where there is one.")]

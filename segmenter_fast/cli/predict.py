@@ -10,9 +10,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -28,12 +27,6 @@ if TYPE_CHECKING:
     from ..processes import PredictionReport, World
 
 
-class Format(str, Enum):
-    auto = "auto"
-    png = "png"
-    tiff = "tiff"
-
-
 class _SigTerm(KeyboardInterrupt):
     """SIGTERM, which a batch system or torchrun sends."""
 
@@ -46,8 +39,8 @@ def predict(
         typer.Option("--model", "-m", help="Checkpoint: folder, file or hub id; a variant's name: random weights."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for labels/* and overlays/*.png.")],
-    device: options.DeviceOption = options.Device.auto,
-    dtype: options.DtypeOption = options.Dtype.auto,
+    device: options.DeviceOption = "auto",
+    dtype: options.DtypeOption = "auto",
     resume: Annotated[
         bool, typer.Option("--resume", help="Skip finished images and continue interrupted large ones.")
     ] = False,
@@ -72,8 +65,9 @@ def predict(
     ] = None,
     keep_suffix: Annotated[bool, typer.Option("--keep-suffix", help="Name outputs x.jpg.png, not x.png.")] = False,
     format: Annotated[
-        Format, typer.Option(help="Format of the labels. auto: PNG up to 8192 x 8192 pixels, tiled TIFF above.")
-    ] = Format.auto,
+        Literal["auto", "png", "tiff"],
+        typer.Option(help="Format of the labels. auto: PNG up to 8192 x 8192 pixels, tiled TIFF above."),
+    ] = "auto",
 ) -> None:
     """Segment images: a file of class indices, and an overlay, for each.
 
@@ -103,7 +97,7 @@ def predict(
 
         world = World.from_environment()
         with short_warnings(show=world.rank == 0):
-            jobs = plan(inputs, out, overlay, format.value, root=root, keep_suffix=keep_suffix, tokens=show_tokens)
+            jobs = plan(inputs, out, overlay, format, root=root, keep_suffix=keep_suffix, tokens=show_tokens)
         world = world.for_prediction()
         leads = world.rank == 0 or world.store is None  # a rank that no store connects to others reports on its own
         note = RANDOM if model in VARIANTS and not Path(model).exists() else ""

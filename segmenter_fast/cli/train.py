@@ -6,9 +6,8 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -28,12 +27,7 @@ _MeanOption = Annotated[
 _StdOption = Annotated[
     str | None, typer.Option(metavar="S,S,...", help="Standard deviation of each channel. Default: the model's.")
 ]
-_PRESET = Enum("Preset", {name: name for name in PRESETS}, type=str)  # type: ignore[misc]
-
-
-class Resume(str, Enum):
-    never = "never"
-    auto = "auto"
+_Preset: Any = Literal[tuple(PRESETS)]
 
 
 def _with_recipe(command: Callable[..., None]) -> Callable[..., None]:
@@ -42,8 +36,7 @@ def _with_recipe(command: Callable[..., None]) -> Callable[..., None]:
     parameters = [each for each in signature.parameters.values() if each.kind is not each.VAR_KEYWORD]
     for name, (kind, sentence) in field_help().items():
         option = typer.Option(help=sentence, rich_help_panel="Recipe: the preset's, where not given")
-        choices = {choice: choice for choice in CHOICES.get(name, ())}
-        values: Any = Enum(name, choices, type=str) if choices else kind
+        values: Any = Literal[CHOICES[name]] if name in CHOICES else kind
         annotation = Annotated[values | None, option]
         parameters.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
     command.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
@@ -56,7 +49,7 @@ def _with_recipe(command: Callable[..., None]) -> Callable[..., None]:
 def train(
     data: Annotated[str, typer.Option("--data", "-d", help="Folder of the data set; shapes needs none.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the run.")],
-    preset: Annotated[_PRESET, typer.Option("--preset", "-p", help="Recipe, and kind of data.")],
+    preset: Annotated[_Preset, typer.Option("--preset", "-p", help="Recipe, and kind of data.")],
     kind: Annotated[
         str | None, typer.Option(help="Kind of data, where it is not the preset's; auto: by the folder's content.")
     ] = None,
@@ -76,9 +69,11 @@ def train(
     scale: options.ScaleOption = None,
     mean: _MeanOption = None,
     std: _StdOption = None,
-    resume: Annotated[Resume, typer.Option(help="auto: go on from the last checkpoint in OUT, if any.")] = Resume.never,
+    resume: Annotated[
+        Literal["never", "auto"], typer.Option(help="auto: go on from the last checkpoint in OUT, if any.")
+    ] = "never",
     overwrite: options.OverwriteOption = False,
-    device: options.DeviceOption = options.Device.auto,
+    device: options.DeviceOption = "auto",
     timeout: Annotated[float, typer.Option(help="Seconds that processes wait for each other.")] = 600.0,
     **fields: Any,
 ) -> None:
@@ -93,12 +88,12 @@ def train(
     from ..train.datasets.pairs import PairedFiles, with_channels
     from ..train.engine import train as run
 
-    given = {name: getattr(value, "value", value) for name, value in fields.items() if value is not None}
+    given = {name: value for name, value in fields.items() if value is not None}
     if "epochs" in given:
         given = {"steps": 0, **given}  # a preset that counts steps must not overrule it
-    recipe = PRESETS[preset.value].replace(**given)
+    recipe = PRESETS[preset].replace(**given)
     reading = ReadOptions(palette, reduce_zero_label, page)
-    dataset, val_dataset = (open_dataset(data, kind or preset.value, split, reading) for split in ("train", "val"))
+    dataset, val_dataset = (open_dataset(data, kind or preset, split, reading) for split in ("train", "val"))
     if World.from_environment().rank == 0 and isinstance(dataset, PairedFiles):
         for warning in sample_warnings(dataset):
             say(f"warning: {warning}", "yellow")
@@ -111,7 +106,7 @@ def train(
     classes |= {name: value for name, value in pixels.items() if value is not None}
     model = _model(variant, pretrained, new_classes, class_map, **classes, **recipe.model_fields())
     dataset, val_dataset = (with_channels(each, channels_of(model.config)) for each in (dataset, val_dataset))
-    run_options: dict[str, Any] = {"resume": resume.value, "overwrite": overwrite, "device": device.value}
+    run_options: dict[str, Any] = {"resume": resume, "overwrite": overwrite, "device": device}
     result = run(model, dataset, val_dataset, recipe, out, **run_options, timeout=timeout)
     if World.from_environment().rank == 0:
         best, now = result.summary, result.steps - result.started
