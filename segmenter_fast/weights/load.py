@@ -26,7 +26,8 @@ from .reading import CheckpointError, read_mapping, shown
 from .unwrap import find_state, read_state
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
-_HUB_ID = re.compile(r"(?!.*\.(pth|pt|bin|ckpt|safetensors)$)[\w.-]+/[\w.-]+")
+# Files of weights and the folders of a run, best and last, are no models of the hub, which would be asked for long.
+_HUB_ID = re.compile(r"(?!.*(\.(pth|pt|bin|ckpt|safetensors)|/(best|last))$)[\w.-]+/[\w.-]+")
 _RUN = "run.json"  # with the model's configuration, beside the folder of a run's checkpoints
 # Fields that a backbone of Hugging Face's brings, and those that may differ from the variant's.
 _NUMERICS = ("encoder_norm_eps", "pos_embed_mode", "rope_temperature", "mean", "std")

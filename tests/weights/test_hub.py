@@ -237,3 +237,13 @@ def test_files_have_the_permissions_that_the_umask_leaves(umask: int, tmp_path: 
         os.umask(before)
     for name in ("config.json", "model.safetensors", "README.md"):
         assert stat.S_IMODE((tmp_path / "m" / name).stat().st_mode) == 0o666 & ~umask, name
+
+
+@pytest.mark.parametrize("path", ["run/best", "run/last", "models/official.pth"])
+def test_a_path_that_is_not_there_is_not_sought_on_the_hub(
+    path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "read_hub", None)
+    with pytest.raises(FileNotFoundError, match=f"^{path}: no such file or folder"):
+        sf.load(path)
