@@ -8,7 +8,6 @@ each of these is resized along x once.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,11 +27,11 @@ def lattice_argmax(
     """``(H, W)`` labels, uint8 where K <= 256 and int32 otherwise."""
     dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
     labels = scores.new_empty((rows.shape[2], cols.shape[2]), dtype=dtype)
+    if index is not None:
+        used_groups(index, len(scores))
     if len(rows) == 1:
         run = kernel(scores, "upsample_argmax")
         if run is not None:
-            if index is not None:
-                used_groups(index, len(scores))
             points = None if index is None else index[None]
             columns = (*cols[0].unique(return_inverse=True), col_weights)
             strides = (0, 1, scores.shape[1])
@@ -45,9 +44,8 @@ def lattice_argmax(
             part = rows[..., top : top + step].contiguous(), row_weights[:, top : top + step].contiguous()
             labels[top : top + step] = lattice_softmax(scores, *part, cols, col_weights, index).max(0).indices
         return labels
-    lattices = _Lattices(scores, rows, row_weights, cols, col_weights, index)
-    for tile in lattices.tiles():
-        votes = lattices.logits(0, tile) if len(rows) == 1 else lattices.probabilities(tile)
+    for tile, logits in _tiles(scores, rows, row_weights, cols, col_weights, index):
+        votes = logits[0] if len(rows) == 1 else _mean_softmax(logits)
         labels[tile] = votes.max(1).indices  # faster than argmax
     return labels
 
@@ -56,58 +54,44 @@ def lattice_softmax(
     scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None = None
 ) -> Tensor:
     """``(K, H, W)``: the mean softmax over the lattices."""
-    lattices = _Lattices(scores, rows, row_weights, cols, col_weights, index)
+    if index is not None:
+        used_groups(index, len(scores))
     out, run = scores.new_empty((scores.shape[1], rows.shape[2], cols.shape[2])), kernel(scores, "lattice_softmax")
     if run is not None:
         tensors = (scores, rows, row_weights, cols, col_weights, index, out)
         run(*map(pointer, tensors), len(rows), *out.shape, torch.get_num_threads())
         return out
-    for tile in lattices.tiles():
-        out[(slice(None), *tile)] = lattices.probabilities(tile).transpose(0, 1)
+    for tile, logits in _tiles(scores, rows, row_weights, cols, col_weights, index):
+        out[(slice(None), *tile)] = _mean_softmax(logits).transpose(0, 1)
     return out
 
 
-@dataclass(frozen=True)
-class _Lattices:
-    scores: Tensor  # (N, K), or (groups, K)
-    rows: Tensor  # (S, 2, H)
-    row_weights: Tensor  # (S, H)
-    cols: Tensor  # (S, 2, W)
-    col_weights: Tensor  # (S, W)
-    index: Tensor | None  # (N,) groups of the points
+def _mean_softmax(logits: list[Tensor]) -> Tensor:
+    return torch.stack([one.softmax(1) for one in logits]).mean(0)
 
-    def __post_init__(self) -> None:
-        if self.index is not None:
-            used_groups(self.index, len(self.scores))
 
-    def tiles(self) -> Iterator[tuple[slice, slice]]:
-        """Yield the rows and columns of each tile."""
-        height, width, classes = self.rows.shape[2], self.cols.shape[2], self.scores.shape[1]
-        across = max(min(_TILE // (classes * _TILE_ROWS), width), 1)
-        down = max(_TILE // (classes * across), 1)
-        for top in range(0, height, down):
-            for left in range(0, width, across):
-                yield slice(top, min(top + down, height)), slice(left, min(left + across, width))
+def _tiles(
+    scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None
+) -> Iterator[tuple[tuple[slice, slice], list[Tensor]]]:
+    """Yield the rows and columns of each tile, and its logits ``(rows, K, columns)`` in each lattice."""
+    height, width, classes = rows.shape[2], cols.shape[2], scores.shape[1]
+    across = max(min(_TILE // (classes * _TILE_ROWS), width), 1)
+    down = max(_TILE // (classes * across), 1)
+    for top in range(0, height, down):
+        for left in range(0, width, across):
+            ys, xs = tile = slice(top, top + down), slice(left, left + across)
+            axes = zip(rows[..., ys], row_weights[:, ys], cols[..., xs], col_weights[:, xs], strict=True)
+            yield tile, [_logits(scores, *axis, index) for axis in axes]
 
-    def probabilities(self, tile: tuple[slice, slice]) -> Tensor:
-        """Mean softmax over the lattices, ``(rows, K, columns)``."""
-        total = self.logits(0, tile).softmax(1)
-        for index in range(1, len(self.rows)):
-            total += self.logits(index, tile).softmax(1)
-        return total.div_(len(self.rows)) if len(self.rows) > 1 else total
 
-    def logits(self, index: int, tile: tuple[slice, slice]) -> Tensor:
-        """Logits of one lattice, ``(rows, K, columns)``."""
-        ys, xs = tile
-        used_rows, row_of = self.rows[index, :, ys].unique(return_inverse=True)
-        used_cols, col_of = self.cols[index, :, xs].unique(return_inverse=True)
-        weight = self.col_weights[index, xs]
-        points = used_rows[:, None] + used_cols
-        points = self.scores[points if self.index is None else self.index[points]]
-        points = points.transpose(1, 2).contiguous()  # (rows, K, columns)
-        wide = points[..., col_of[0]].mul_(1 - weight).addcmul_(points[..., col_of[1]], weight)
-        logits = wide.new_empty((row_of.shape[1], *wide.shape[1:]))
-        weights = self.row_weights[index, ys].tolist()
-        for out, upper, lower, weight in zip(logits, *row_of.tolist(), weights, strict=True):
-            torch.mul(wide[upper], 1 - weight, out=out).add_(wide[lower], alpha=weight)
-        return logits
+def _logits(
+    scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None
+) -> Tensor:
+    """Logits ``(rows, K, columns)`` of a tile of one lattice."""
+    used_rows, row_of = rows.unique(return_inverse=True)
+    used_cols, col_of = cols.unique(return_inverse=True)
+    points = used_rows[:, None] + used_cols
+    points = scores[points if index is None else index[points]].transpose(1, 2).contiguous()
+    wide = points[..., col_of[0]].mul_(1 - col_weights).addcmul_(points[..., col_of[1]], col_weights)
+    weights = row_weights[:, None, None]
+    return wide[row_of[0]].mul_(1 - weights).addcmul_(wide[row_of[1]], weights)

@@ -12,6 +12,7 @@ Each strip's gradient passes through the transpose of the resize at once, so the
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..bilinear import shape_on_grid
@@ -79,61 +80,27 @@ def _by_strips(
     masks: Tensor, classes: Tensor, options: LossOptions, grad_loss: Tensor | None, losses: Tensor, grad: Tensor
 ) -> Tensor:
     """``_loss`` in plain PyTorch: writes ``losses`` if they have a size, and ``grad``; returns the loss."""
-    total = masks.new_zeros((), dtype=widest(masks.device))
-    grad_loss = None if grad_loss is None else grad_loss.expand(classes.shape)
+    total, weight, smoothing = masks.new_zeros((), dtype=widest(masks.device)), options.weight, options.label_smoothing
+    weights = grad.new_ones(masks.shape[1]) if weight is None else weight
     grad.zero_()
     resize = Resize(masks, options.size, classes.shape[1:], options.align_corners, grad.dtype, options.groups)
-    strip_loss = _StripLoss(masks.shape[1], options, grad.dtype)
     for image in range(masks.shape[0]):
-        for strip, logits in resize.rows(image):
-            found = strip_loss.forward(logits, classes[image, strip])
+        for strip, logits in resize.rows(image):  # (rows, K, W')
+            target = classes[image, strip].long()
+            found = F.cross_entropy(logits, target, weight, None, -1, reduction="none", label_smoothing=smoothing)
             if losses.ndim > 1:
                 losses[image, strip] = found
             else:
                 total += found.sum()
             if grad_loss is not None:
-                grad_logits = strip_loss.backward(logits, grad_loss[image, strip])
-                resize.add_gradient(image, strip, grad_logits, grad)
+                own, target = grad_loss.expand(classes.shape)[image, strip].where(target >= 0, 0), target.clamp(min=0)
+                hard, soft = own * weights[target] * (1 - smoothing), own * (smoothing / masks.shape[1])
+                found = logits.softmax(1).mul_((hard + soft * weights.sum())[:, None])
+                found.scatter_add_(1, target[:, None], -hard[:, None])
+                if smoothing:
+                    found.addcmul_(weights[:, None], soft[:, None], value=-1)
+                resize.add_gradient(image, strip, found, grad)
     return losses if losses.ndim > 1 else total
-
-
-class _StripLoss:
-    """Loss and gradient of one strip; ``backward`` continues from what ``forward`` left in the logits' buffer."""
-
-    def __init__(self, classes: int, options: LossOptions, dtype: torch.dtype) -> None:
-        self.weight = options.weight
-        self.hard, self.soft = 1 - options.label_smoothing, options.label_smoothing / classes
-        self.total = float(classes) if self.weight is None else float(self.weight.sum())
-        self.dtype = dtype
-
-    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Losses ``(rows, W')`` of ``(rows, K, W')`` logits, which are overwritten by exp(z)."""
-        self.valid = target >= 0
-        self.target = target.long().clamp(min=0).unsqueeze(1)  # (rows, 1, W')
-        weight = torch.ones((), dtype=self.dtype) if self.weight is None else self.weight[self.target.squeeze(1)]
-        self.hard_weight = self.hard * weight
-        z = logits.sub_(logits.amax(1, keepdim=True))
-        z_target = z.gather(1, self.target).squeeze(1)
-        weighted: Tensor | float = 0.0
-        if self.soft:
-            weighted = z.sum(1) if self.weight is None else (z * self.weight[:, None]).sum(1)
-        self.sum = z.exp_().sum(1)
-        log_sum = self.sum.log()
-        loss = self.hard_weight * (log_sum - z_target)
-        if self.soft:
-            loss += self.soft * (self.total * log_sum - weighted)
-        return loss.where(self.valid, 0)
-
-    def backward(self, exp: Tensor, grad_loss: Tensor) -> Tensor:
-        """Turn exp(z) into the gradient of the logits for a loss gradient ``(rows, W')``, in place."""
-        grad_loss = torch.where(self.valid, grad_loss, 0)
-        hard = grad_loss * self.hard_weight
-        both = hard + grad_loss * (self.soft * self.total) if self.soft else hard
-        exp.mul_((both / self.sum).unsqueeze(1)).scatter_add_(1, self.target, -hard.unsqueeze(1))
-        if self.soft:
-            weight = exp.new_ones(1) if self.weight is None else self.weight
-            exp.addcmul_(weight[:, None], grad_loss.unsqueeze(1), value=-self.soft)
-        return exp
 
 
 def _target_classes(target: Tensor, masks: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
