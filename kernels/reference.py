@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .registry import statistics_dtype
+from .registry import label_dtype, statistics_dtype
 
 
 def attention(qkv: Tensor, scale: float | None = None, bias: Tensor | None = None) -> Tensor:
@@ -95,8 +95,7 @@ def upsample_argmax(
     index: Tensor | None = None,
 ) -> Tensor:
     """``(B, K, h, w)`` -> ``(B, H, W)`` labels, uint8 where K <= 256 and int32 otherwise."""
-    labels = upsample(masks, size, crop, align_corners, index).argmax(1)
-    return labels.to(torch.uint8 if masks.shape[1] <= 256 else torch.int32)
+    return upsample(masks, size, crop, align_corners, index).argmax(1).to(label_dtype(masks.shape[1]))
 
 
 def upsample_softmax(
@@ -145,7 +144,7 @@ def lattice_argmax(
     """``(H, W)`` labels of the mean softmax, uint8 where K <= 256 and int32 otherwise."""
     logits = lattice_logits(scores, rows, row_weights, cols, col_weights, index)
     votes = logits[0] if len(logits) == 1 else logits.softmax(1).mean(0)  # the softmax is monotonic
-    return votes.argmax(0).to(torch.uint8 if scores.shape[1] <= 256 else torch.int32)
+    return votes.argmax(0).to(label_dtype(scores.shape[1]))
 
 
 def lattice_softmax(

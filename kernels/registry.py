@@ -41,6 +41,10 @@ def widest(device: torch.device | str) -> torch.dtype:
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
+def label_dtype(classes: int) -> torch.dtype:
+    return torch.uint8 if classes <= 256 else torch.int32
+
+
 # Types of devices that autocast knows. Asked once, because PyTorch 2.11 cannot compile the question.
 _AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,12 +22,11 @@ from segmenter_fast.devices import choose_compile, choose_dtype
 from segmenter_fast.reference import MaskTransformer
 
 from ..case import OURS, DisagreementError, is_ours, time_once
-from ..device import Ceilings
 from ..results import RESULTS, CaseRows
 from ..runner import narrow_table
-from .comparison import REFERENCE, SLOW_SECONDS, Accuracy, Limits, Plan, share
+from .comparison import REFERENCE, SLOW_SECONDS, Accuracy, Limits, share
 from .official import OfficialLike
-from .parts import Calls, Groups, measure_groups, without_figures
+from .parts import Calls, Groups
 from .peers import ModelCase, build, with_sdpa
 from .summary import case_name
 from .swap_in import run_swap_in
@@ -44,20 +43,6 @@ Call = Callable[..., Tensor]
 # For each form the time over that of plain PyTorch, and the case.
 Ratios = dict[str, list[tuple[float, str]]]
 _NAMES = (REFERENCE, SDPA, OPTIMIZE, FORWARD, ACCELERATE)
-OUTPUTS: Groups = ("output", {"labels": (*_NAMES[:3], SEGMENT, *_NAMES[3:]), "logits": _NAMES})
-
-
-@dataclass(frozen=True)
-class DefaultsJob(Job):
-    """A variant and a batch: a case for the labels and one for the logits."""
-
-    calls: ClassVar[int] = 60
-
-    def run(self, device: torch.device, ceilings: Ceilings, seconds: float, plan: Plan) -> CaseRows:
-        return measure_groups(self.case, device, seconds, OUTPUTS, _calls)
-
-    def not_run(self, note: str) -> CaseRows:
-        return without_figures(self.case, OUTPUTS, "not run", note)
 
 
 def run_defaults(
@@ -83,7 +68,8 @@ def run_defaults(
     dtype = choose_dtype("auto", device)
     case = ModelCase("", dtype, size, compile=choose_compile("auto", device, dtype))
     grid = itertools.product(batches or BATCHES, variants or DEFAULT)
-    jobs = [DefaultsJob("defaults", replace(case, variant=variant, batch=batch)) for batch, variant in grid]
+    cases = (replace(case, variant=variant, batch=batch) for batch, variant in grid)
+    jobs = [Job("defaults", one, groups=OUTPUTS, calls=60) for one in cases]
     jobs.sort(key=lambda job: job.case.flops)  # overhead weighs most in small cases, and most cases fit a budget
     found, refused, console = run_jobs(jobs, [dtype], device=device, seconds=seconds, budget=budget, out=out)
     table = narrow_table("time over that of plain PyTorch", ("", "best", "worst", "of", "worst case"))
@@ -158,3 +144,6 @@ def _logits(form: Call, images: Tensor) -> Tensor:
 
 def _labels(form: Call, images: Tensor) -> Tensor:
     return form(images).argmax(1)
+
+
+OUTPUTS = Groups("output", {"labels": (*_NAMES[:3], SEGMENT, *_NAMES[3:]), "logits": _NAMES}, _calls)

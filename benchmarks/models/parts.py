@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,46 +24,41 @@ from .peers import ModelCase, build, with_sdpa
 
 PARTS = ("encoder", "decoder", "upsample")
 Calls = dict[str, dict[str, Callable[[], Tensor]]]
-# A parameter of cases, and for each of its values the names of the calls that are timed against each other.
-Groups = tuple[str, dict[str, tuple[str, ...]]]
-GROUPS: Groups = ("part", dict.fromkeys(PARTS, (REFERENCE, PEER, OURS)))
 
 
-def measure_parts(case: ModelCase, device: torch.device, seconds: float) -> CaseRows:
-    """A case for each part, with a row for each of reference, peer and ours; ``seconds`` for all parts."""
-    return measure_groups(case, device, seconds, GROUPS, _calls)
+class Groups(NamedTuple):
+    """Calls of one model in groups, each timed against the others of its group.
 
-
-def measure_groups(
-    case: ModelCase,
-    device: torch.device,
-    seconds: float,
-    groups: Groups,
-    make: Callable[[ModelCase, torch.device], tuple[Calls, dict[str, int]]],
-) -> CaseRows:
-    """A case for each group of calls, within ``seconds`` for all of them.
-
-    Every row is "refused" where ``make``, which also gives options of ``timed_rows``, finds wrong labels, and "out of
-    memory" where there is no room.
+    ``key`` is the parameter of cases that tells the group, ``names`` has the calls of each. ``make`` makes them, with
+    options of ``timed_rows``.
     """
-    if device.type == "cpu" and (note := lack_of_memory(case.needs_bytes, device)):
-        return without_figures(case, groups, "out of memory", note)
-    gc.collect()
-    with own_stream(device), torch.inference_mode():
-        try:
-            calls, options = make(case, device)
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            return without_figures(case, groups, "out of memory", Failure.of(error).note)
-        except DisagreementError as error:
-            return without_figures(case, groups, "refused", str(error))
-        share = seconds / len(calls)
-        rows = {group: timed_rows(own, device, case.batch, seconds=share, **options) for group, own in calls.items()}
-    return [(case.parameters | {groups[0]: group}, own) for group, own in rows.items()]
 
+    key: str
+    names: dict[str, tuple[str, ...]]
+    make: Callable[[ModelCase, torch.device], tuple[Calls, dict[str, int]]]
 
-def without_figures(case: ModelCase, groups: Groups, status: str, note: str) -> CaseRows:
-    key, names = groups
-    return [(case.parameters | {key: group}, [Row(name, status, note) for name in own]) for group, own in names.items()]
+    def measure(self, case: ModelCase, device: torch.device, seconds: float) -> CaseRows:
+        """A case for each group, within ``seconds`` for all of them.
+
+        Every row is "refused" where ``make`` finds wrong labels, and "out of memory" where there is no room.
+        """
+        if device.type == "cpu" and (note := lack_of_memory(case.needs_bytes, device)):
+            return self.without_figures(case, "out of memory", note)
+        gc.collect()
+        with own_stream(device), torch.inference_mode():
+            try:
+                calls, options = self.make(case, device)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                return self.without_figures(case, "out of memory", Failure.of(error).note)
+            except DisagreementError as error:
+                return self.without_figures(case, "refused", str(error))
+            share = seconds / len(calls)
+            rows = {name: timed_rows(own, device, case.batch, seconds=share, **options) for name, own in calls.items()}
+        return [(case.parameters | {self.key: name}, own) for name, own in rows.items()]
+
+    def without_figures(self, case: ModelCase, status: str, note: str) -> CaseRows:
+        rows = {group: [Row(name, status, note) for name in names] for group, names in self.names.items()}
+        return [(case.parameters | {self.key: group}, own) for group, own in rows.items()]
 
 
 def _calls(case: ModelCase, device: torch.device) -> tuple[Calls, dict[str, int]]:
@@ -93,6 +88,9 @@ def _calls(case: ModelCase, device: torch.device) -> tuple[Calls, dict[str, int]
     if fault:
         raise DisagreementError(fault)
     return calls, {"min_samples": 3}
+
+
+GROUPS = Groups("part", dict.fromkeys(PARTS, (REFERENCE, PEER, OURS)), _calls)
 
 
 def _logits(masks: Tensor, size: tuple[int, int], crop: tuple[int, int]) -> Tensor:

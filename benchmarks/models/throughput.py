@@ -15,7 +15,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import ClassVar
 
 import torch
 from rich.console import Console
@@ -28,7 +27,7 @@ from ..device import Ceilings
 from ..results import RESULTS, CaseRows, write
 from ..runner import Runner, case_table
 from .comparison import Plan, compare_models, in_stages, names_of
-from .parts import GROUPS, measure_parts, without_figures
+from .parts import GROUPS, Groups
 from .peers import ModelCase
 from .summary import case_name, models_table
 
@@ -43,7 +42,7 @@ CLASSES = (19, 60, 150, 1000)
 
 @dataclass(frozen=True)
 class Job:
-    """One case for the file ``op``: "throughput", "classes", or "split", which has a case for each part.
+    """One case for the file ``op``, or with ``groups`` a case for each of them.
 
     It takes about as long as ``calls`` calls of its reference. A ``late`` one is the same case with more peers.
     """
@@ -51,16 +50,17 @@ class Job:
     op: str
     case: ModelCase
     late: bool = field(default=False, compare=False)
-    calls: ClassVar[int] = 12
+    groups: Groups | None = field(default=None, compare=False)
+    calls: int = 12
 
     def run(self, device: torch.device, ceilings: Ceilings, seconds: float, plan: Plan) -> CaseRows:
-        if self.op == "split":
-            return measure_parts(self.case, device, seconds)
+        if self.groups:
+            return self.groups.measure(self.case, device, seconds)
         return [(self.case.parameters, compare_models(self.case, device, ceilings, seconds, plan))]
 
     def not_run(self, note: str) -> CaseRows:
-        if self.op == "split":
-            return without_figures(self.case, GROUPS, "not run", note)
+        if self.groups:
+            return self.groups.without_figures(self.case, "not run", note)
         return [(self.case.parameters, [Row(name, "not run", note) for name in names_of(self.case)])]
 
 
@@ -206,4 +206,4 @@ def _extra_jobs(cases: Sequence[ModelCase]) -> Iterator[Job]:
         yield Job("classes", replace(first, classes=count))
     alike = [case for case in cases if replace(case, variant=first.variant, compile=False, merge=()) == first]
     for case in alike[:BEFORE_EXTRAS]:
-        yield Job("split", replace(case, compile=False, merge=()))
+        yield Job("split", replace(case, compile=False, merge=()), groups=GROUPS)

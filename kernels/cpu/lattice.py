@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..registry import label_dtype
 from .groups import used_groups
 from .labels import run_native, write_pruned
 from .native import pointer
@@ -25,8 +26,7 @@ def lattice_argmax(
     scores: Tensor, rows: Tensor, row_weights: Tensor, cols: Tensor, col_weights: Tensor, index: Tensor | None = None
 ) -> Tensor:
     """``(H, W)`` labels, uint8 where K <= 256 and int32 otherwise."""
-    dtype = torch.uint8 if scores.shape[1] <= 256 else torch.int32
-    labels = scores.new_empty((rows.shape[2], cols.shape[2]), dtype=dtype)
+    labels = scores.new_empty((rows.shape[2], cols.shape[2]), dtype=label_dtype(scores.shape[1]))
     if index is not None:
         used_groups(index, len(scores))
     if len(rows) == 1:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bilinear import Axis, shape_on_grid
-from ..registry import statistics_dtype
+from ..registry import label_dtype, statistics_dtype
 from .groups import used_groups
 from .labels import run_native
 from .lattice import lattice_argmax
@@ -25,7 +25,7 @@ def upsample_argmax(
 ) -> Tensor:
     """``(B, K, h, w)``, or ``(B, K, groups)`` with an index -> ``(B, H, W)``, uint8 if K <= 256 and else int32."""
     _, num_classes, h, w = shape_on_grid(masks, index)
-    labels = masks.new_empty((masks.shape[0], *crop), dtype=torch.uint8 if num_classes <= 256 else torch.int32)
+    labels = masks.new_empty((masks.shape[0], *crop), dtype=label_dtype(num_classes))
     if num_classes == 1:
         return labels.zero_()
     masks = masks.float() if masks.dtype == torch.float16 else masks

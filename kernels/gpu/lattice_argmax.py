@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..registry import label_dtype
 from .common import TRITON_3_6, device_arch
 from .lattice import (
     SIZES,
@@ -133,7 +134,7 @@ def lattice_argmax(
     """``(H, W)`` labels, uint8 where K <= 256 and int32 otherwise."""
     lattice = scores, rows, row_weights, cols, col_weights, index
     num_classes = scores.shape[1]
-    labels = scores.new_empty((rows.shape[2], cols.shape[2]), dtype=torch.uint8 if num_classes <= 256 else torch.int32)
+    labels = scores.new_empty((rows.shape[2], cols.shape[2]), dtype=label_dtype(num_classes))
     if len(rows) == 1:
         if index is not None and scores.dtype == torch.float64:  # too many registers
             lattice = scores[index], *lattice[1:5], None

@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..bilinear import Axis, shape_on_grid
+from ..registry import label_dtype
 from .cells import GEOMETRY, cell_start, corner_ptrs, geometry, tile_weights
 from .common import cdiv, launch_arguments, next_power_of_2, programs
 from .groups import contiguous, strides_on_grid
@@ -240,7 +240,7 @@ def upsample_argmax(
 ) -> Tensor:
     """``(B, K, h, w)``, or ``(B, K, groups)`` with an index -> ``(B, H', W')``, uint8 if K <= 256 and else int32."""
     batch, num_classes, *grid = shape_on_grid(masks, index)
-    labels = masks.new_empty((batch, *crop), dtype=torch.uint8 if num_classes <= 256 else torch.int32)
+    labels = masks.new_empty((batch, *crop), dtype=label_dtype(num_classes))
     if num_classes == 1 or batch == 0:
         return labels.zero_()
     wide = num_classes * masks.stride(1) >= 2**31

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..cpu import lattice as cpu
-from ..registry import define, require_dtype, require_one_device
+from ..registry import define, label_dtype, require_dtype, require_one_device
 
 _SCORES = (torch.float32, torch.float64)
 
@@ -85,7 +85,7 @@ define(
     triton=".gpu.lattice_argmax:lattice_argmax",
     plain=cpu.lattice_argmax,
     fake=lambda scores, rows, row_weights, cols, col_weights, index=None: scores.new_empty(
-        (rows.shape[2], cols.shape[2]), dtype=torch.uint8 if scores.shape[1] <= 256 else torch.int32
+        (rows.shape[2], cols.shape[2]), dtype=label_dtype(scores.shape[1])
     ),
 )
 define(

@@ -20,6 +20,7 @@ from ..registry import (
     autocast_dtype,
     define,
     differentiable_gradients,
+    label_dtype,
     refuse_forward_mode,
     require_dtype,
     require_one_device,
@@ -88,7 +89,7 @@ define(
     triton=".gpu.upsample_argmax:upsample_argmax",
     plain=cpu_argmax.upsample_argmax,
     fake=lambda masks, size, crop, align_corners, index=None: masks.new_empty(
-        (masks.shape[0], *crop), dtype=torch.uint8 if masks.shape[1] <= 256 else torch.int32
+        (masks.shape[0], *crop), dtype=label_dtype(masks.shape[1])
     ),
 )
 

@@ -153,7 +153,7 @@ def test_no_room_for_the_reference_is_a_row(monkeypatch: pytest.MonkeyPatch) -> 
     assert "SDPA" in rows[REFERENCE].note
     assert rows[REFERENCE].timing is None
     assert rows[OURS].status == rows[PEER].status == "ok"
-    found = parts.measure_parts(CASE, CPU, 0.05)
+    found = parts.GROUPS.measure(CASE, CPU, 0.05)
     assert {row.status for _, rows in found for row in rows} == {"out of memory"}
 
 
@@ -280,7 +280,7 @@ def test_jobs_begin_with_the_most_valuable(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(runner, "measure_ceilings", lambda *args, **kwargs: CEILINGS)
     monkeypatch.setattr(throughput, "compare_models", lambda case, *_: [Row(name, "absent") for name in MODELS])
-    monkeypatch.setattr(throughput, "measure_parts", stop)
+    monkeypatch.setattr(throughput.Groups, "measure", stop)
     with pytest.raises(KeyboardInterrupt):
         throughput.run_models(sizes=[64], dtypes=["float32"], device=CPU, out=tmp_path)
     folder = tmp_path / describe(CPU).slug
