@@ -148,7 +148,7 @@ def measured(folder: Path) -> str:
         where = _where(next(iter(results.values())))
         title = f"The ops on {where} (150 classes, 32 x 32 patches to 512 x 512; attention: 12 heads of 64):"
         header = "| op | eager | `torch.compile` | ours | over eager | peak MiB, eager / ours |"
-        parts.append(_table(title, header, rows))
+        parts.append(make_table(title, header, rows))
     if "attention" in results and results["attention"].device.type == "cuda":
         parts.append(_attention_table(results["attention"]))
     return "\n\n".join(parts)
@@ -169,10 +169,10 @@ def _attention_table(result: Result) -> str:
             name = f"{case['tokens']}, batch {case['batch']}, {case['dtype']}, {case['pass']}"
             table.append((name, peer.variant, *rates, f"{peer.timing.median_ms / ours.timing.median_ms:.2f}x"))
     title = f"Attention on {_where(result)}, 12 heads of 64, TFLOP/s (milliseconds), beside PyTorch's fastest backend:"
-    return _table(title, "| tokens | PyTorch's fastest | its rate | ours | over it |", table)
+    return make_table(title, "| tokens | PyTorch's fastest | its rate | ours | over it |", table)
 
 
-def _table(title: str, header: str, rows: Iterable[Sequence[str]]) -> str:
+def make_table(title: str, header: str, rows: Iterable[Sequence[str]]) -> str:
     rule = "|---" * (header.count("|") - 1) + "|"
     return "\n".join([title, "", header, rule, *(f"| {' | '.join(cells)} |" for cells in rows)])
 
@@ -196,7 +196,7 @@ def _models_table(result: Result) -> str:
         errors = pair(("" if row.error is None else f"{row.error:.2g}" for row in (peer, ours)), " / ")
         cells = (*speeds, f"**{speed(ours)}**", share, memory((reference, ours), " / "), errors)
         table.append((name, str(case["tokens"]), *cells))
-    return _table(title, header, table)
+    return make_table(title, header, table)
 
 
 def _defaults_table(result: Result, ratios: Ratios) -> str:
@@ -205,7 +205,7 @@ def _defaults_table(result: Result, ratios: Ratios) -> str:
     for form, found in ratios.items():
         worst, where = max(found)
         rows.append((f"`{form.removeprefix('ours ')}`", str(len(found)), f"{min(found)[0]:.2f}", f"{worst:.2f}", where))
-    return _table(title, "| | cases | best | worst | worst case |", rows)
+    return make_table(title, "| | cases | best | worst | worst case |", rows)
 
 
 def _swap_table(result: Result) -> str:
@@ -218,7 +218,7 @@ def _swap_table(result: Result) -> str:
             gain = f"{plain.median_ms / ours.median_ms:.2f}x"
             table.append((f"{case['model']}, {case['loop']}", times, gain, memory(rows, " / ")))
     title = f"Models of others before and after `accelerate`, 150 classes, batch 1, float32, on {_where(result)}:"
-    return _table(title, "| | before / after | over it | MiB, before / after |", table)
+    return make_table(title, "| | before / after | over it | MiB, before / after |", table)
 
 
 def _merging_table(result: Result) -> str:
@@ -237,7 +237,7 @@ def _merging_table(result: Result) -> str:
         table.append((f"`{case['variant']}`, {in_words({k: case[k] for k in ('size', 'dtype')})}", *cells))
     title = f"Images per second with token merging on {_where(result)}, batch 1 (in brackets: over the exact model)."
     title += " Labels kept: those of the exact model in float32, with real weights on four photographs."
-    return _table(title, f"| | {' | '.join(name.removeprefix('ours ') for name in names)} |", table)
+    return make_table(title, f"| | {' | '.join(name.removeprefix('ours ') for name in names)} |", table)
 
 
 def _op_row(label: str, result: Result, wanted: dict[str, Any]) -> tuple[str, ...] | None:
