@@ -95,9 +95,12 @@ def _merging(tokens: int, dim: int) -> Problem:
         merge_tokens(x, index, groups, empty(8, 1 + tokens))
 
     least = (2 * _bytes(x) + _bytes(z), 0, 8 * tokens**2 * 128 / 2)
-    # The mean of the longest group of each 16. Those that merge, in blocks of 64, are visited by 8 programs.
-    data = {"tl.min(current, 0) < seq_len": 1.8, "full": tokens / 2, "full < end": 0}
-    data |= {"others": 0.08 * tokens, "first_t": -64, "start_t": 0.04 * tokens}
+    # Sources merge with different destinations: groups of two, of which a program sees those of its window and owns
+    # a part. The loops over ``members`` visit a block of the window.
+    merged = 1 + tokens - groups
+    window = 2 * merged * min(512 / groups, 1)
+    data = {"full": tokens / 2, "full < end": 0, "members": window, "group < groups": merged * 4 / groups}
+    data["token < seq_len"] = 2 / max(window / 128, 1)
     return Problem(f"merge tokens, {tokens} of {dim}", call, least, data)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..bilinear import shape_on_grid
 from ..loss_options import SEGMENT
 from .common import cdiv, next_power_of_2, programs
-from .groups import sum_groups
+from .merge_tokens import sum_groups
 
 
 @triton.jit

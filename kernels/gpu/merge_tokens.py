@@ -1,10 +1,11 @@
-"""Merging of tokens in Triton, forward and backward.
+"""Merging of tokens in Triton, forward and backward, and sums over groups.
 
-merged_g = sum of w_t / size_g * x_t over the tokens t of group g, with size_g the sum of their weights w_t. The first
-kernel finds the first token of each group by an integer minimum and lists the other tokens, the second one compares all
-pairs of these and links each token to the next one of its group. The third one owns BLOCK_G groups and BLOCK_D columns
-and follows the links, so that a group is always summed in the order of its tokens: equal input gives equal bits. A
-token alone has the share 1 and keeps its own. Backward is a gather: grad_x_t = w_t / size_g * grad_merged_g.
+merged_g = sum of w_t / size_g * x_t over the tokens t of group g, with size_g the sum of their weights w_t. A program
+of the first kernel owns a window of groups and counts their tokens in a histogram. It notes the token of each group of
+one, and lists the tokens of larger groups in order. A program of the second one owns BLOCK_G groups: it copies the
+tokens that are alone, then sums larger groups one by one, in the order of the list, so that equal input gives equal
+bits. Kernels hand over nothing but between launches, and each value has one writer. Backward is a gather:
+grad_x_t = w_t / size_g * grad_merged_g.
 """
 
 from __future__ import annotations
@@ -14,75 +15,48 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import cdiv, programs, refuse_float64
+from .common import cdiv, next_power_of_2, programs, refuse_float64
 
-_TOKENS, _PROGRAMS, _PAIRS, _GROUPS, _COLUMNS = 1024, 8, 64, 16, 128
+_TOKENS, _WINDOW, _GROUPS, _MEMBERS, _MOST_COLUMNS = 1024, 512, 4, 128, 512
 
 
 @triton.jit(do_not_specialize=["seq_len", "groups"])
-def merge_firsts_kernel(
+def group_members_kernel(
     index_ptr,  # (B, M), contiguous
-    first_ptr,  # (B, groups) int32, contiguous, written: the first token of a group, seq_len where it has none
-    next_ptr,  # (B, M) int32, contiguous, written: seq_len
-    others_ptr,  # (B, M) int32, contiguous, written: tokens that are not the first of their group, in order
-    count_ptr,  # (B,) int32, written: their number
+    first_ptr,  # (B, groups) int32, contiguous, written: the token of a group of one; -1 where there are more, else M
+    members_ptr,  # (B, M) int32, contiguous, written: the tokens of larger groups, by window and token
+    bounds_ptr,  # (B, windows, 2) int32, contiguous, written: where those of a window begin, and their number
     seq_len, groups,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    image = tl.program_id(0).to(tl.int64)
+    windows = tl.cdiv(groups, WINDOW)
+    image = (tl.program_id(0) // windows).to(tl.int64)
+    window = tl.program_id(0) % windows * WINDOW
+    size = tl.minimum(groups - window, WINDOW)
     index_ptr += image * seq_len
-    next_ptr += image * seq_len
-    others_ptr += image * seq_len
-    first_ptr += image * groups
-    offs = tl.arange(0, BLOCK)
-    for start in tl.range(0, groups, BLOCK):
-        tl.store(first_ptr + start + offs, seq_len, mask=start + offs < groups)
+    first_ptr += image * groups + window
+    offs, bins = tl.arange(0, BLOCK), tl.arange(0, WINDOW)
+    counts = tl.zeros((WINDOW,), tl.int32)
+    before = tl.zeros((BLOCK,), tl.int32)  # tokens of earlier windows
     for start in tl.range(0, seq_len, BLOCK):
-        tl.store(next_ptr + start + offs, seq_len, mask=start + offs < seq_len)
-    tl.debug_barrier()
+        index = tl.load(index_ptr + start + offs, mask=start + offs < seq_len, other=groups).to(tl.int32) - window
+        counts += tl.histogram(index, WINDOW, mask=(index >= 0) & (index < size))
+        before += (index < 0).to(tl.int32)
+    members_ptr += image * seq_len + tl.sum(before, 0)
+    others = tl.where(counts == 0, seq_len, -1)
+    tl.store(first_ptr + bins, others, mask=(counts != 1) & (bins < size))
+    members = 0
     for start in tl.range(0, seq_len, BLOCK):
-        index = tl.load(index_ptr + start + offs, mask=start + offs < seq_len, other=-1)
-        known = (index >= 0) & (index < groups)
-        tl.atomic_min(first_ptr + index, start + offs, mask=known, sem="relaxed")
-    tl.debug_barrier()
-    found = 0
-    for start in tl.range(0, seq_len, BLOCK):
-        index = tl.load(index_ptr + start + offs, mask=start + offs < seq_len, other=-1)
-        known = (index >= 0) & (index < groups)
-        first = tl.load(first_ptr + index, mask=known, other=0, volatile=True)  # past the cache, as the atomics are
-        other = (known & (first < start + offs)).to(tl.int32)
-        rank = found + tl.cumsum(other, 0) - other
-        tl.store(others_ptr + rank, start + offs, mask=other > 0)
-        found += tl.sum(other, 0)
-    tl.store(count_ptr + image, found)
-
-
-@triton.jit(do_not_specialize=["seq_len", "groups"])
-def merge_links_kernel(
-    index_ptr, first_ptr, next_ptr, others_ptr, count_ptr,  # as above; next_ptr is written where there is a next token
-    seq_len, groups,
-    PROGRAMS: tl.constexpr,  # of an image
-    BLOCK_T: tl.constexpr,
-):  # fmt: skip
-    image = (tl.program_id(0) // PROGRAMS).to(tl.int64)
-    first_t = (tl.program_id(0) % PROGRAMS) * BLOCK_T
-    others = tl.load(count_ptr + image)
-    index_ptr += image * seq_len
-    others_ptr += image * seq_len
-    offs = tl.arange(0, BLOCK_T)
-    for start_t in tl.range(first_t, others, PROGRAMS * BLOCK_T):
-        mask = start_t + offs < others
-        tokens = tl.load(others_ptr + start_t + offs, mask=mask, other=0)
-        index = tl.load(index_ptr + tokens, mask=mask, other=-1).to(tl.int32)
-        previous = tl.load(first_ptr + image * groups + index, mask=mask, other=0)
-        before = tl.broadcast_to(previous[:, None], (BLOCK_T, BLOCK_T))  # the last with this group in each column
-        for start in tl.range(0, start_t + BLOCK_T, BLOCK_T):
-            left = start + offs < others
-            earlier = tl.load(others_ptr + start + offs, mask=left, other=seq_len)
-            group = tl.load(index_ptr + earlier, mask=left, other=-1).to(tl.int32)
-            same = (index[:, None] == group[None, :]) & (earlier[None, :] < tokens[:, None])
-            before = tl.where(same, earlier[None, :], before)
-        tl.store(next_ptr + image * seq_len + tl.max(before, 1), tokens, mask=mask)
+        index = tl.load(index_ptr + start + offs, mask=start + offs < seq_len, other=groups).to(tl.int32) - window
+        inside = (index >= 0) & (index < size)
+        count = tl.where(inside, tl.gather(counts, tl.where(inside, index, 0), 0), 0)
+        tl.store(first_ptr + index, start + offs, mask=count == 1)
+        several = (count > 1).to(tl.int32)
+        tl.store(members_ptr + members + tl.cumsum(several, 0) - several, start + offs, mask=count > 1)
+        members += tl.sum(several, 0)
+    bounds_ptr += 2 * tl.program_id(0)
+    tl.store(bounds_ptr, tl.sum(before, 0))
+    tl.store(bounds_ptr + 1, members)
 
 
 @triton.jit
@@ -94,53 +68,79 @@ def _share(weights, sizes):
 
 @triton.jit(do_not_specialize=["seq_len", "groups"])
 def merge_tokens_kernel(
-    tokens_ptr,  # (B, M, D), last stride 1
+    tokens_ptr,  # (B, M, D)
     weights_ptr,  # (B, M), contiguous, or None
-    next_ptr,  # (B, M), contiguous
-    first_ptr,  # (B, groups), contiguous
-    merged_ptr,  # (B, groups, D), contiguous
-    sizes_ptr,  # (B, groups), contiguous
-    stride_b: tl.int64, stride_m: tl.int64,
+    index_ptr, first_ptr, members_ptr, bounds_ptr,  # as above
+    merged_ptr,  # (B, groups, D), written
+    sizes_ptr,  # (B, groups), contiguous, written; None for sums in place of means
+    tokens_strides, merged_strides,
     seq_len, groups,
-    DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr, WINDOW: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(groups, BLOCK_G)
     image = (tl.program_id(0) // blocks).to(tl.int64)
-    offs_g = (tl.program_id(0) % blocks) * BLOCK_G + tl.arange(0, BLOCK_G)
+    begin_g = tl.program_id(0) % blocks * BLOCK_G
+    offs_g = begin_g + tl.arange(0, BLOCK_G)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_g, mask_d = offs_g < groups, offs_d < DIM
-    tokens_ptr += image * stride_b
-    next_ptr += image * seq_len
+    tokens_ptr += image * tokens_strides[0] + offs_d.to(tl.int64) * tokens_strides[2]
+    merged_ptr += image * merged_strides[0] + offs_d.to(tl.int64) * merged_strides[2]
     if weights_ptr is not None:
         weights_ptr += image * seq_len
+    if sizes_ptr is not None:
+        sizes_ptr += image * groups
     first = tl.load(first_ptr + image * groups + offs_g, mask=mask_g, other=seq_len)
-    current = first
-    sizes = tl.zeros((BLOCK_G,), tl.float32)
-    while tl.min(current, 0) < seq_len:
-        there = current < seq_len
-        if weights_ptr is not None:
-            sizes += tl.load(weights_ptr + current, mask=there, other=0.0)
-        else:
-            sizes += there.to(tl.float32)
-        current = tl.load(next_ptr + current, mask=there, other=seq_len)
-    acc = tl.zeros((BLOCK_G, BLOCK_D), tl.float32)
-    current = first
-    while tl.min(current, 0) < seq_len:
-        there = current < seq_len
-        weights = there.to(tl.float32)
-        if weights_ptr is not None:
-            weights = tl.load(weights_ptr + current, mask=there, other=0.0)
-        share = _share(weights, sizes)
-        rows = tl.load(
-            tokens_ptr + current.to(tl.int64)[:, None] * stride_m + offs_d[None, :],
-            mask=there[:, None] & mask_d[None, :],
-            other=0.0,
-        )
-        acc += rows.to(tl.float32) * share[:, None]
-        current = tl.load(next_ptr + current, mask=there, other=seq_len)
-    out_ptrs = merged_ptr + (image * groups + offs_g)[:, None] * DIM + offs_d[None, :]
-    tl.store(out_ptrs, acc.to(merged_ptr.dtype.element_ty), mask=mask_g[:, None] & mask_d[None, :])
-    tl.store(sizes_ptr + image * groups + offs_g, sizes, mask=mask_g & (tl.program_id(1) == 0))
+    there = (first >= 0) & (first < seq_len)
+    weights = there.to(tl.float32)
+    if weights_ptr is not None:
+        weights = tl.load(weights_ptr + first, mask=there, other=0.0)
+    mask = (there & (weights != 0))[:, None] & mask_d[None, :]
+    rows = tl.load(tokens_ptr[None, :] + first.to(tl.int64)[:, None] * tokens_strides[1], mask=mask, other=0.0)
+    mask_g = mask_g & (first >= 0)
+    out_ptrs = merged_ptr[None, :] + offs_g.to(tl.int64)[:, None] * merged_strides[1]
+    tl.store(out_ptrs, rows.to(merged_ptr.dtype.element_ty), mask=mask_g[:, None] & mask_d[None, :])
+    if sizes_ptr is not None:
+        tl.store(sizes_ptr + offs_g, weights, mask=mask_g & (tl.program_id(1) == 0))
+
+    bounds_ptr += 2 * (image * tl.cdiv(groups, WINDOW) + begin_g // WINDOW)
+    index_ptr += image * seq_len
+    offs_m = tl.arange(0, BLOCK_M)
+    larger = tl.where(first < 0, offs_g, groups)
+    group = tl.min(larger, 0)
+    while group < groups:
+        members_row = members_ptr + image * seq_len + tl.load(bounds_ptr)
+        members = tl.load(bounds_ptr + 1)
+        sizes = tl.zeros((BLOCK_M,), tl.float32)
+        if sizes_ptr is not None:
+            for start in tl.range(0, members, BLOCK_M):
+                tokens = tl.load(members_row + start + offs_m, mask=start + offs_m < members, other=0)
+                mine = (tl.load(index_ptr + tokens) == group) & (start + offs_m < members)
+                if weights_ptr is not None:
+                    sizes += tl.load(weights_ptr + tokens, mask=mine, other=0.0)
+                else:
+                    sizes += mine.to(tl.float32)
+        size = tl.sum(sizes, 0)
+        acc = tl.zeros((BLOCK_D,), tl.float64 if tokens_ptr.dtype.element_ty == tl.float64 else tl.float32)
+        for start in tl.range(0, members, BLOCK_M):
+            tokens = tl.load(members_row + start + offs_m, mask=start + offs_m < members, other=0)
+            mine = (tl.load(index_ptr + tokens) == group) & (start + offs_m < members)
+            left = tl.where(mine, tokens, seq_len)
+            token = tl.min(left, 0)
+            while token < seq_len:
+                row = tl.load(tokens_ptr + token.to(tl.int64) * tokens_strides[1], mask=mask_d, other=0.0)
+                share = 1.0
+                if sizes_ptr is not None:
+                    share = _share(1.0 if weights_ptr is None else tl.load(weights_ptr + token), size)
+                acc += row.to(acc.dtype) * share
+                left = tl.where(left > token, left, seq_len)
+                token = tl.min(left, 0)
+        row_ptrs = merged_ptr + group.to(tl.int64) * merged_strides[1]
+        tl.store(row_ptrs, acc.to(merged_ptr.dtype.element_ty), mask=mask_d)
+        if sizes_ptr is not None:
+            tl.store(sizes_ptr + group, size, mask=tl.program_id(1) == 0)
+        larger = tl.where(larger > group, larger, groups)
+        group = tl.min(larger, 0)
 
 
 @triton.jit(do_not_specialize=["seq_len", "groups"])
@@ -152,11 +152,11 @@ def merge_tokens_backward_kernel(
     grad_tokens_ptr,  # (B, M, D), contiguous
     stride_b: tl.int64, stride_g: tl.int64,
     seq_len, groups,
-    DIM: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    DIM: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(seq_len, BLOCK_T)
+    blocks = tl.cdiv(seq_len, BLOCK_G)
     image = (tl.program_id(0) // blocks).to(tl.int64)
-    offs_t = (tl.program_id(0) % blocks) * BLOCK_T + tl.arange(0, BLOCK_T)
+    offs_t = (tl.program_id(0) % blocks) * BLOCK_G + tl.arange(0, BLOCK_G)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_t, mask_d = offs_t < seq_len, offs_d < DIM
     index = tl.load(index_ptr + image * seq_len + offs_t, mask=mask_t, other=-1)
@@ -176,37 +176,53 @@ def merge_tokens_backward_kernel(
     tl.store(out_ptrs, result, mask=mask_t[:, None] & mask_d[None, :])
 
 
+def _tile(dim: int) -> dict[str, int]:
+    """Groups (or tokens) and columns of a program, one warp."""
+    return dict(BLOCK_G=_GROUPS, BLOCK_D=min(max(next_power_of_2(dim), 128), _MOST_COLUMNS), num_warps=1)
+
+
+def _merge(tokens: Tensor, index: Tensor, weights: Tensor | None, merged: Tensor, sizes: Tensor | None) -> None:
+    """Write means, with their sizes, or sums of the groups ``(B, groups, D)`` of ``(B, M, D)`` tokens."""
+    (images, groups, dim), seq_len = merged.shape, index.shape[1]
+    windows = cdiv(groups, _WINDOW)
+    scratch = index.new_empty((images * (seq_len + groups + 2 * windows),), dtype=torch.int32)
+    members, first, bounds = scratch.split([images * size for size in (seq_len, groups, 2 * windows)])
+    found = dict(index_ptr=index.contiguous(), first_ptr=first, members_ptr=members, bounds_ptr=bounds)
+    counts = dict(seq_len=seq_len, groups=groups, WINDOW=_WINDOW)
+    group_members_kernel[programs(images * windows, index=index.shape)](**found, **counts, BLOCK=_TOKENS, num_warps=4)
+    tile = _tile(dim)
+    grid = programs(images * cdiv(groups, _GROUPS), cdiv(dim, tile["BLOCK_D"]), tokens=tokens.shape)
+    merge_tokens_kernel[grid](
+        **found,
+        **counts,
+        tokens_ptr=tokens,
+        weights_ptr=None if weights is None else weights.float().contiguous(),
+        merged_ptr=merged,
+        sizes_ptr=sizes,
+        tokens_strides=tokens.stride(),
+        merged_strides=merged.stride(),
+        DIM=dim,
+        BLOCK_M=_MEMBERS,
+        **tile,
+    )
+
+
 def merge_tokens(tokens: Tensor, index: Tensor, groups: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
     """``(B, M, D), (B, M)`` -> weighted means ``(B, groups, D)`` and sums of the weights ``(B, groups)``."""
     refuse_float64("merge_tokens", tokens)
-    images, seq_len, dim = tokens.shape
+    images, _, dim = tokens.shape
     merged = tokens.new_empty((images, groups, dim))
     sizes = tokens.new_empty((images, groups), dtype=torch.float32)
-    if sizes.numel() == 0:
-        return merged, sizes
-    tokens = tokens if tokens.stride(-1) == 1 else tokens.contiguous()
-    scratch = index.new_empty((images * (2 * seq_len + groups + 1),), dtype=torch.int32)
-    next_, others, first, number = scratch.split([images * size for size in (seq_len, seq_len, groups, 1)])
-    links = dict(index_ptr=index.contiguous(), first_ptr=first, next_ptr=next_, others_ptr=others, count_ptr=number)
-    counts = dict(seq_len=seq_len, groups=groups)
-    merge_firsts_kernel[programs(images)](**links, **counts, BLOCK=_TOKENS, num_warps=8)
-    merge_links_kernel[programs(images * _PROGRAMS)](**links, **counts, PROGRAMS=_PROGRAMS, BLOCK_T=_PAIRS, num_warps=4)
-    merge_tokens_kernel[programs(images * cdiv(groups, _GROUPS), max(cdiv(dim, _COLUMNS), 1), tokens=tokens.shape)](
-        tokens_ptr=tokens,
-        weights_ptr=None if weights is None else weights.float().contiguous(),
-        next_ptr=next_,
-        first_ptr=first,
-        merged_ptr=merged,
-        sizes_ptr=sizes,
-        stride_b=tokens.stride(0),
-        stride_m=tokens.stride(1),
-        **counts,
-        DIM=dim,
-        BLOCK_G=_GROUPS,
-        BLOCK_D=_COLUMNS,
-        num_warps=1,
-    )
+    if sizes.numel():
+        _merge(tokens, index, weights, merged, sizes)
     return merged, sizes
+
+
+def sum_groups(grad: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """Sums of the gradients ``(B, K, h, w)`` of each group's patches, written to ``(B, K, groups)`` ``out``."""
+    if len(out):
+        _merge(grad.flatten(2).mT, index.flatten(1), None, out.mT, None)
+    return out
 
 
 def merge_tokens_backward(grad: Tensor, index: Tensor, weights: Tensor | None, sizes: Tensor) -> Tensor:
@@ -217,7 +233,9 @@ def merge_tokens_backward(grad: Tensor, index: Tensor, weights: Tensor | None, s
     if grad_tokens.numel() == 0:
         return grad_tokens
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    merge_tokens_backward_kernel[programs(images * cdiv(seq_len, _GROUPS), cdiv(dim, _COLUMNS), index=index.shape)](
+    tile = _tile(dim)
+    grid = programs(images * cdiv(seq_len, _GROUPS), cdiv(dim, tile["BLOCK_D"]), index=index.shape)
+    merge_tokens_backward_kernel[grid](
         grad_ptr=grad,
         index_ptr=index.contiguous(),
         weights_ptr=None if weights is None else weights.float().contiguous(),
@@ -228,8 +246,6 @@ def merge_tokens_backward(grad: Tensor, index: Tensor, weights: Tensor | None, s
         seq_len=seq_len,
         groups=groups,
         DIM=dim,
-        BLOCK_T=_GROUPS,
-        BLOCK_D=_COLUMNS,
-        num_warps=1,
+        **tile,
     )
     return grad_tokens

@@ -22,7 +22,7 @@ from ..bilinear import Axis
 from ..registry import statistics_dtype
 from .cells import GEOMETRY, aligned, geometry, tile_of, tiles_of, upper_weight, wide
 from .common import cdiv, device_arch, launch_arguments, next_power_of_2, programs
-from .groups import sum_groups
+from .merge_tokens import sum_groups
 
 TILES = [f"{field}_{axis}" for axis in "yx" for field in ("first", "blocks", "tiles", "apart")]
 STRIDES = [f"stride_{tensor}{axis}" for tensor in "gp" for axis in "bky"]
