@@ -98,7 +98,7 @@ def _merging(tokens: int, dim: int) -> Problem:
     # Sources merge with different destinations: groups of two, of which a program sees those of its window and owns
     # a part. The loops over ``members`` visit a block of the window.
     merged = 1 + tokens - groups
-    window = 2 * merged * min(512 / groups, 1)
+    window = 2 * merged * min(1024 / groups, 1)
     data = {"full": tokens / 2, "full < end": 0, "members": window, "group < groups": merged * 4 / groups}
     data["token < seq_len"] = 2 / max(window / 128, 1)
     return Problem(f"merge tokens, {tokens} of {dim}", call, least, data)

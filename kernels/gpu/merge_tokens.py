@@ -17,14 +17,14 @@ from torch import Tensor
 
 from .common import cdiv, next_power_of_2, programs, refuse_float64
 
-_TOKENS, _WINDOW, _GROUPS, _MEMBERS, _MOST_COLUMNS = 1024, 512, 4, 128, 512
+_TOKENS, _WINDOW, _GROUPS, _MEMBERS, _MOST_COLUMNS = 512, 1024, 4, 128, 512
 
 
 @triton.jit(do_not_specialize=["seq_len", "groups"])
 def group_members_kernel(
     index_ptr,  # (B, M), contiguous
     first_ptr,  # (B, groups) int32, contiguous, written: the token of a group of one; -1 where there are more, else M
-    members_ptr,  # (B, M) int32, contiguous, written: the tokens of larger groups, by window and token
+    members_ptr,  # (B, M) int64, contiguous, written: group (high bits) and token of larger groups, by window and token
     bounds_ptr,  # (B, windows, 2) int32, contiguous, written: where those of a window begin, and their number
     seq_len, groups,
     BLOCK: tl.constexpr, WINDOW: tl.constexpr,
@@ -52,25 +52,19 @@ def group_members_kernel(
         count = tl.where(inside, tl.gather(counts, tl.where(inside, index, 0), 0), 0)
         tl.store(first_ptr + index, start + offs, mask=count == 1)
         several = (count > 1).to(tl.int32)
-        tl.store(members_ptr + members + tl.cumsum(several, 0) - several, start + offs, mask=count > 1)
+        member = (window + index).to(tl.int64) << 32 | start + offs
+        tl.store(members_ptr + members + tl.cumsum(several, 0) - several, member, mask=count > 1)
         members += tl.sum(several, 0)
     bounds_ptr += 2 * tl.program_id(0)
     tl.store(bounds_ptr, tl.sum(before, 0))
     tl.store(bounds_ptr + 1, members)
 
 
-@triton.jit
-def _share(weights, sizes):
-    """``weights / sizes``: 1 where they are equal, which an approximate division may miss, and 0 of nothing."""
-    share = weights * (1.0 / tl.where(sizes == 0, float("inf"), sizes))
-    return tl.where((weights == sizes) & (sizes != 0), 1.0, share)
-
-
 @triton.jit(do_not_specialize=["seq_len", "groups"])
 def merge_tokens_kernel(
     tokens_ptr,  # (B, M, D)
     weights_ptr,  # (B, M), contiguous, or None
-    index_ptr, first_ptr, members_ptr, bounds_ptr,  # as above
+    first_ptr, members_ptr, bounds_ptr,  # as above
     merged_ptr,  # (B, groups, D), written
     sizes_ptr,  # (B, groups), contiguous, written; None for sums in place of means
     tokens_strides, merged_strides,
@@ -78,9 +72,7 @@ def merge_tokens_kernel(
     DIM: tl.constexpr, WINDOW: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    blocks = tl.cdiv(groups, BLOCK_G)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    begin_g = tl.program_id(0) % blocks * BLOCK_G
+    image, begin_g = tl.program_id(2).to(tl.int64), tl.program_id(0) * BLOCK_G
     offs_g = begin_g + tl.arange(0, BLOCK_G)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_g, mask_d = offs_g < groups, offs_d < DIM
@@ -104,43 +96,39 @@ def merge_tokens_kernel(
         tl.store(sizes_ptr + offs_g, weights, mask=mask_g & (tl.program_id(1) == 0))
 
     bounds_ptr += 2 * (image * tl.cdiv(groups, WINDOW) + begin_g // WINDOW)
-    index_ptr += image * seq_len
-    offs_m = tl.arange(0, BLOCK_M)
+    members_ptr += image * seq_len
     larger = tl.where(first < 0, offs_g, groups)
     group = tl.min(larger, 0)
     while group < groups:
-        members_row = members_ptr + image * seq_len + tl.load(bounds_ptr)
         members = tl.load(bounds_ptr + 1)
-        sizes = tl.zeros((BLOCK_M,), tl.float32)
-        if sizes_ptr is not None:
-            for start in tl.range(0, members, BLOCK_M):
-                tokens = tl.load(members_row + start + offs_m, mask=start + offs_m < members, other=0)
-                mine = (tl.load(index_ptr + tokens) == group) & (start + offs_m < members)
-                if weights_ptr is not None:
-                    sizes += tl.load(weights_ptr + tokens, mask=mine, other=0.0)
-                else:
-                    sizes += mine.to(tl.float32)
-        size = tl.sum(sizes, 0)
+        offs_m = tl.load(bounds_ptr) + tl.arange(0, BLOCK_M)
         acc = tl.zeros((BLOCK_D,), tl.float64 if tokens_ptr.dtype.element_ty == tl.float64 else tl.float32)
+        size = 0.0
         for start in tl.range(0, members, BLOCK_M):
-            tokens = tl.load(members_row + start + offs_m, mask=start + offs_m < members, other=0)
-            mine = (tl.load(index_ptr + tokens) == group) & (start + offs_m < members)
-            left = tl.where(mine, tokens, seq_len)
+            member = tl.load(members_ptr + start + offs_m, mask=start + tl.arange(0, BLOCK_M) < members, other=-1)
+            left = tl.where(member >> 32 == group, member.to(tl.int32), seq_len)
             token = tl.min(left, 0)
             while token < seq_len:
                 row = tl.load(tokens_ptr + token.to(tl.int64) * tokens_strides[1], mask=mask_d, other=0.0)
-                share = 1.0
-                if sizes_ptr is not None:
-                    share = _share(1.0 if weights_ptr is None else tl.load(weights_ptr + token), size)
-                acc += row.to(acc.dtype) * share
+                weight = 1.0 if weights_ptr is None else tl.load(weights_ptr + token)
+                acc += row.to(acc.dtype) * weight
+                size += weight
                 left = tl.where(left > token, left, seq_len)
                 token = tl.min(left, 0)
+        if sizes_ptr is not None:
+            acc *= 1.0 / tl.where(size == 0, float("inf"), size)
+            tl.store(sizes_ptr + group, size, mask=tl.program_id(1) == 0)
         row_ptrs = merged_ptr + group.to(tl.int64) * merged_strides[1]
         tl.store(row_ptrs, acc.to(merged_ptr.dtype.element_ty), mask=mask_d)
-        if sizes_ptr is not None:
-            tl.store(sizes_ptr + group, size, mask=tl.program_id(1) == 0)
         larger = tl.where(larger > group, larger, groups)
         group = tl.min(larger, 0)
+
+
+@triton.jit
+def _share(weights, sizes):
+    """``weights / sizes``: 1 where they are equal, which an approximate division may miss, and 0 of nothing."""
+    share = weights * (1.0 / tl.where(sizes == 0, float("inf"), sizes))
+    return tl.where((weights == sizes) & (sizes != 0), 1.0, share)
 
 
 @triton.jit(do_not_specialize=["seq_len", "groups"])
@@ -183,15 +171,16 @@ def _tile(dim: int) -> dict[str, int]:
 
 def _merge(tokens: Tensor, index: Tensor, weights: Tensor | None, merged: Tensor, sizes: Tensor | None) -> None:
     """Write means, with their sizes, or sums of the groups ``(B, groups, D)`` of ``(B, M, D)`` tokens."""
-    (images, groups, dim), seq_len = merged.shape, index.shape[1]
+    (images, groups, dim), seq_len, index = merged.shape, index.shape[1], index.contiguous()
     windows = cdiv(groups, _WINDOW)
-    scratch = index.new_empty((images * (seq_len + groups + 2 * windows),), dtype=torch.int32)
-    members, first, bounds = scratch.split([images * size for size in (seq_len, groups, 2 * windows)])
-    found = dict(index_ptr=index.contiguous(), first_ptr=first, members_ptr=members, bounds_ptr=bounds)
+    found = dict(first_ptr=index.new_empty((images, groups), dtype=torch.int32), members_ptr=torch.empty_like(index))
+    found["bounds_ptr"] = index.new_empty((images, windows, 2), dtype=torch.int32)
     counts = dict(seq_len=seq_len, groups=groups, WINDOW=_WINDOW)
-    group_members_kernel[programs(images * windows, index=index.shape)](**found, **counts, BLOCK=_TOKENS, num_warps=4)
+    group_members_kernel[programs(images * windows, index=index.shape)](
+        index_ptr=index, **found, **counts, BLOCK=_TOKENS, num_warps=8
+    )
     tile = _tile(dim)
-    grid = programs(images * cdiv(groups, _GROUPS), cdiv(dim, tile["BLOCK_D"]), tokens=tokens.shape)
+    grid = programs(cdiv(groups, _GROUPS), cdiv(dim, tile["BLOCK_D"]), images, tokens=tokens.shape)
     merge_tokens_kernel[grid](
         **found,
         **counts,
