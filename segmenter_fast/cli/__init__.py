@@ -7,7 +7,7 @@ from types import FrameType
 
 try:
     from . import bench, check, checkpoints, dataset, demo, evaluate, export, predict, train
-    from .app import app
+    from .app import Terminated, app
 except KeyboardInterrupt:  # afterwards the application answers it
     sys.stderr.write("interrupted\n")
     raise SystemExit(130) from None
@@ -33,6 +33,4 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
             sys.stderr.flush()
             os._exit(128 + number)
         frame = frame.f_back
-    if number == signal.SIGTERM:
-        raise SystemExit(128 + number)
-    raise KeyboardInterrupt
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from ..inference.batches import Model
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which a batch system or torchrun sends."""
+
+
 @contextmanager
 def _interruptible() -> Iterator[None]:
     try:
@@ -36,6 +40,8 @@ def _interruptible() -> Iterator[None]:
             cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
         if cause is None:
             raise
+        if isinstance(cause, Terminated):
+            raise typer.Exit(143) from None
         say("interrupted", "yellow")
         raise typer.Exit(130) from None
 

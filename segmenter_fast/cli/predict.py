@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -20,15 +17,11 @@ from rich.text import Text
 
 from .. import VARIANTS
 from . import options
-from .app import app, default_batch_size, load_for_inference, say, short_warnings
+from .app import Terminated, app, default_batch_size, load_for_inference, say, short_warnings
 
 if TYPE_CHECKING:
     from ..inference.folders import Job
     from ..processes import PredictionReport, World
-
-
-class _SigTerm(KeyboardInterrupt):
-    """SIGTERM, which a batch system or torchrun sends."""
 
 
 @app.command()
@@ -86,59 +79,58 @@ def predict(
         )
     if (known := window or _known_window(model)) is not None:
         _stride(stride, overlap, known)
-    with _sigterm_as_interrupt():
-        from ..captions import RANDOM
-        from ..inference.folders import make_writable, plan
-        from ..inference.pipeline import run_all
-        from ..inference.records import unfinished
-        from ..inference.resume import describe_run
-        from ..inference.settings import Settings
-        from ..processes import PredictionReport, World
+    from ..captions import RANDOM
+    from ..inference.folders import make_writable, plan
+    from ..inference.pipeline import run_all
+    from ..inference.records import unfinished
+    from ..inference.resume import describe_run
+    from ..inference.settings import Settings
+    from ..processes import PredictionReport, World
 
-        world = World.from_environment()
-        with short_warnings(show=world.rank == 0):
-            jobs = plan(inputs, out, overlay, format, root=root, keep_suffix=keep_suffix, tokens=show_tokens)
-        world = world.for_prediction()
-        leads = world.rank == 0 or world.store is None  # a rank that no store connects to others reports on its own
-        note = RANDOM if model in VARIANTS and not Path(model).exists() else ""
-        jobs = [dataclasses.replace(job, page=page, note=note) for job in jobs[world.rank :: world.size]]
-        done, total = 0, len(jobs)
-        report = PredictionReport()
-        try:
-            missing = sum(not (resume and (job.labels.exists() or job.tiled.exists())) for job in jobs)
-            segmenter = load_for_inference(model, device, dtype, optimize, missing, merge)
-            if show_tokens and segmenter.config.merging is None:
-                raise ValueError(f"--show-tokens: {model} merges no tokens; give a --merge, such as fast")
-            stride = _stride(stride, overlap, window or segmenter.config.window_size)
-            batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
-            settings = Settings.of(segmenter.config, window, stride, factors, flip, batch_size, numbers, scale)
-            run = describe_run(segmenter, settings)
-            run["options"] |= {"page": page} if page else {}
-            remaining, report.restarts, report.failures = unfinished(jobs, run, resume, overwrite)
-            refused = len(report.failures)
-            report.skipped = len(jobs) - len(remaining) - refused
-            make_writable(out, overlay, show_tokens)
-            total = len(remaining) + refused
-            done, total = world.count(refused, total) or (refused, total)
-            segment_all = functools.partial(run_all, segmenter, remaining, settings, run=run, resume=resume)
-            start = time.perf_counter()
-            bars = Progress(
-                *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()),
-                console=Console(stderr=True),
-                disable=not leads,
+    world = World.from_environment()
+    with short_warnings(show=world.rank == 0):
+        jobs = plan(inputs, out, overlay, format, root=root, keep_suffix=keep_suffix, tokens=show_tokens)
+    world = world.for_prediction()
+    leads = world.rank == 0 or world.store is None  # a rank that no store connects to others reports on its own
+    note = RANDOM if model in VARIANTS and not Path(model).exists() else ""
+    jobs = [dataclasses.replace(job, page=page, note=note) for job in jobs[world.rank :: world.size]]
+    done, total = 0, len(jobs)
+    report = PredictionReport()
+    try:
+        missing = sum(not (resume and (job.labels.exists() or job.tiled.exists())) for job in jobs)
+        segmenter = load_for_inference(model, device, dtype, optimize, missing, merge)
+        if show_tokens and segmenter.config.merging is None:
+            raise ValueError(f"--show-tokens: {model} merges no tokens; give a --merge, such as fast")
+        stride = _stride(stride, overlap, window or segmenter.config.window_size)
+        batch_size = default_batch_size(segmenter) if batch_size is None else batch_size
+        settings = Settings.of(segmenter.config, window, stride, factors, flip, batch_size, numbers, scale)
+        run = describe_run(segmenter, settings)
+        run["options"] |= {"page": page} if page else {}
+        remaining, report.restarts, report.failures = unfinished(jobs, run, resume, overwrite)
+        refused = len(report.failures)
+        report.skipped = len(jobs) - len(remaining) - refused
+        make_writable(out, overlay, show_tokens)
+        total = len(remaining) + refused
+        done, total = world.count(refused, total) or (refused, total)
+        segment_all = functools.partial(run_all, segmenter, remaining, settings, run=run, resume=resume)
+        start = time.perf_counter()
+        bars = Progress(
+            *(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn()),
+            console=Console(stderr=True),
+            disable=not leads,
+        )
+        bars.add_task("segmenting", completed=done, total=total, unit="images/s")
+        bars.add_task("", total=None, visible=False, unit="windows/s")
+        with short_warnings():
+            _segment_all(jobs, segment_all, report, world, bars)
+    except KeyboardInterrupt as interrupt:
+        if leads:
+            done = report.written + len(report.failures)
+            say(
+                f"interrupted: {done} of {len(jobs) - report.skipped} images done; --resume goes on from here",
+                "yellow",
             )
-            bars.add_task("segmenting", completed=done, total=total, unit="images/s")
-            bars.add_task("", total=None, visible=False, unit="windows/s")
-            with short_warnings():
-                _segment_all(jobs, segment_all, report, world, bars)
-        except KeyboardInterrupt as interrupt:
-            if leads:
-                done = report.written + len(report.failures)
-                say(
-                    f"interrupted: {done} of {len(jobs) - report.skipped} images done; --resume goes on from here",
-                    "yellow",
-                )
-            raise typer.Exit(143 if isinstance(interrupt, _SigTerm) else 130) from None
+        raise typer.Exit(143 if isinstance(interrupt, Terminated) else 130) from None
     if leads:
         _summarise(report, time.perf_counter() - start, out)
 
@@ -226,20 +218,3 @@ def _summarise(report: PredictionReport, seconds: float, out: Path) -> None:
         say(f"failed: {source}: {reason}", "red")
     if report.failures:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does. Python handles signals in the main thread only."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise _SigTerm
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
