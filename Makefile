@@ -15,14 +15,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt mend_torchvision.py
 demo: $(VENV)/.installed
 	$(PY) -m segmenter_fast.cli demo
 
-# Two lanes side by side, one core each. The second one interprets the Triton kernels on the CPU, then tests training; its
-# output follows that of the first. Tests marked slow (all builds for all targets among them): python -m pytest -m slow
+# Two lanes side by side, one core each. The second one interprets the Triton kernels on the CPU, then tests training and
+# benchmarks; its output follows that of the first. Tests marked slow (all builds for all targets among them):
+# python -m pytest -m slow
 test: $(VENV)/.installed
 	@mkdir -p build
 	@export OMP_NUM_THREADS=1; \
-	( TRITON_INTERPRET=1 $(PY) -m pytest -m interpret && $(PY) -m pytest -m "not interpret and not slow" tests/train ) \
+	( TRITON_INTERPRET=1 $(PY) -m pytest -m interpret && $(PY) -m pytest -m "not interpret and not slow" tests/train tests/benchmarks ) \
 	  > build/second.log 2>&1 & second=$$!; \
-	$(PY) -m pytest -m "not interpret and not slow" --ignore=tests/train; first=$$?; \
+	$(PY) -m pytest -m "not interpret and not slow" --ignore=tests/train --ignore=tests/benchmarks; first=$$?; \
 	wait $$second; second=$$?; \
 	cat build/second.log; test $$first -eq 0 -a $$second -eq 0
 
