@@ -20,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -77,15 +77,10 @@ def shipped(arch: str) -> list[Launch]:
     return record(CHIPS[arch].target, representative_calls(arch))
 
 
-def compile_launch(launch: Launch, arch: str) -> Any:
-    """The compiled kernel, as the launch would compile it."""
-    return launch.compile(CHIPS[arch].target)
-
-
 def build(launch: Launch, arch: str) -> Build:
     """Compile and measure. A build that the compiler refuses is one with a defect."""
     try:
-        compiled = compile_launch(launch, arch)
+        compiled = launch.compile(CHIPS[arch].target)
     except (TritonError, RuntimeError) as error:
         return Build(launch.name, arch, 0, 0, 0, {}, f"{type(error).__name__}: {error}")
     if CHIPS[arch].target.backend == "hip":

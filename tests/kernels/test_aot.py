@@ -142,14 +142,14 @@ def argmax() -> Launch:
 
 def test_divisible_arguments_are_marked() -> None:
     """A stride divisible by 16 is marked; an odd one, or a size that varies, is not."""
-    text = aot.compile_launch(argmax(), "sm_90").asm["ttir"]
+    text = argmax().compile(aot.CHIPS["sm_90"].target).asm["ttir"]
     arguments = text[text.index("tt.func public") :].split("attributes {")[0].split(", %")
     divisible = [number for number, part in enumerate(arguments) if "tt.divisibility = 16" in part]
     assert divisible == [0, 1, 2, 3]  # masks_ptr, labels_ptr, stride_mb, stride_mh; not stride_mw or num_classes
 
 
 def test_addresses_are_64_bit() -> None:
-    text = aot.compile_launch(argmax(), "sm_90").asm["ttir"]
+    text = argmax().compile(aot.CHIPS["sm_90"].target).asm["ttir"]
     additions = [line for line in text.splitlines() if "tt.addptr" in line]
     assert additions
     assert all(line.split(" loc(")[0].rstrip().endswith(("i64", "i64>")) for line in additions), additions
@@ -180,7 +180,7 @@ def test_a_nan_reaches_the_labels(name: str, bounds: int) -> None:
     A sum of magnitudes that is NaN or infinite sends all others to a loop in which a NaN wins.
     """
     (launch,) = (launch for launch in aot.shipped("sm_90") if launch.name.startswith(name))
-    ptx = aot.compile_launch(launch, "sm_90").asm["ptx"]
+    ptx = launch.compile(aot.CHIPS["sm_90"].target).asm["ptx"]
     guards = re.findall(r"setp\.equ\.f32\s+%p\d+, (%\w+), 0f7F800000;", ptx)  # true for NaN, too
     assert len(guards) == bounds
     for guard in guards:
@@ -196,7 +196,7 @@ def test_a_nan_score_reaches_the_output_of_attention() -> None:
     """The maximum of a row drops NaN. Each exponent is a score less that maximum, so that the sum of the row is NaN."""
     name = "attention_forward D=16 bf16 ieee (64, 64, 4, 3)"
     (launch,) = (launch for launch in aot.shipped("sm_90") if launch.name == name)
-    ptx = aot.compile_launch(launch, "sm_90").asm["ptx"]
+    ptx = launch.compile(aot.CHIPS["sm_90"].target).asm["ptx"]
     scores = dict(re.findall(r"^\s+(?:sub|fma\.rn)\.f32\s+(%\w+), (%\w+),", ptx, re.MULTILINE))
     exponents = [scores[register] for register in re.findall(r"ex2\.approx\S*\s+%\w+, (%\w+);", ptx)]
     plain = [register for register in exponents if "max.f32" not in operations(ptx, register)]
