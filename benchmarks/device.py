@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import typer
 
-from segmenter_fast.devices import choose_device, usable_cores
+from segmenter_fast.devices import choose_device, cpu_has, usable_cores
 
 from .timing import Timing, available_memory, measure, own_stream
 
@@ -104,12 +104,9 @@ def instruction_set() -> str:
 
     One name of a processor stands for several: an "AMD EPYC" may have bfloat16 products or not.
     """
-    capability = torch.backends.cpu.get_cpu_capability()  # AVX2 also where ATEN_CPU_CAPABILITY lowers it to that
-    if capability == "AVX512":
-        for name, check in (("AMX", "_is_amx_tile_supported"), ("AVX512-BF16", "_is_avx512_bf16_supported")):
-            if getattr(torch.cpu, check, bool)():
-                return name
-    return capability
+    names = {"amx_tile": "AMX", "avx512_bf16": "AVX512-BF16"}
+    found = (name for feature, name in names.items() if cpu_has(feature))
+    return next(found, torch.backends.cpu.get_cpu_capability())  # AVX2 also where ATEN_CPU_CAPABILITY lowers it to that
 
 
 def measure_ceilings(device: torch.device, dtypes: tuple[torch.dtype, ...], seconds: float = 1.0) -> Ceilings:

@@ -41,7 +41,7 @@ def choose_dtype(dtype: str | torch.dtype, device: torch.device, int8: bool = Fa
     if dtype == "auto":
         if device.type == "cuda":
             return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-        fast = device.type == "cpu" and (_cpu_has("amx_tile") if int8 else cpu_is_fast_in_bfloat16())
+        fast = device.type == "cpu" and (cpu_has("amx_tile") if int8 else cpu_is_fast_in_bfloat16())
         return torch.bfloat16 if fast else torch.float32
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if chosen is None or chosen not in DTYPES.values():
@@ -62,7 +62,7 @@ def choose_compile(compile: bool | str, device: torch.device, dtype: torch.dtype
         ValueError: another value.
     """
     if compile == "auto":
-        return device.type == "cuda" or (device.type == "cpu" and dtype == torch.bfloat16 and _cpu_has("amx_tile"))
+        return device.type == "cuda" or (device.type == "cpu" and dtype == torch.bfloat16 and cpu_has("amx_tile"))
     if not isinstance(compile, bool):
         raise ValueError(f"compile must be True, False or 'auto', got {compile!r}")
     return compile
@@ -99,7 +99,7 @@ def numeric_state(device_type: str) -> tuple[object, ...]:
 
 def cpu_is_fast_in_bfloat16() -> bool:
     """True if the CPU has bfloat16 matrix products (AMX or AVX512-BF16); False also if PyTorch cannot tell."""
-    return _cpu_has("amx_tile") or _cpu_has("avx512_bf16")
+    return cpu_has("amx_tile") or cpu_has("avx512_bf16")
 
 
 def cpu_is_fast_in_float16() -> bool:
@@ -108,7 +108,7 @@ def cpu_is_fast_in_float16() -> bool:
     return supported is not None and bool(supported())
 
 
-def _cpu_has(feature: str) -> bool:
+def cpu_has(feature: str) -> bool:
     """True if PyTorch detects an instruction set of x86 and may use it: ATEN_CPU_CAPABILITY can forbid AVX512."""
     check = getattr(torch.cpu, f"_is_{feature}_supported", None)
     return bool(check and check()) and torch.backends.cpu.get_cpu_capability().startswith("AVX512")

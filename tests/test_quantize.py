@@ -153,7 +153,7 @@ def test_a_model_in_int8_is_near_float32(family: str, dtype: str) -> None:
 def test_float32_beside_int8_where_bfloat16_does_not_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     for feature, expected in (("amx_tile", torch.bfloat16), ("avx512_bf16", torch.float32), ("", torch.float32)):
-        monkeypatch.setattr(devices, "_cpu_has", lambda name, feature=feature: name == feature)
+        monkeypatch.setattr(devices, "cpu_has", lambda name, feature=feature: name == feature)
         assert devices.choose_dtype("auto", cpu, int8=True) == expected
     assert devices.choose_dtype("float16", cpu, int8=True) == torch.float16
 
