@@ -223,6 +223,17 @@ def relative_error(output: Any, oracle: Any) -> float:
     return difference.item()
 
 
+def judge_by(function: Callable[..., Any]) -> Callable[[tuple[Any, ...]], Callable[[Any], float]]:
+    """The judge of a case, see ``Case``, by the ``relative_error`` from ``function`` in float64."""
+
+    def judge(inputs: tuple[Any, ...]) -> Callable[[Any], float]:
+        exact = (x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs)
+        oracle = function(*exact)
+        return lambda output: relative_error(output, oracle)
+
+    return judge
+
+
 def largest(errors: Iterable[float]) -> float:
     """The largest error; NaN if one is, which ``max`` would drop."""
     return torch.tensor(list(errors), dtype=torch.float64).max().item()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +10,7 @@ from torch import Tensor
 from segmenter_fast import kernels
 from segmenter_fast.kernels import reference
 
-from ..case import OURS, Case, Variant, compiled, in_pass, relative_error
+from ..case import OURS, Case, Variant, compiled, in_pass, judge_by
 from ..device import name_of
 
 # Patches of a grid, width of the decoder, classes. The first is B-Mask/16 at 512 pixels.
@@ -46,7 +44,7 @@ def scores_case(
         device=device,
         dtype=dtype,
         make_inputs=partial(_inputs, backward, batch, patches, dim, classes, dtype),
-        judge=partial(_judge, backward),
+        judge=judge_by(in_pass(reference.mask_scores, 4, backward)),
         variants=variants,
         bytes_moved=elements * dtype.itemsize * (2 if backward else 1),
         # One matrix product forward. Backward: one for the patches and one for the classes.
@@ -62,10 +60,3 @@ def _inputs(
     tensors = [torch.randn(shape, generator=generator, device=generator.device).to(dtype) for shape in shapes]
     leaves = (tensor.requires_grad_(backward) for tensor in tensors[:4])
     return (*leaves, tensors[4]) if backward else (*leaves,)
-
-
-def _judge(backward: bool, inputs: tuple[Tensor, ...]) -> Callable[[Any], float]:
-    """The largest error of the scores and of each gradient."""
-    exact = (tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs)
-    oracle = in_pass(reference.mask_scores, 4, backward)(*exact)
-    return lambda output: relative_error(output, oracle)

@@ -13,7 +13,7 @@ from torch import Tensor
 from segmenter_fast import kernels
 from segmenter_fast.kernels import reference
 
-from ..case import OURS, Case, Variant, compiled, relative_error
+from ..case import OURS, Case, Variant, compiled, judge_by
 from ..device import name_of
 
 # Patches of a grid and width: S-Mask/16, B-Mask/16 and S-Mask/8 at 512 pixels.
@@ -41,18 +41,12 @@ def tokens_case(op: str, device: torch.device, dtype: torch.dtype, batch: int, t
     }
     if op == "attention with a bias":
         variants["SDPA"] = Variant(_sdpa, prepare)
-
-    def judge(inputs: tuple[Tensor, ...]) -> Callable[[Any], float]:
-        exact = (tensor.double() if tensor.is_floating_point() else tensor for tensor in inputs)
-        expected = eager(*prepare(*exact))
-        return lambda output: relative_error(output, expected)
-
     return Case(
         parameters={"op": op, "tokens": tokens, "dim": dim, "batch": batch, "dtype": name_of(dtype)},
         device=device,
         dtype=dtype,
         make_inputs=partial(_inputs, batch, tokens, dim, dtype),
-        judge=judge,
+        judge=judge_by(lambda *inputs: eager(*prepare(*inputs))),
         variants=variants,
         bytes_moved=batch * tokens * dim * dtype.itemsize * (4 if "attention" in op else 2),
         flops=int(batch * tokens**2 * dim * flops),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..registry import statistics_dtype
-from .native import function, has_feature, pointer
+from .native import has_feature, kernel, pointer
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -27,8 +27,6 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 # against 11 (4 x 257); bfloat16 5.0 against 1.1 (4 x 65), 14 against 11 (4 x 257), but 23 against 24 (4 x 401).
 _WIDEN_BFLOAT16_UP_TO = 320
 
-_NATIVE = (torch.float32, torch.bfloat16)
-
 
 def attention_forward(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``(B, N, 3, H, D)`` -> ``(B, N, H, D)`` and the log-sum-exp ``(B, H, N)``, empty if not ``with_lse``.
@@ -36,8 +34,8 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | 
     ``bias`` ``(B, N)`` is added to the scores of each key.
     """
     on_cpu = qkv.device.type == "cpu" and qkv.numel() > 0
-    if on_cpu and (kernel := _native(qkv.dtype)):
-        return _run_native(kernel, qkv, scale, with_lse, bias)
+    if on_cpu and (run := _native(qkv)):
+        return _run_native(run, qkv, scale, with_lse, bias)
     q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each, views
     mask = None if bias is None else bias[:, None, None]
     if not on_cpu:
@@ -55,21 +53,19 @@ def attention_forward(qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | 
 
 def runs_native(dtype: torch.dtype) -> bool:
     """True if attention runs the C++ kernel on this CPU. In bfloat16, AMX makes PyTorch's own kernel faster."""
-    return _native(dtype) is not None
+    return _native(torch.empty(0, dtype=dtype)) is not None
 
 
 # What torch.compiler.assume_constant_result sets, which would import the whole compiler.
 runs_native._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _native(dtype: torch.dtype, name: str = "attention") -> Callable[..., None] | None:
-    if dtype not in _NATIVE or (dtype == torch.bfloat16 and has_feature("amx_tile")):
-        return None
-    return function(name, name, "p" * (4 if name == "attention" else 6) + "i" * 10 + "f")
+def _native(qkv: Tensor, name: str = "attention") -> Callable[..., None] | None:
+    return None if qkv.dtype == torch.bfloat16 and has_feature("amx_tile") else kernel(qkv, name)
 
 
 def _run_native(
-    kernel: Callable[..., None], qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | None
+    run: Callable[..., None], qkv: Tensor, scale: float, with_lse: bool, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     b, n, _, heads, dim = qkv.shape
     qkv, bias = _operands(qkv, bias)
@@ -78,7 +74,7 @@ def _run_native(
     out = qkv.new_empty(b, n, heads, dim)
     lse = qkv.new_empty((b, heads, n) if with_lse else 0, dtype=torch.float32)
     pointers = map(pointer, (qkv, bias, out, lse if with_lse else None))
-    kernel(*pointers, *_sizes(qkv), scale)
+    run(*pointers, *_sizes(qkv), scale)
     return out, lse
 
 
@@ -99,10 +95,10 @@ def attention_backward(
     """Gradient of ``qkv`` as one packed ``(B, N, 3, H, D)`` buffer."""
     grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
     on_cpu = qkv.device.type == "cpu" and qkv.numel() > 0
-    if on_cpu and (kernel := _native(qkv.dtype, "attention_backward")):
+    if on_cpu and (run := _native(qkv, "attention_backward")):
         qkv, bias = _operands(qkv, bias)
         given = (grad_out.contiguous(), out.contiguous(), qkv, lse.contiguous(), bias, grad_qkv)
-        kernel(*map(pointer, given), *_sizes(qkv), scale)
+        run(*map(pointer, given), *_sizes(qkv), scale)
         return grad_qkv
     short = qkv.dtype == torch.bfloat16 and qkv.shape[1] <= _WIDEN_BFLOAT16_UP_TO
     if qkv.device.type == "cpu" and (short or qkv.dtype == torch.float16):

@@ -15,8 +15,7 @@ from torch import Tensor
 from ..registry import label_dtype
 from .groups import used_groups
 from .labels import run_native, write_pruned
-from .native import pointer
-from .resize import kernel
+from .native import kernel, pointer
 
 _TILE = 1 << 20  # logits of a tile: 4 MB of float32, two cores' second-level caches
 _TILE_ROWS = 16  # fewer where there are too many classes

@@ -40,7 +40,26 @@ _FLAGS = (
 )
 # Types of arguments: pointer, integer, float, double.
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": ctypes.c_double}
+# Source of each kernel and the types of its arguments.
+_KERNELS = {
+    "attention": ("attention", "pppp" + "i" * 10 + "f"),
+    "attention_backward": ("attention_backward", "pppppp" + "i" * 10 + "f"),
+    "upsample_argmax": ("upsample_argmax", "ppppp" + "ppp" + "iiiii" + "iiiiiii"),
+    "upsample_cross_entropy": ("upsample_cross_entropy", "ppipi" + "pppi" + "fff" + "pppi"),
+    "target_classes": ("upsample_cross_entropy", "pii" + "ipi" + "ppi"),
+    "upsample_softmax": ("upsample_softmax", "ppip" + "pi"),
+    "upsample_softmax_backward": ("upsample_softmax", "pppp" + "ipi" + "pi"),
+    "lattice_softmax": ("upsample_softmax", "ppppppp" + "iiiii"),
+}
 _lock = threading.Lock()
+
+
+def kernel(tensor: Tensor, name: str) -> Callable[..., Any] | None:
+    """A C++ kernel for a tensor; None for a device or dtype that PyTorch's operators serve."""
+    if tensor.device.type != "cpu" or tensor.dtype not in (torch.float32, torch.bfloat16):
+        return None
+    source, types = _KERNELS[name]
+    return function(source, name, types)
 
 
 def function(source: str, name: str, types: str) -> Callable[..., Any] | None:

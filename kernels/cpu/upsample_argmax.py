@@ -17,7 +17,7 @@ from ..registry import label_dtype, statistics_dtype
 from .groups import used_groups
 from .labels import run_native
 from .lattice import lattice_argmax
-from .resize import kernel
+from .native import kernel
 
 
 def upsample_argmax(

@@ -18,8 +18,8 @@ from torch import Tensor
 from ..bilinear import shape_on_grid
 from ..loss_options import LossOptions
 from ..registry import statistics_dtype, widest
-from .native import pointer
-from .resize import geometry, kernel
+from .native import kernel, pointer
+from .resize import geometry
 from .strips import Resize
 
 _CHUNK = 1 << 15  # pixels of a chunk of targets in the C++ source

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..registry import statistics_dtype
-from .native import pointer
-from .resize import geometry, kernel
+from .native import kernel, pointer
+from .resize import geometry
 from .strips import Resize
 
 

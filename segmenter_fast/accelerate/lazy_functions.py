@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..kernels.cpu.resize import kernel
+from ..kernels.cpu.native import kernel
 from .upsampling import Upsampling
 
 _ATTRIBUTES = (

@@ -26,7 +26,7 @@ def models(
     size: Annotated[list[int] | None, typer.Option(min=1, help="Pixels a side; default 512.")] = None,
     batch: Annotated[list[int] | None, typer.Option(min=1, help="Images at once; default 1, on a GPU also 32.")] = None,
     classes: Annotated[list[int] | None, typer.Option(min=1, help="Number of classes; default 150.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="As for train; default: bfloat16 where it is fast.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="auto, float32, bfloat16 or float16. Default: auto.")] = None,
     merge: Annotated[
         list[str] | None, typer.Option(help="Rows of ours with token merging, too: fast, faster, or fields in JSON.")
     ] = None,
