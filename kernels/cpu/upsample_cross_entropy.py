@@ -87,7 +87,10 @@ def _by_strips(
     for image in range(masks.shape[0]):
         for strip, logits in resize.rows(image):  # (rows, K, W')
             target = classes[image, strip].long()
-            found = F.cross_entropy(logits, target, weight, None, -1, reduction="none", label_smoothing=smoothing)
+            log_p = logits.log_softmax(1)
+            found = F.nll_loss(log_p, target, weight, None, -1, reduction="none") * (1 - smoothing)
+            if smoothing:
+                found -= ((log_p * weights[:, None]).sum(1) * (smoothing / masks.shape[1])).where(target >= 0, 0)
             if losses.ndim > 1:
                 losses[image, strip] = found
             else:
@@ -95,7 +98,7 @@ def _by_strips(
             if grad_loss is not None:
                 own, target = grad_loss.expand(classes.shape)[image, strip].where(target >= 0, 0), target.clamp(min=0)
                 hard, soft = own * weights[target] * (1 - smoothing), own * (smoothing / masks.shape[1])
-                found = logits.softmax(1).mul_((hard + soft * weights.sum())[:, None])
+                found = log_p.exp_().mul_((hard + soft * weights.sum())[:, None])
                 found.scatter_add_(1, target[:, None], -hard[:, None])
                 if smoothing:
                     found.addcmul_(weights[:, None], soft[:, None], value=-1)
