@@ -166,6 +166,8 @@ def _match(
     else:
         lengths = None if counts is None else (counts + 1) // 2
         value, match = ops.best_match(z[:, 1::2], z[:, ::2], lengths)
+        if merging.crowd:
+            value = value + merging.crowd * (z[:, 1::2] @ z.mean(1)[..., None]).squeeze(2)
         if sizes is not None:
             value = value - SIZE_PENALTY * sizes[:, prefix + 1 :: 2].clamp(min=1).log()
         if counts is not None:

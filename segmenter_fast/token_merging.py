@@ -37,6 +37,9 @@ class TokenMerging:
     ``layers`` merges windows of 2 x 2 neighbours whose mean similarity is largest, the others as "bipartite"."""
     channels: int | None = None
     """Channels that tokens are compared in: sums of every ``channels``-th one of the token's. None: its own."""
+    crowd: float = 0.0
+    """With a share: added to the similarity of a pair, times the cosine of its source's unit vector to the mean one of
+    the image, so that tokens of what fills the image merge first, and rare ones last."""
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -53,6 +56,8 @@ class TokenMerging:
             raise ValueError(f"share must be in [0, 0.5]: at most every other token merges; got {self.share}")
         if self.channels is not None and self.channels < 1:
             raise ValueError(f"channels of token merging must be at least 1, or None for all, got {self.channels}")
+        if self.crowd and self.threshold is not None:
+            raise ValueError(f"crowd of token merging must be 0 with a threshold, got {self.crowd}")
         if self.matching not in MATCHINGS:
             raise ValueError(f"matching must be one of {', '.join(MATCHINGS)}, got {self.matching!r}")
 

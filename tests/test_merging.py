@@ -113,6 +113,19 @@ def test_tokens_are_compared_in_sums_of_channels(channels: int) -> None:
     assert torch.equal(own.index, groups.index) == (channels >= 192)
 
 
+def test_a_crowd_merges_first() -> None:
+    model, given = made(), images()
+    x, _ = model.encoder.embed(given)
+    z = torch.nn.functional.normalize(model.encoder.blocks[0].norm1(x[:, 1:]), dim=-1)
+    value, match = reference.best_match(z[:, 1::2], z[:, ::2])
+    near = torch.einsum("bsd,btd->bst", z[:, 1::2], z).mean(2)  # mean cosine to all tokens
+    wanted = reference.bipartite_groups(value + 3 * near, match, 30, 9)
+    crowd = TokenMerging((0,), 0.3, crowd=3.0)
+    for form in (model.with_merging(crowd), model.optimize(torch.float32, compile=False, merge=crowd)):
+        assert torch.equal(form.token_groups(given).flatten(1), wanted)
+    assert not torch.equal(reference.bipartite_groups(value, match, 30, 9), wanted)
+
+
 def test_ragged_batches_give_what_each_image_gives() -> None:
     for variant in ("seg_t_mask_16", "seg_s_dinov3_mask_16"):
         model = made(variant).double().with_merging(TokenMerging((1, 2, 3), threshold=0.6))
