@@ -37,9 +37,9 @@ class TokenMerging:
     ``layers`` merges windows of 2 x 2 neighbours whose mean similarity is largest, the others as "bipartite"."""
     channels: int | None = None
     """Channels that tokens are compared in: sums of every ``channels``-th one of the token's. None: its own."""
-    crowd: float = 0.0
-    """With a share: added to the similarity of a pair, times the cosine of its source's unit vector to the mean one of
-    the image, so that tokens of what fills the image merge first, and rare ones last."""
+    crowd: float | None = None
+    """With a share: times the mean cosine of a token to all patch tokens, added to its similarity to its best match, so
+    that tokens of what fills the image merge first, and rare ones last."""
 
     def __post_init__(self) -> None:
         require_types(self)
@@ -137,7 +137,7 @@ class TokenMerging:
 Merge = TokenMerging | Mapping[str, Any] | str | None
 
 MERGING: dict[str, TokenMerging] = {
-    "fast": TokenMerging(tuple(range(2, 10)), 0.065, channels=128),
-    "faster": TokenMerging(tuple(range(2, 10)), 0.115, channels=128),
+    "fast": TokenMerging(tuple(range(2, 11)), 0.0665, channels=128, crowd=0.1),
+    "faster": TokenMerging(tuple(range(2, 11)), 0.11, channels=128, crowd=0.1),
 }
 """Named schedules, for an encoder of 12 layers. ``docs/token-merging.md`` has the labels that they keep."""

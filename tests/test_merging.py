@@ -225,6 +225,7 @@ def test_options_of_load_predict_and_create(tmp_path: Any) -> None:
                 "layers": [1, 2, 3],
                 "share": list(model.with_merging("fast").config.merging.shares),
                 "channels": 128,
+                "crowd": 0.1,
             },
         ),
     ):

@@ -55,7 +55,8 @@ def test_evaluate_writes_the_merging_down(checkpoint: str, tmp_path: Path) -> No
     result = call(*arguments, "--merge", MERGE, "--json", tmp_path / "scores.json")
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / "scores.json").read_text())["merging"]
-    assert found == {"layers": [1], "share": 0.5, "threshold": None, "matching": "bipartite", "channels": None}
+    fields = {"threshold": None, "matching": "bipartite", "channels": None, "crowd": None}
+    assert found == {"layers": [1], "share": 0.5, **fields}
 
 
 def test_a_threshold_cannot_be_exported(checkpoint: str, tmp_path: Path) -> None:
