@@ -78,7 +78,7 @@ def test_tokens_left() -> None:
         ({"layers": [1, 2], "share": [0.1]}, "one for each of layers"),
         ({"layers": [1], "threshold": 1.0}, r"in \(-1, 1\), got 1.0"),
         ({"layers": [1], "share": 0.1, "channels": 0}, "channels of token merging must be at least 1, or None"),
-        ({"layers": [1], "share": 0.1, "crowd": float("inf")}, "crowd must be a finite number, got inf"),
+        ({"layers": [1], "share": 0.1, "crowd": float("inf")}, "crowd must be a finite number or null, got inf"),
         ({"layers": [1], "threshold": 0.9, "crowd": 0.1}, "must be 0 with a threshold, got 0.1"),
         ({"layers": [1], "threshold": 0.9, "matching": "random"}, "bipartite, window, got 'random'"),
     ],
