@@ -49,6 +49,8 @@ class AccelerationReport:
     left: tuple[Left, ...]
     patch_sized: tuple[str, ...] = ()
     """Names of the modules whose scores stay patch-sized until their bilinear resize is used."""
+    linears: tuple[str, ...] = ()
+    """Names of the linear layers whose float32 products oneDNN computes, on AMD processors with AVX512."""
 
     def __str__(self) -> str:
         groups: dict[str, list[str]] = {}
@@ -59,6 +61,8 @@ class AccelerationReport:
             groups.setdefault(f"left, {other.reason}: {other.cls}", []).append(other.name or "(model)")
         for name in self.patch_sized:
             groups.setdefault("scores stay patch-sized, their resize waits", []).append(name or "(model)")
+        for name in self.linears:
+            groups.setdefault("float32 products by oneDNN instead of MKL", []).append(name or "(model)")
         return "\n".join(f"{what} x {len(names)} ({', '.join(names)})" for what, names in groups.items())
 
 
@@ -99,14 +103,14 @@ def accelerate(model: Model, heads: Collection[str] = ()) -> Model:
     """
     import torch
 
-    from .forwards import Fused, fused_class
-    from .heads import mark_heads, named_heads, unmark_heads
+    from .forwards import Fused, fused_class, mark_linears
+    from .heads import mark_heads, named_heads, unmark
     from .match import match_modules
 
     if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(f"model must be a torch.nn.Module that is not TorchScript, got {type(model).__name__}")
     named = named_heads(model, (heads,) if isinstance(heads, str) else heads)
-    unmark_heads(model)
+    unmark(model)
     replaced, left = [], []
     for name, module, match in list(match_modules(model)):
         cls = module.original if isinstance(module, Fused) else type(module)
@@ -117,9 +121,9 @@ def accelerate(model: Model, heads: Collection[str] = ()) -> Model:
             if not isinstance(module, Fused):
                 module.__class__ = fused_class(match, cls)
     patch_sized = mark_heads(model, named)
-    report = AccelerationReport(tuple(replaced), tuple(left), patch_sized)
+    report = AccelerationReport(tuple(replaced), tuple(left), patch_sized, mark_linears(model))
     model.__dict__[_REPORT] = report
-    if not replaced and not patch_sized:
+    if not replaced and not patch_sized and not report.linears:
         reasons = "; ".join(sorted({item.reason for item in left})) or "it has no attention of a known kind"
         warnings.warn(f"accelerate replaced nothing in {type(model).__name__}: {reasons}", stacklevel=2)
     return model

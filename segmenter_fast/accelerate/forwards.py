@@ -13,13 +13,15 @@ import types
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import kernels
+from ..kernels.cpu.tokens import onednn_beats_mkl
+from ..vit import Attention
 from .full_size import CALLS
 from .lazy import patch_scores
 from .lazy_functions import has_kernel, is_transformed
+from .linears import linear
 
 # Children of an attention that the fused forward calls.
 CALLED = frozenset({"qkv", "proj", "proj_drop"})
@@ -161,8 +163,8 @@ class FusedResidualAttention(Fused):
         if not plain or not _has_kernel(query) or hooked or (attn.training and attn.dropout):
             return super().forward(*args, **kwargs)
         x = query if self.batch_first else query.transpose(0, 1)
-        qkv = F.linear(x, attn.in_proj_weight, attn.in_proj_bias).unflatten(-1, (3, attn.num_heads, -1))
-        x = F.linear(kernels.attention(qkv).flatten(2), attn.out_proj.weight, attn.out_proj.bias)
+        qkv = linear(x, attn.in_proj_weight, attn.in_proj_bias).unflatten(-1, (3, attn.num_heads, -1))
+        x = linear(kernels.attention(qkv).flatten(2), attn.out_proj.weight, attn.out_proj.bias)
         if not self.batch_first:
             x = x.transpose(0, 1)
         return (query if identity is None else identity) + self.dropout_layer(self.proj_drop(x))
@@ -188,3 +190,22 @@ class FusedMaskTransformer(Fused):
         scores = kernels.mask_scores(patches, classes, norm.weight, norm.bias, norm.eps)  # (B, h w, K)
         scores = scores.unflatten(1, (int(image_size[0] // self.patch_size), -1)).permute(0, 3, 1, 2)
         return mark_output(self, scores)
+
+
+class FusedLinear(Fused):
+    """``torch.nn.Linear`` with the products of oneDNN."""
+
+    op = "linear"
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def mark_linears(model: nn.Module) -> tuple[str, ...]:
+    """Run the linear layers of another library's model on ``linear`` where that is faster; return their names."""
+    if not onednn_beats_mkl() or any(isinstance(part, Attention) for part in model.modules()):
+        return ()
+    found = [name for name, part in model.named_modules() if type(part) is nn.Linear and "forward" not in vars(part)]
+    for name in found:
+        model.get_submodule(name).__class__ = fused_class(FusedLinear, nn.Linear)
+    return tuple(found)

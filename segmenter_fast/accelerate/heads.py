@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .. import decoders, reference
-from .forwards import Fused, FusedMaskTransformer, fused_class, mark_output
+from .forwards import Fused, FusedLinear, FusedMaskTransformer, fused_class, mark_output
 from .full_size import CALLS, FullSizeCalls
 from .match import named_attention
 
@@ -123,8 +123,8 @@ def _calls_interpolate(cls: type[nn.Module]) -> bool:
     return any("interpolate" in code.co_names for code in codes)
 
 
-def unmark_heads(model: nn.Module) -> None:
-    """Give the marked heads their own classes again; their counts stay."""
+def unmark(model: nn.Module) -> None:
+    """Give the marked heads, whose counts stay, and the linear layers their own classes again."""
     for module in model.modules():
-        if isinstance(module, PatchSized) and "original" in vars(type(module)):
+        if isinstance(module, (PatchSized, FusedLinear)) and "original" in vars(type(module)):
             module.__class__ = module.original  # type: ignore[assignment]

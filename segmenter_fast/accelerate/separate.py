@@ -2,11 +2,12 @@
 
 These modules run PyTorch's attention already, on three tensors, and transformers' ``AttentionInterface`` would hand
 over three. ``kernels.attention`` takes a packed one; the activations are packed, so that no packed copy of the weights
-exists. It runs only where models were measured to win in spite of that: without gradients, on a CPU with C++ kernels,
-from ``least`` tokens on. Two cores of an AMD EPYC (Zen 5), four layers of S models at batch 1, ViT / DINOv3: float32
-1.01 / 0.98x at 257 tokens, 1.06 / 1.04x at 401, 1.10 / 1.08x at 577, 1.19 / 1.16x at 1025; bfloat16 1.01 / 1.00x at
-101, 1.13 / 1.09x at 197, 1.31 / 1.28x at 401, 1.86 / 1.79x at 1025. On a GPU PyTorch's attention stays: on an H100 it
-is as fast forward, and faster backward from 577 tokens on.
+exists. It runs only where models were measured to win in spite of that: on a CPU with C++ kernels, from ``least`` tokens
+on. Two cores of an AMD EPYC (Zen 5), layers of S models at batch 1, ViT / DINOv3: without gradients in float32 1.01 /
+0.98x at 257 tokens, 1.06 / 1.04x at 401, 1.19 / 1.16x at 1025; in bfloat16 1.01 / 1.00x at 101, 1.13 / 1.09x at 197,
+1.86 / 1.79x at 1025. Forward and backward in float32 1.03 / 1.03x at 197, 1.08 / 1.08x at 401, 1.26 / 1.22x at 1025;
+under autocast 1.16 / 1.18x at 197, 1.59 / 1.51x at 1025. On a GPU PyTorch's attention stays: on an H100 it is as fast
+forward, and faster backward from 577 tokens on.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 
 from .. import kernels
 from ..kernels.cpu.attention import runs_native
+from ..kernels.registry import autocast_dtype
 from ..vit import rotate
 from .forwards import Fused, is_hooked, is_plain
+from .linears import linear
 
 PROJECTIONS = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"))
 OUTPUTS = ("o_proj", "out_proj")
@@ -29,23 +32,25 @@ BIASES = frozenset({"q_bias", "k_bias", "v_bias"})
 
 
 class FusedWhereFaster(Fused):
-    """Base of both: runs the fused forward in evaluation, where it is faster; in a trial whether it is or not."""
+    """Base of both: runs the fused forward where it is faster; in a trial whether it is or not."""
 
     op = "attention"
     least: ClassVar[int] = 384
-    """Number of tokens from which the fused forward wins."""
-    least_bfloat16: ClassVar[int] = 192
+    """Number of tokens from which the fused forward wins; gradients halve it, and so does bfloat16."""
 
     @classmethod
     def condition(cls, module: nn.Module) -> str:
-        return f"without gradients, on a CPU, from {cls.least} tokens ({cls.least_bfloat16} in bfloat16)"
+        evaluation = ", in evaluation" * (_dropout(module) > 0)
+        return f"on a CPU, from {cls.least} tokens (half with gradients, half in bfloat16){evaluation}"
 
     def wins(self, x: Tensor) -> bool:
-        """True if the fused forward is faster than PyTorch's attention for these tokens."""
-        if self.training or self.tried:
-            return self.tried and not self.training
-        least = self.least_bfloat16 if x.dtype == torch.bfloat16 else self.least
-        return x.device.type == "cpu" and x.shape[1] >= least and not torch.is_grad_enabled() and runs_native(x.dtype)
+        """True if the fused forward gives the same as PyTorch's attention and is faster for these tokens."""
+        if self.training and _dropout(self) > 0:
+            return False
+        dtype = autocast_dtype(x) or x.dtype
+        factor = (1 + torch.is_grad_enabled()) * (1 + (dtype == torch.bfloat16))
+        faster = x.device.type == "cpu" and x.shape[1] * factor >= self.least and runs_native(dtype)
+        return self.tried or faster
 
 
 class FusedSeparateAttention(FusedWhereFaster):
@@ -80,7 +85,7 @@ class FusedRotaryAttention(FusedWhereFaster):
         bias = (
             self.qkv.bias if (q := getattr(self, "q_bias", None)) is None else torch.cat([q, self.k_bias, self.v_bias])
         )
-        qkv = F.linear(args[0], self.qkv.weight, bias).unflatten(-1, (3, -1))
+        qkv = linear(args[0], self.qkv.weight, bias).unflatten(-1, (3, -1))
         rotation = None if rope is None else rope.chunk(2, -1)[::-1]
         return self.proj_drop(self.proj(_attend(qkv, self.num_heads, self.scale, rotation)))
 
@@ -93,6 +98,15 @@ def _attend(qkv: Tensor, heads: int, factor: float, rotation: Any) -> Tensor:
         prefix = (0, 0, qkv.shape[1] - len(cosines), 0)  # unturned tokens
         qkv = rotate(qkv, torch.stack([F.pad(cosines, prefix, value=1.0), F.pad(sines, prefix)]))
     return kernels.attention(qkv, factor).flatten(2)
+
+
+def _dropout(attention: nn.Module) -> float:
+    """Probability with which the attention drops probabilities in training, under any name."""
+    found = [value for name, value in vars(attention).items() if "drop" in name and isinstance(value, (int, float))]
+    parts = [
+        part.p for name, part in attention.named_children() if name != "proj_drop" and isinstance(part, nn.Dropout)
+    ]
+    return max(map(float, found + parts), default=0.0)
 
 
 def _is_table(table: Any) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import segmenter_fast as sf
 from segmenter_fast.accelerate import match, separate
@@ -25,8 +26,7 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the op win on any machine, from any number of tokens on."""
     for module in (match, separate):
         monkeypatch.setattr(module, "runs_native", lambda dtype: True)
-    for name in ("least", "least_bfloat16"):
-        monkeypatch.setattr(separate.FusedWhereFaster, name, 1)
+    monkeypatch.setattr(separate.FusedWhereFaster, "least", 1)
 
 
 def first(out: Any) -> Tensor:
@@ -70,16 +70,45 @@ def test_the_outputs_are_the_original_ones(name: str, ops: list[str]) -> None:
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("name", [*NAMES, "eva"])
-def test_gradients_take_the_original_path(name: str, training: bool, ops: list[str]) -> None:
+def test_gradients_are_the_original_ones(name: str, training: bool, ops: list[str]) -> None:
     model = First(eva() if name == "eva" else build(name)).train(training)
     images = torch.randn(2, 3, 48, 48)
     expected = outputs_and_gradients(model, images)
     sf.accelerate(model)
     ops.clear()
     ours = outputs_and_gradients(model, images)
-    assert not ops
+    assert len(ops) >= 2
     assert ours.keys() == expected.keys()
-    assert all(torch.equal(ours[key], expected[key]) for key in ours)
+    largest = max(value.abs().max() for value in expected.values() if value.numel())
+    for key in (key for key in ours if ours[key].numel()):  # the bias of keys has none but noise
+        scale = expected[key].abs().max().clamp(min=largest / 100)
+        assert (ours[key] - expected[key]).abs().max() <= 1e-5 * scale, key
+
+
+@pytest.mark.parametrize("name", ["dinov2", "eva"])
+def test_gradients_of_gradients_are_the_original_ones(name: str) -> None:
+    model, images = First(eva() if name == "eva" else build(name)), torch.randn(1, 3, 48, 48, requires_grad=True)
+
+    def penalty() -> Tensor:
+        (grad,) = torch.autograd.grad(model(images).square().mean(), images, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), images)[0]
+
+    with sdpa_kernel(SDPBackend.MATH):  # the original's flash kernel has none
+        expected = penalty()
+    sf.accelerate(model)
+    assert (penalty() - expected).abs().max() <= 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ["vit", "eva"])
+def test_dropout_of_attention_takes_the_original_path_in_training(name: str, ops: list[str]) -> None:
+    model = eva(attn_drop_rate=0.1) if name == "eva" else build(name, attention_probs_dropout_prob=0.1)
+    (when,) = {item.when for item in sf.acceleration_report(sf.accelerate(model)).replaced}
+    assert when == "on a CPU, from 1 tokens (half with gradients, half in bfloat16), in evaluation"
+    ops.clear()
+    model.train()(torch.randn(1, 3, 48, 48))
+    assert not ops
+    model.eval()(torch.randn(1, 3, 48, 48))
+    assert len(ops) == 2
 
 
 def test_masks_maps_dropout_and_other_implementations_take_the_original_path(ops: list[str]) -> None:
@@ -138,13 +167,14 @@ def test_it_runs_only_where_it_was_measured_to_win(monkeypatch: pytest.MonkeyPat
     model, images = build("vit"), torch.randn(1, 3, 48, 48)
     sf.accelerate(model)
     monkeypatch.setattr(separate.FusedWhereFaster, "least", 38)
-    ops.clear()
-    with torch.no_grad():
-        model(images)  # 37 tokens
-    assert not ops
+    for calls in ([], ["attention"] * 2):
+        ops.clear()
+        with torch.set_grad_enabled(bool(calls)):
+            model(images)  # 37 tokens
+        assert ops == calls
     report = str(sf.acceleration_report(sf.accelerate(sf.restore(model))))
     assert report.startswith(
-        "replaced by kernels.attention without gradients, on a CPU, from 38 tokens (1 in bfloat16): transf"
+        "replaced by kernels.attention on a CPU, from 38 tokens (half with gradients, half in bfloat16): transf"
     )
     monkeypatch.setattr(match, "runs_native", lambda dtype: False)
     assert_left(sf.restore(model).layers[0].attention, "no C++ kernel runs here, and PyTorch's attention is as fast")
