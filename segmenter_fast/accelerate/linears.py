@@ -1,8 +1,8 @@
 """Linear layers whose float32 products, also those of their gradients, oneDNN computes where it is faster.
 
-PyTorch runs MKL, which leaves AVX512 unused on AMD. oneDNN reads the weights, and their transpose in the backward, where
-they lie: nothing is packed or copied. Two cores of an AMD EPYC (Zen 5), 1025 x 384 x 1152, oneDNN and MKL: 1.9 and
-4.1 ms, gradient of the input 1.8 and 4.1, of the weights 2.4 and 4.2.
+PyTorch runs MKL, which leaves AVX512 unused on AMD. oneDNN reads the weights, and in the backward their transpose,
+where they lie: nothing is packed or copied. Two cores of an AMD EPYC (Zen 5), 1025 x 384 x 1152, oneDNN and MKL: 1.9
+and 4.1 ms, gradient of the input 1.8 and 4.1, of the weights 2.4 and 4.2.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        plain = torch.is_grad_enabled() or is_transformed()  # a graph of its own, or several gradients at once
+        # A graph of its own, or several gradients at once (is_grads_batched).
+        plain = torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(grad)
         product = F.linear if plain else _product
-        grad_rows, rows = grad.flatten(0, -2), x.flatten(0, -2)
+        grad_rows, rows = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
         return (
             product(grad, weight.T) if ctx.needs_input_grad[0] else None,
             product(grad_rows.T, rows.T) if ctx.needs_input_grad[1] else None,

@@ -2,12 +2,12 @@
 
 These modules run PyTorch's attention already, on three tensors, and transformers' ``AttentionInterface`` would hand
 over three. ``kernels.attention`` takes a packed one; the activations are packed, so that no packed copy of the weights
-exists. It runs only where models were measured to win in spite of that: on a CPU with C++ kernels, from ``least`` tokens
-on. Two cores of an AMD EPYC (Zen 5), layers of S models at batch 1, ViT / DINOv3: without gradients in float32 1.01 /
-0.98x at 257 tokens, 1.06 / 1.04x at 401, 1.19 / 1.16x at 1025; in bfloat16 1.01 / 1.00x at 101, 1.13 / 1.09x at 197,
-1.86 / 1.79x at 1025. Forward and backward in float32 1.03 / 1.03x at 197, 1.08 / 1.08x at 401, 1.26 / 1.22x at 1025;
-under autocast 1.16 / 1.18x at 197, 1.59 / 1.51x at 1025. On a GPU PyTorch's attention stays: on an H100 it is as fast
-forward, and faster backward from 577 tokens on.
+exists. It runs only where models were measured to win in spite of that: on a CPU with C++ kernels, from ``least``
+tokens. Two cores of an AMD EPYC (Zen 5), layers of S models at batch 1, ViT / DINOv3: without gradients in float32
+1.01 / 0.98x at 257 tokens, 1.06 / 1.04x at 401, 1.19 / 1.16x at 1025; in bfloat16 1.01 / 1.00x at 101, 1.13 / 1.09x at
+197, 1.86 / 1.79x at 1025. Forward and backward in float32 1.03 / 1.03x at 197, 1.08 / 1.08x at 401, 1.26 / 1.22x at
+1025; under autocast 1.24 / 1.20x at 101, 1.16 / 1.18x at 197, 1.59 / 1.51x at 1025. On a GPU PyTorch's attention stays:
+on an H100 it is as fast forward, and faster backward from 577 tokens on.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ class FusedWhereFaster(Fused):
 
     @classmethod
     def condition(cls, module: nn.Module) -> str:
-        evaluation = ", in evaluation" * (_dropout(module) > 0)
+        evaluation = ", in evaluation" * _drops(module)
         return f"on a CPU, from {cls.least} tokens (half with gradients, half in bfloat16){evaluation}"
 
     def wins(self, x: Tensor) -> bool:
         """True if the fused forward gives the same as PyTorch's attention and is faster for these tokens."""
-        if self.training and _dropout(self) > 0:
+        if self.training and _drops(self):
             return False
         dtype = autocast_dtype(x) or x.dtype
         factor = (1 + torch.is_grad_enabled()) * (1 + (dtype == torch.bfloat16))
@@ -100,13 +100,13 @@ def _attend(qkv: Tensor, heads: int, factor: float, rotation: Any) -> Tensor:
     return kernels.attention(qkv, factor).flatten(2)
 
 
-def _dropout(attention: nn.Module) -> float:
-    """Probability with which the attention drops probabilities in training, under any name."""
-    found = [value for name, value in vars(attention).items() if "drop" in name and isinstance(value, (int, float))]
-    parts = [
-        part.p for name, part in attention.named_children() if name != "proj_drop" and isinstance(part, nn.Dropout)
-    ]
-    return max(map(float, found + parts), default=0.0)
+def _drops(attention: nn.Module) -> bool:
+    """True if the attention drops probabilities in training."""
+    for name, value in (*vars(attention).items(), *attention.named_children()):
+        p = getattr(value, "p", value) if "drop" in name and name != "proj_drop" else 0
+        if isinstance(p, (int, float)) and p > 0:
+            return True
+    return False
 
 
 def _is_table(table: Any) -> bool:

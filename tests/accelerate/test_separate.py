@@ -229,11 +229,13 @@ def test_eomt_is_taken() -> None:
 
 @pytest.mark.parametrize("name", ["vit", "dinov3"])
 def test_compiles_without_a_graph_break(name: str) -> None:
-    model, images = sf.accelerate(First(build(name)).eval()), torch.randn(1, 3, 48, 48)
-    with torch.no_grad():
-        expected = model(images)
-        ours = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
-    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+    model, images = sf.accelerate(First(build(name))), torch.randn(1, 3, 48, 48)
+    for training in (False, True):
+        model.train(training)
+        with torch.set_grad_enabled(training):
+            expected = model(images)
+            ours = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_separate_projections_of_another_library_are_named() -> None:
