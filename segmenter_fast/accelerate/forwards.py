@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..kernels.cpu.tokens import onednn_beats_mkl
 from ..vit import Attention
 from .full_size import CALLS
 from .lazy import patch_scores
 from .lazy_functions import has_kernel, is_transformed
-from .linears import linear
+from .linears import linear, onednn_beats_mkl
 
 # Children of an attention that the fused forward calls.
 CALLED = frozenset({"qkv", "proj", "proj_drop"})

@@ -7,13 +7,14 @@ and 4.1 ms, gradient of the input 1.8 and 4.1, of the weights 2.4 and 4.2.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.cpu.tokens import onednn_beats_mkl
+from ..kernels.cpu.native import has_feature
 from .lazy_functions import is_transformed
 
 _LEAST = 1 << 23  # multiplications; MKL is as fast at fewer, and at fewer rows
@@ -21,12 +22,19 @@ _LEAST_ROWS = 16
 _PLAIN = (Tensor, nn.Parameter)
 
 
+@cache
+def onednn_beats_mkl() -> bool:
+    """True on AMD processors with AVX512."""
+    uses_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512") and torch.backends.mkldnn.is_available()
+    return uses_avx512 and has_feature("sse4a")  # Intel never had SSE4a
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``F.linear``, by oneDNN where that is faster."""
     if not _is_faster(x, weight):
         return F.linear(x, weight, bias)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
-    return _Linear.apply(x, weight, bias) if grad else _product(x, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+    return _Linear.apply(x, weight, bias) if grad else _product(x, weight, bias)
 
 
 def _is_faster(x: Tensor, weight: Tensor) -> bool:
