@@ -233,8 +233,10 @@ def test_compiles_without_a_graph_break(name: str) -> None:
     for training in (False, True):
         model.train(training)
         with torch.set_grad_enabled(training):
-            expected = model(images)
-            ours = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
+            expected, ours = (
+                torch.manual_seed(0) and run(images)  # DINOv3 moves its positions
+                for run in (model, torch.compile(model, backend="aot_eager", fullgraph=True))
+            )
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
