@@ -5,7 +5,7 @@ if __name__ != "kernels":  # in a checkout, libraries that look for another pack
     from .ops.attention import attention
     from .ops.lattice import lattice_argmax, lattice_softmax
     from .ops.mask_scores import mask_scores
-    from .ops.tokens import best_match, bipartite_groups, merge_tokens
+    from .ops.tokens import best_match, bipartite_groups, merge_tokens, unit_rows
     from .ops.upsample import upsample_argmax, upsample_cross_entropy, upsample_softmax
 
     __all__ = [
@@ -17,6 +17,7 @@ if __name__ != "kernels":  # in a checkout, libraries that look for another pack
         "mask_scores",
         "merge_tokens",
         "reference",
+        "unit_rows",
         "upsample_argmax",
         "upsample_cross_entropy",
         "upsample_softmax",

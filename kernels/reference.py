@@ -6,6 +6,7 @@ checks are missing. Nothing here is fast and nothing is fused.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
@@ -25,6 +26,17 @@ def attention(qkv: Tensor, scale: float | None = None, bias: Tensor | None = Non
     scores = scores + bias[:, None, None].to(scores.dtype)
     nothing = (scores == -torch.inf).all(-1, keepdim=True)
     return (scores.masked_fill(nothing, 0).softmax(-1).masked_fill(nothing, 0) @ v).transpose(1, 2)
+
+
+def unit_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, channels: int | None = None
+) -> Tensor:
+    """``(B, M, D), (D,), (D,)`` -> ``(B, M, channels)``: LayerNorm, sums of every ``channels``-th channel, length 1."""
+    dtype = statistics_dtype(x.dtype)
+    channels = min(channels or x.shape[2], x.shape[2])
+    z = F.layer_norm(x.to(dtype), weight.shape, weight.to(dtype), None if bias is None else bias.to(dtype), eps)
+    parts = F.pad(z, (0, -x.shape[2] % channels)).split(channels, 2)  # their sum is faster than one over a dimension
+    return F.normalize(reduce(torch.add, parts), dim=-1).to(x.dtype)
 
 
 def best_match(a: Tensor, b: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -49,7 +61,7 @@ def bipartite_groups(
     kept[:, prefix + 1 :: 2] = ~merges
     index = kept.cumsum(1) - 1
     odd = index[:, prefix + 1 :: 2]
-    odd[merges] = index[:, prefix::2].gather(1, match)[merges]
+    odd.copy_(torch.where(merges, index[:, prefix::2].gather(1, match), odd))
     return index
 
 

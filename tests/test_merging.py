@@ -165,7 +165,7 @@ def test_a_group_is_turned_by_the_mean_of_its_patches_angles() -> None:
         seen.append(rotation)
         return x
 
-    record.norm1 = torch.nn.Identity()  # type: ignore[attr-defined]
+    record.norm1 = torch.nn.LayerNorm(384).double()  # type: ignore[attr-defined]
     _, groups = run_blocks([record, record], x, angles, (2, 4), TokenMerging((1,), 0.5))  # type: ignore[list-item]
     assert groups is not None
     assert seen[0].shape == (2, 9, 64)

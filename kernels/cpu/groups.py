@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def used_groups(index: Tensor, groups: int) -> int:
-    """Number of groups up to the last one that an ``index`` has; those behind it may hold anything.
+def used_groups(index: Tensor, groups: int, name: str = "index") -> int:
+    """Number of groups up to the last one that an ``index``, called ``name``, has; those behind it may hold anything.
 
     Raises:
         IndexError: an index is not in [0, ``groups``).
@@ -15,5 +15,5 @@ def used_groups(index: Tensor, groups: int) -> int:
         return groups
     smallest, largest = (int(value) for value in index.aminmax())
     if smallest < 0 or largest >= groups:
-        raise IndexError(f"index must be in [0, {groups}), got {smallest if smallest < 0 else largest}")
+        raise IndexError(f"{name} must be in [0, {groups}), got {smallest if smallest < 0 else largest}")
     return largest + 1

@@ -51,6 +51,10 @@ _KERNELS = {
     "upsample_softmax": ("upsample_softmax", "ppip" + "pi"),
     "upsample_softmax_backward": ("upsample_softmax", "pppp" + "ipi" + "pi"),
     "lattice_softmax": ("upsample_softmax", "ppppppp" + "iiiii"),
+    "unit_rows": ("unit_rows", "pppp" + "i" * 8 + "f"),
+    "bipartite_groups": ("merge_tokens", "pppp" + "iiiii" + "f"),
+    "merge_tokens": ("merge_tokens", "pppppp" + "i" * 8),
+    "merge_tokens_backward": ("merge_tokens", "pppppp" + "i" * 8),
 }
 _lock = threading.Lock()
 

@@ -1,12 +1,17 @@
-"""Matching and merging of tokens: C++ of ``best_match.cpp``, elsewhere PyTorch's products, sorts and sums of bags."""
+"""Matching and merging of tokens: C++ of ``best_match.cpp`` and ``merge_tokens.cpp``, elsewhere PyTorch's ops."""
 
 from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..registry import statistics_dtype
+from .groups import used_groups
 from .native import kernel, pointer
 
 _TILE_SCORES = 1 << 20  # of one product
@@ -46,14 +51,15 @@ def bipartite_groups(
     value: Tensor, match: Tensor, tokens: int, merged: int | None, prefix: int, threshold: float | None
 ) -> Tensor:
     """``(B, S), (B, S)`` -> the group of each token, ``(B, prefix + tokens)`` int64."""
-    merges = value > (torch.inf if threshold is None else threshold)
-    if threshold is None:
-        merges.scatter_(1, torch.argsort(-value, dim=1, stable=True)[:, :merged], True)
-    kept = value.new_ones((len(value), prefix + tokens), dtype=torch.bool)
-    kept[:, prefix + 1 :: 2] = ~merges
-    index = kept.cumsum(1) - 1
-    sources = index[:, prefix + 1 :: 2]
-    sources.copy_(torch.where(merges, index[:, prefix::2].gather(1, match), sources))
+    run = kernel(value, "bipartite_groups") if value.numel() and value.dtype == torch.float32 else None
+    if run is None:
+        return reference.bipartite_groups(value, match, tokens, merged, prefix, threshold)
+    value, match, outside = value.contiguous(), match.contiguous(), ctypes.c_int64()
+    index = match.new_empty(len(value), prefix + tokens)
+    sizes = (len(value), tokens, -1 if merged is None else merged, prefix, torch.get_num_threads())
+    run(*map(pointer, (value, match, index)), ctypes.byref(outside), *sizes, threshold or 0)
+    if outside.value:
+        used_groups(match, (tokens + 1) // 2, "match")
     return index
 
 
@@ -61,6 +67,10 @@ def merge_tokens(tokens: Tensor, index: Tensor, groups: int, weights: Tensor | N
     """``(B, M, D), (B, M)`` -> weighted means ``(B, groups, D)`` and sums of the weights ``(B, groups)``."""
     b, _, dim = tokens.shape
     dtype = statistics_dtype(tokens.dtype)
+    if tokens.numel() and (run := kernel(tokens, "merge_tokens")):
+        merged, sizes = tokens.new_empty((b, groups, dim)), tokens.new_empty((b, groups), dtype=dtype)
+        _mix_rows(run, tokens, index, weights, sizes, merged)
+        return merged, sizes
     weights = index.new_ones(index.shape, dtype=dtype) if weights is None else weights.to(dtype)
     sizes = weights.new_zeros(b, groups).scatter_add_(1, index, weights)
     rows = (index + groups * torch.arange(b, device=index.device)[:, None]).flatten()
@@ -77,9 +87,27 @@ def merge_tokens(tokens: Tensor, index: Tensor, groups: int, weights: Tensor | N
 
 def merge_tokens_backward(grad: Tensor, index: Tensor, weights: Tensor | None, sizes: Tensor) -> Tensor:
     """``(B, groups, D)`` -> the gradient of the tokens, ``(B, M, D)``."""
+    if grad.numel() and (run := kernel(grad, "merge_tokens_backward")):
+        out = grad.new_empty((*index.shape, grad.shape[2]))
+        _mix_rows(run, grad, index, weights, sizes, out)
+        return out
     weights = index.new_ones(index.shape, dtype=sizes.dtype) if weights is None else weights.to(sizes.dtype)
     shares = _shares(index, weights, sizes)
     return (grad.gather(1, index[..., None].expand(-1, -1, grad.shape[2])) * shares[..., None]).to(grad.dtype)
+
+
+def _mix_rows(
+    run: Callable[..., None], rows: Tensor, index: Tensor, weights: Tensor | None, sizes: Tensor, out: Tensor
+) -> None:
+    """Write ``out``, sums of ``rows`` times their shares, by a function of ``merge_tokens.cpp``."""
+    rows = rows if rows.shape[2] == 1 or rows.stride(2) == 1 else rows.contiguous()
+    index, weights = index.contiguous(), None if weights is None else weights.float().contiguous()
+    sizes, outside = sizes.contiguous(), ctypes.c_int64()
+    numbers = (*index.shape, rows.shape[2], sizes.shape[1], *rows.stride()[:2], rows.dtype == torch.bfloat16)
+    pointers = map(pointer, (rows, index, weights, sizes, out))
+    run(*pointers, ctypes.byref(outside), *numbers, torch.get_num_threads())
+    if outside.value:
+        used_groups(index, sizes.shape[1])
 
 
 def _shares(index: Tensor, weights: Tensor, sizes: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""``best_match``, ``bipartite_groups``, ``merge_tokens``: argument checks, registration, derivatives."""
+"""``unit_rows``, ``best_match``, ``bipartite_groups``, ``merge_tokens``: argument checks, registration, derivatives."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..cpu import tokens as cpu
+from ..cpu.unit_rows import unit_rows as cpu_unit_rows
 from ..registry import (
     FLOATS,
     define,
@@ -18,6 +19,48 @@ from ..registry import (
     require_dtype,
     require_one_device,
     statistics_dtype,
+)
+
+
+def unit_rows(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, eps: float = 1e-5, channels: int | None = None
+) -> Tensor:
+    """Rows whose scalar products are the similarities of tokens: LayerNorm, sums of channels, length 1.
+
+    Args:
+        x: ``(B, M, D)`` floating point, any strides.
+        weight, bias: ``(D,)`` floating point, of the LayerNorm.
+        eps: added to its variances.
+        channels: number of channels of the result, each the sum of every ``channels``-th channel of the LayerNorm; D,
+            which is also the most that there are, if not given.
+
+    Returns:
+        ``(B, M, channels)`` in the dtype of ``x``, computed in float32 (float64 for float64). Not differentiable. Only
+        CPUs have a kernel: on other devices it is the definition, which compilers fuse.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was given and what is allowed.
+    """
+    if x.ndim != 3 or x.shape[2] < 1:
+        raise ValueError(f"x must be (B, M, D) with D at least 1, got {tuple(x.shape)}")
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            require_dtype(name, tensor, *FLOATS)
+            if name != "x" and tensor.shape != x.shape[2:]:
+                raise ValueError(f"{name} must be (D,), here ({x.shape[2]},), got {tuple(tensor.shape)}")
+    require_one_device(x=x, weight=weight, bias=bias)
+    if channels is not None and channels < 1:
+        raise ValueError(f"channels must be at least 1, got {channels}")
+    channels = x.shape[2] if channels is None else min(channels, x.shape[2])
+    function = torch.ops.segmenter_fast.unit_rows if x.device.type == "cpu" else reference.unit_rows
+    return function(x.detach(), weight.detach(), None if bias is None else bias.detach(), eps, channels)
+
+
+define(
+    "unit_rows(Tensor x, Tensor weight, Tensor? bias, float eps, SymInt channels) -> Tensor",
+    triton=None,
+    plain=cpu_unit_rows,
+    fake=lambda x, weight, bias, eps, channels: x.new_empty((*x.shape[:2], channels)),
 )
 
 

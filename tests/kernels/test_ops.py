@@ -51,6 +51,7 @@ OPERATORS = {
     "lattice_argmax of groups": lambda: (ops.lattice_argmax, (*lattices(), torch.tensor([4, 2, 2, 0, 1]))),
     "lattice_softmax of groups": lambda: (ops.lattice_softmax, (*lattices(), torch.tensor([4, 2, 2, 0, 1]))),
     "mask_scores": lambda: (ops.mask_scores, (draw(2, 5, 8), draw(2, 3, 8), draw(3), draw(3), 1e-5)),
+    "unit_rows": lambda: (ops.unit_rows, (*(draw(*shape, grad=False) for shape in ((2, 5, 8), (8,), (8,))), 1e-5, 3)),
     "upsample_argmax": lambda: (ops.upsample_argmax, (draw(2, 3, 4, 5, grad=False), [16, 20], [13, 17], False)),
     "upsample_softmax": lambda: (ops.upsample_softmax, (draw(2, 3, 4, 5), [16, 20], [13, 17], False)),
     "upsample_cross_entropy mean": lambda: (

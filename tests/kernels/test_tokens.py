@@ -126,11 +126,11 @@ def values(backend: Backend, b: int, sources: int) -> Tensor:
 
 @given(b=st.integers(0, 3), tokens=st.integers(1, 200), prefix=st.integers(0, 2), share=st.floats(0, 1))
 @EXAMPLES
-def test_bipartite_groups(backend: Backend, b: int, tokens: int, prefix: int, share: float) -> None:
+def test_bipartite_groups(backend_or_pytorch: Backend, b: int, tokens: int, prefix: int, share: float) -> None:
     torch.manual_seed(0)
     sources, merged = tokens // 2, round(share * (tokens // 2))
-    match = torch.randint(max(tokens - sources, 1), (b, sources), device=backend.device)
-    for value in (torch.rand(b, sources, device=backend.device), values(backend, b, sources)):
+    match = torch.randint(max(tokens - sources, 1), (b, sources), device=backend_or_pytorch.device)
+    for value in (torch.rand(b, sources, device=backend_or_pytorch.device), values(backend_or_pytorch, b, sources)):
         index = bipartite_groups(value, match, tokens, merged, prefix)
         assert torch.equal(index, reference.bipartite_groups(value, match, tokens, merged, prefix))
         for image in index:
@@ -139,9 +139,9 @@ def test_bipartite_groups(backend: Backend, b: int, tokens: int, prefix: int, sh
         assert torch.equal(index, reference.bipartite_groups(value, match, tokens, None, prefix, 0.25))
 
 
-def test_groups_of_a_drawing(backend: Backend) -> None:
-    value = torch.tensor([[0.9, math.nan, 0.9, -1.0]], device=backend.device)
-    match = torch.tensor([[3, 0, 0, 1]], device=backend.device)
+def test_groups_of_a_drawing(backend_or_pytorch: Backend) -> None:
+    value = torch.tensor([[0.9, math.nan, 0.9, -1.0]], device=backend_or_pytorch.device)
+    match = torch.tensor([[3, 0, 0, 1]], device=backend_or_pytorch.device)
 
     def groups(merged: int | None, threshold: float | None = None) -> list[int]:
         return bipartite_groups(value, match, 8, merged, 1, threshold)[0].tolist()
@@ -169,13 +169,15 @@ def merging(backend: Backend, b: int, m: int, groups: int) -> tuple[Tensor, Tens
     weighted=st.booleans(),
 )
 @EXAMPLES
-def test_merge_tokens(backend: Backend, b: int, m: int, groups: int, dim: int, index: int, weighted: bool) -> None:
+def test_merge_tokens(
+    backend_or_pytorch: Backend, b: int, m: int, groups: int, dim: int, index: int, weighted: bool
+) -> None:
     torch.manual_seed(0)
-    dtype = backend.dtypes[index % len(backend.dtypes)]
-    tokens = torch.randn(b, m, dim, device=backend.device).to(dtype)
-    of, weights = merging(backend, b, m, groups)
+    dtype = backend_or_pytorch.dtypes[index % len(backend_or_pytorch.dtypes)]
+    tokens = torch.randn(b, m, dim, device=backend_or_pytorch.device).to(dtype)
+    of, weights = merging(backend_or_pytorch, b, m, groups)
     given_weights = weights if weighted else None
-    grad_out = torch.randn(b, groups, dim, device=backend.device).to(dtype)
+    grad_out = torch.randn(b, groups, dim, device=backend_or_pytorch.device).to(dtype)
     merged, sizes = merge_tokens(tokens, of, groups, given_weights)
     assert merged.dtype == dtype
     assert not sizes.requires_grad
@@ -196,20 +198,20 @@ def test_merge_tokens(backend: Backend, b: int, m: int, groups: int, dim: int, i
     assert torch.equal(ours[0], merged)
 
 
-def test_a_token_alone_keeps_its_bits(backend: Backend, poisoned: None) -> None:
-    for dtype in backend.dtypes:
-        tokens = torch.randn(2, 50, 20, device=backend.device).to(dtype)
-        order = torch.stack([torch.randperm(50) for _ in range(2)]).to(backend.device)
-        merged, sizes = merge_tokens(tokens, order, 60, torch.full((2, 50), 7.0, device=backend.device))
+def test_a_token_alone_keeps_its_bits(backend_or_pytorch: Backend, poisoned: None) -> None:
+    for dtype in backend_or_pytorch.dtypes:
+        tokens = torch.randn(2, 50, 20, device=backend_or_pytorch.device).to(dtype)
+        order = torch.stack([torch.randperm(50) for _ in range(2)]).to(backend_or_pytorch.device)
+        merged, sizes = merge_tokens(tokens, order, 60, torch.full((2, 50), 7.0, device=backend_or_pytorch.device))
         assert torch.equal(merged.gather(1, order[..., None].expand_as(tokens)), tokens)
         assert not merged[:, 50:].any()
         assert not sizes[:, 50:].any()
 
 
-def test_groups_without_weight_are_zero(backend: Backend) -> None:
-    tokens = torch.randn(1, 4, 16, device=backend.device)
-    index = torch.tensor([[0, 0, 1, 1]], device=backend.device)
-    weights = torch.tensor([[0.0, 0.0, 0.0, 2.0]], device=backend.device)
+def test_groups_without_weight_are_zero(backend_or_pytorch: Backend) -> None:
+    tokens = torch.randn(1, 4, 16, device=backend_or_pytorch.device)
+    index = torch.tensor([[0, 0, 1, 1]], device=backend_or_pytorch.device)
+    weights = torch.tensor([[0.0, 0.0, 0.0, 2.0]], device=backend_or_pytorch.device)
     merged, grad = with_gradients(
         lambda x: merge_tokens(x, index, 3, weights)[0], [tokens], torch.ones(1, 3, 16).to(tokens)
     )
@@ -218,14 +220,14 @@ def test_groups_without_weight_are_zero(backend: Backend) -> None:
     assert grad[0].sum(-1).tolist() == [0, 0, 0, 16]
 
 
-def test_strides(backend: Backend) -> None:
-    tokens = torch.randn(3, 24, 2, 40, device=backend.device)[1:, :, 0].mT.requires_grad_()  # (2, 40, 24)
-    index, weights = merging(backend, 2, 40, 11)
+def test_strides(backend_or_pytorch: Backend) -> None:
+    tokens = torch.randn(3, 24, 2, 40, device=backend_or_pytorch.device)[1:, :, 0].mT.requires_grad_()  # (2, 40, 24)
+    index, weights = merging(backend_or_pytorch, 2, 40, 11)
     given_index, given_weights = (x.repeat_interleave(2, 1)[:, ::2] for x in (index, weights))
     merged, sizes = merge_tokens(tokens, given_index, 11, given_weights)
     expected = reference.merge_tokens(tokens, index, 11, weights)
     torch.testing.assert_close((merged, sizes), expected)
-    grad_out = torch.randn(24, 11, 2, device=backend.device).permute(2, 1, 0)
+    grad_out = torch.randn(24, 11, 2, device=backend_or_pytorch.device).permute(2, 1, 0)
     torch.testing.assert_close(*(torch.autograd.grad(x, tokens, grad_out) for x in (merged, expected[0])))
     grad_out = grad_out[:, :1, :1].expand_as(merged)
     merged = merge_tokens(tokens, index, 11, weights)[0]
