@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from ..kernels.cpu.native import has_feature
 from .lazy_functions import is_transformed
 
-_LEAST = 1 << 23  # multiplications; MKL is as fast at fewer, and at fewer rows
-_LEAST_ROWS = 16
+_LEAST = 1 << 23  # multiplications; MKL is as fast at fewer, and faster at the gradients of narrow layers
+_LEAST_FEATURES = 64
 _PLAIN = (Tensor, nn.Parameter)
 
 
@@ -43,8 +43,8 @@ def _is_faster(x: Tensor, weight: Tensor) -> bool:
     if x.dtype != torch.float32 or weight.dtype != x.dtype or x.device.type != "cpu" or x.layout != torch.strided:
         return False
     outputs, inputs = weight.shape
-    rows = x.numel() // max(inputs, 1)
-    fits = x.ndim > 1 and x.shape[-1] == inputs and rows >= _LEAST_ROWS and rows * inputs * outputs >= _LEAST
+    enough = x.numel() * outputs >= _LEAST and min(inputs, outputs) >= _LEAST_FEATURES
+    fits = x.ndim > 1 and x.shape[-1] == inputs and enough
     changed = torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or is_transformed()
     return fits and not changed and weight.device == x.device and torch._C._get_mkldnn_enabled()
 

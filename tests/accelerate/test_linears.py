@@ -35,7 +35,7 @@ def products(monkeypatch: pytest.MonkeyPatch, onednn: None) -> list[tuple[int, .
     monkeypatch.setattr(linears, "_product", counted)
     for module in (forwards, linears):
         monkeypatch.setattr(module, "onednn_beats_mkl", lambda: True)
-    for name in ("_LEAST", "_LEAST_ROWS"):
+    for name in ("_LEAST", "_LEAST_FEATURES"):
         monkeypatch.setattr(linears, name, 1)
     return seen
 
@@ -122,7 +122,7 @@ def test_settings_and_few_products_stay_with_pytorch(
         with context:
             linear(x, weight, bias)
     torch.jit.trace(lambda x: linear(x, weight, bias), x, check_trace=False)
-    monkeypatch.setattr(linears, "_LEAST_ROWS", 5)
+    monkeypatch.setattr(linears, "_LEAST_FEATURES", 9)
     linear(x, weight, bias)
     assert not products
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
