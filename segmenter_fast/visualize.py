@@ -7,6 +7,7 @@ import colorsys
 import html
 import io
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,6 +24,7 @@ _SMALL, _LARGE = 192, 512
 _STEPS = (0.8191725134, 0.6710436067, 0.5497004779)
 
 
+@cache
 def default_palette(num_classes: int) -> tuple[Color, ...]:
     """Distinct RGB colours, 0 to 255, neither dark nor pale; a smaller palette is a prefix of a larger one.
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..config import Pair
 from ..inference import batches, slide
-from ..inference.batches import Model, evaluation_mode, in_batches, segment_images
+from ..inference.batches import BURST, Model, evaluation_mode, in_batches, segment_images, works_in_bursts
 from ..inference.settings import Settings, fits_one_window
 from ..io.images import normalise
 from ..processes import World
@@ -32,6 +32,8 @@ from .datasets.base import SegmentationDataset
 
 MULTISCALE = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
 """The paper's scales, which it takes plain and mirrored."""
+BURST_PIXELS = 1 << 24
+"""Pixels of the images that are read at once: about 50 MB, and 16 MB of labels."""
 # The ``images`` and ``flips`` of ``slide``.
 _Views = tuple[list[Tensor], list[bool]]
 
@@ -55,7 +57,8 @@ def evaluate(
         resize: pixels that the image's smaller side is resized to; scales are factors of it.
         settings: windows, scales, mirroring.
         progress: called with the number of images of this rank that are done, and of all of them.
-        read_ahead: images that are read in the background while the model runs.
+        read_ahead: images that are read in the background while the model runs. On a CPU ``BURST`` times as many are
+            read before it runs, unless they have more than ``BURST_PIXELS``.
 
     Raises:
         ValueError: a model and a data set of different class counts, an empty data set, labels out of range (naming
@@ -77,7 +80,7 @@ def evaluate(
     with evaluation_mode(model):
         samples = (
             (index, target, _views(model, image, resize, settings))
-            for index, image, target in _samples(dataset, share, read_ahead)
+            for index, image, target in _samples(dataset, share, read_ahead, works_in_bursts(model))
         )
         for batch in in_batches(samples, size_of, settings.batch_size):
             height, width = batch[0][1].shape
@@ -171,10 +174,22 @@ def check_classes(model: Model, dataset: SegmentationDataset) -> None:
 
 
 def _samples(
-    dataset: SegmentationDataset, indices: Iterable[int], read_ahead: int
+    dataset: SegmentationDataset, indices: Iterable[int], read_ahead: int, bursts: bool = False
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Yield index, image and labels, read by threads up to ``read_ahead`` before their turn."""
-    for index, sample in batches.read_ahead(indices, dataset.read, read_ahead, read_ahead.__gt__):
+    """Yield index, image and labels, read by threads up to ``read_ahead`` before their turn; see ``evaluate``."""
+    largest = 0  # pixels of one image
+
+    def read(index: int) -> tuple[np.ndarray, np.ndarray]:
+        nonlocal largest
+        image, labels = dataset.read(index)
+        largest = max(largest, labels.size)
+        return image, labels
+
+    def room(waiting: int) -> bool:
+        small = bursts and (waiting + 1) * largest <= BURST_PIXELS
+        return waiting < (BURST * read_ahead if small else read_ahead)
+
+    for index, sample in batches.read_ahead(indices, read, read_ahead, room, bursts):
         yield index, *sample.result()
 
 

@@ -24,32 +24,43 @@ Content = TypeVar("Content")
 
 # Sizes of images may alternate: this many batches are filled at once.
 _OPEN_BATCHES = 4
+BURST = 16
+"""Images that each thread reads between batches, see ``works_in_bursts``."""
 
 
 def read_ahead(
-    items: Iterable[Item], read: Callable[[Item], Content], threads: int, room: Callable[[int], bool]
+    items: Iterable[Item],
+    read: Callable[[Item], Content],
+    threads: int,
+    room: Callable[[int], bool],
+    bursts: bool = False,
 ) -> Iterator[tuple[Item, Future[Content]]]:
     """Yield each item with its content, or the error of reading it, in order; threads read the following ones.
 
     Args:
         room: whether one more item may be read while that many wait for their turn. One is always read.
+        bursts: read only while the caller waits for an item: all that there is room for, which are then yielded.
     """
     left, waiting = iter(items), deque[tuple[Item, Future[Content]]]()
 
     pool = ThreadPoolExecutor(threads, "read")
 
     def fill(least: int) -> None:
+        if bursts and len(waiting) >= least:
+            return
         while len(waiting) < least or room(len(waiting)):
             following = list(itertools.islice(left, 1))
             if not following:
                 return
             waiting.append((following[0], pool.submit(read, following[0])))
+            if bursts and len(waiting) > 2 * threads:  # ``room`` may depend on what was read
+                wait([waiting[-1 - 2 * threads][1]])
 
     try:
         fill(1)
         while waiting:
+            wait([reading for _, reading in waiting] if bursts else [waiting[0][1]])
             item, reading = waiting.popleft()
-            wait([reading])
             fill(0)
             yield item, reading
             fill(1)
@@ -122,6 +133,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             else:
                 for module in training:
                     module.training = True
+
+
+def works_in_bursts(model: Model) -> bool:
+    """True where threads read and write between batches, not beside them: where the model runs on their cores."""
+    return next(model.parameters()).device.type == "cpu"
 
 
 def side_threads() -> int:

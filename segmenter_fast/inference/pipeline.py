@@ -1,18 +1,23 @@
-"""Many images as files: decoded ahead by threads, segmented in batches of one size, written behind by threads."""
+"""Many images as files: decoded ahead by threads, segmented in batches of one size, written behind by threads.
+
+On a CPU the threads work between the batches, in bursts of many images: a batch waits for the core that has other work
+at its side. On two AMD EPYC cores (T/16, bfloat16, 512 px) threads beside the model give 88 % of the images a second of
+``segment`` alone, bursts of 2, 8 and 16 images 88, 90 and 93 %.
+"""
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 from ..config import Pair
 from ..io import images
 from ..io.images import Raster
-from .batches import Model, in_batches, read_ahead, side_threads
+from .batches import BURST, Model, in_batches, read_ahead, side_threads, works_in_bursts
 from .folders import Job, draw_tokens, in_memory, run_by_rows, write_outputs
 from .predict import Prediction, one_window_size, predict_batch, predict_raster
 from .resume import describe_run
@@ -21,6 +26,7 @@ from .sliding import Progress
 
 PIXELS_IN_FLIGHT = images.LARGE_PIXELS
 """Pixels of the images that are decoded ahead or still written: about 200 MB, and 64 MB of labels."""
+_BURST_SECONDS = 1.0  # after which those that are segmented are written, so that a slow model shows progress
 FAILURES = (OSError, ValueError, RuntimeError, MemoryError)
 """Errors that concern one image of many. RuntimeError: the memory of a GPU is full."""
 
@@ -48,25 +54,32 @@ def run_all(
         resume: as in ``run_by_rows``.
     """
     described = describe_run(model, settings) if run is None else run
-    threads = side_threads()
-    ahead = threads + settings.batch_size
+    threads, bursts = side_threads(), works_in_bursts(model)
+    ahead = max(BURST * threads, settings.batch_size) if bursts else threads + settings.batch_size
+    segmented = deque[tuple[Job, Raster, Prediction]]()
     writing = deque[tuple[Job, Raster, Future[None]]]()
     held = largest = 0  # pixels: of all images that are open, of one of them
+    begun = time.monotonic()  # to write
 
     def room(waiting: int) -> bool:
         return waiting < ahead and held + (waiting + 1) * largest <= PIXELS_IN_FLIGHT
 
+    def read(job: Job) -> Raster:
+        nonlocal largest
+        raster = images.open_raster(job.source, job.page, settings.channels)
+        largest = max(largest, _pixels(raster))
+        return raster
+
     def opened() -> Iterator[tuple[Job, Raster]]:
-        nonlocal held, largest
-        opens = partial(images.open_raster, channels=settings.channels)
-        for job, reading in read_ahead(jobs, lambda job: opens(job.source, job.page), threads, room):
+        nonlocal held
+        for job, reading in read_ahead(jobs, read, threads, room, bursts):
             try:
                 raster = reading.result()
                 draw_tokens(model, job, raster, settings, described)
             except FAILURES as error:
                 end(job, None, error)
                 continue
-            held, largest = held + _pixels(raster), max(largest, _pixels(raster))
+            held += _pixels(raster)
             yield job, raster
 
     def close(job: Job, raster: Raster, restarted: str | None = None, error: Exception | None = None) -> None:
@@ -74,20 +87,23 @@ def run_all(
         held -= _pixels(raster)
         end(job, restarted, error)
 
-    def write(job: Job, raster: Raster, prediction: Prediction) -> None:
-        writing.append((job, raster, pool.submit(write_outputs, job, prediction, described)))
+    def write() -> None:
+        nonlocal begun
+        while segmented:
+            job, raster, prediction = segmented.popleft()
+            writing.append((job, raster, pool.submit(write_outputs, job, prediction, described)))
+        begun = time.monotonic()
 
     def segment(batch: Sequence[tuple[Job, Raster]]) -> None:
         if len(batch) > 1:
             with suppress(*FAILURES):  # below, each image alone has its own result or error
                 predictions = predict_batch(model, [raster for _, raster in batch])
-                for image, prediction in zip(batch, predictions, strict=True):
-                    write(*image, prediction)
+                segmented.extend((*image, own) for image, own in zip(batch, predictions, strict=True))
                 return
         for job, raster in batch:
             try:
                 if in_memory(job, raster):
-                    write(job, raster, predict_raster(model, raster, settings, begin(job)))
+                    segmented.append((job, raster, predict_raster(model, raster, settings, begin(job))))
                 else:
                     close(job, raster, run_by_rows(model, job, raster, settings, described, resume, begin(job)))
             except FAILURES as error:
@@ -108,9 +124,13 @@ def run_all(
     with ThreadPoolExecutor(threads, "write") as pool:
         try:
             for batch in in_batches(opened(), size_of, settings.batch_size):
+                finish(0 if bursts else 2 * ahead)
                 segment(batch)
-                finish(2 * ahead)
+                late = time.monotonic() - begun > _BURST_SECONDS or held > PIXELS_IN_FLIGHT
+                if not bursts or late or len(segmented) >= ahead:
+                    write()
         finally:
+            write()
             finish(0)
 
 

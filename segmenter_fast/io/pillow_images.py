@@ -117,6 +117,6 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.mode == "F":
         raise ValueError("image has mode F, floating point without a defined range: name what stands for 1 by --scale")
     try:
-        return np.array(image.convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except ValueError as error:
         raise ValueError(f"image has mode {image.mode}, which cannot be converted to RGB: {error}") from error

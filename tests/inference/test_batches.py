@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 import torch
@@ -12,23 +13,48 @@ from segmenter_fast.inference.batches import evaluation_mode, in_batches, read_a
 from support.models import windowed
 
 
-def test_items_come_in_order_and_an_error_in_its_place() -> None:
+@pytest.mark.parametrize("bursts", [False, True])
+def test_items_come_in_order_and_an_error_in_its_place(bursts: bool) -> None:
     def read(item: int) -> int:
         if item == 2:
             raise OSError("broken")
         return item * 10
 
-    found = list(read_ahead(range(5), read, 3, lambda waiting: waiting < 4))
+    found = list(read_ahead(range(5), read, 3, lambda waiting: waiting < 4, bursts))
     assert [item for item, _ in found] == [0, 1, 2, 3, 4]
     assert [str(reading.exception() or reading.result()) for _, reading in found] == ["0", "10", "broken", "30", "40"]
 
 
+@pytest.mark.parametrize("bursts", [False, True])
 @pytest.mark.parametrize("most", [0, 1, 3])
-def test_no_more_is_read_than_there_is_room_for(most: int) -> None:
+def test_no_more_is_read_than_there_is_room_for(most: int, bursts: bool) -> None:
     begun: list[int] = []
-    for item, _ in read_ahead(range(9), begun.append, 2, lambda waiting: waiting < most):
+    for item, _ in read_ahead(range(9), begun.append, 2, lambda waiting: waiting < most, bursts):
         assert len(begun) <= item + 1 + most
     assert sorted(begun) == list(range(9))
+
+
+def test_bursts_are_over_before_the_first_of_them_is_yielded() -> None:
+    ended: list[int] = []
+
+    def read(item: int) -> None:
+        time.sleep(0.002)
+        ended.append(item)
+
+    seen = []
+    for _ in read_ahead(range(10), read, 2, lambda waiting: waiting < 4, bursts=True):
+        seen.append(len(ended))
+        time.sleep(0.01)
+        assert len(ended) == seen[-1]
+    assert seen == [4] * 4 + [8] * 4 + [10] * 2
+
+
+def test_a_burst_ends_where_what_was_read_leaves_no_room() -> None:
+    large: list[int] = []
+    items = read_ahead(range(50), large.append, 2, lambda waiting: not large, bursts=True)
+    next(items)
+    assert len(large) <= 5  # four of them, whose size nobody knew, beside the one that ended
+    items.close()
 
 
 def test_no_thread_stays_where_the_rest_is_not_wanted() -> None:

@@ -25,6 +25,12 @@ SETTINGS = Settings(window=32, stride=24)
 SIZES = {"a": (32, 32), "b": (50, 40), "c": (32, 32), "d": (32, 32), "f": (32, 32), "g": (20, 20), "h": (32, 32)}
 
 
+@pytest.fixture(params=["beside the model", "in bursts"])
+def threads_work(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the threads work as on a GPU, or as on a CPU."""
+    monkeypatch.setattr(pipeline, "works_in_bursts", lambda model: request.param == "in bursts")
+
+
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     """Seven images, five of them of one window, and a file that is none."""
@@ -46,6 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in tree(folder)}
 
 
+@pytest.mark.usefixtures("threads_work")
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("form", ["plain", "inference"])
 def test_the_files_are_those_of_each_image_alone(form: str, batch_size: int, source: Path, tmp_path: Path) -> None:
@@ -119,6 +126,7 @@ def test_an_error_of_the_program_is_not_taken_for_one_of_an_image(
     assert threading.active_count() == threads
 
 
+@pytest.mark.usefixtures("threads_work")
 def test_an_interrupt_finishes_what_is_segmented(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, ended, real = windowed(), [], folders.write_png
 
@@ -139,6 +147,25 @@ def test_an_interrupt_finishes_what_is_segmented(source: Path, tmp_path: Path, m
     assert tree(tmp_path / "out/labels") == tree(tmp_path / "out/overlays") == [f"{name}.png" for name in whole]
 
 
+def test_a_slow_model_shows_progress(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_BURST_SECONDS", 0.0)
+    ended: list[str] = []
+    model = windowed()
+    real, seen = model.segment, []
+
+    def segment(images: Tensor) -> Tensor:
+        seen.append(len(ended))
+        return real(images)
+
+    monkeypatch.setattr(model, "segment", segment)
+    jobs = [job for job in plan([source], tmp_path / "out") if job.source.stem in "acdf"]
+    run_all(
+        model, jobs, Settings(32, 24, batch_size=2), lambda job: None, lambda job, *_: ended.append(job.source.stem)
+    )
+    assert seen == [0, 2]
+
+
+@pytest.mark.usefixtures("threads_work")
 def test_memory_in_flight_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").mkdir()
     for index in range(24):
