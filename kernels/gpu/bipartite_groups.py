@@ -3,7 +3,8 @@
 One program owns an image with S sources, the tokens at odd positions. The ``merged``-th largest value is found bit by
 bit: values are mapped to unsigned integers of the same order, NaN to zero, and a bit belongs to the bound if at least
 ``merged`` integers reach it. Of those equal to the bound the first ones merge. A destination's group is its number plus
-the sources before it that are kept; groups of destinations are stored first, and merged sources then read theirs.
+the sources before it that are kept. With the groups of a block of destinations at hand, those of the sources that merge
+with them are gathered; nothing is exchanged through memory.
 """
 
 from __future__ import annotations
@@ -27,6 +28,18 @@ def _load_keys(value_ptr, start, sources, BLOCK: tl.constexpr):
     return tl.where(value == value, key, 0).to(tl.uint32)
 
 
+@triton.jit
+def _merges(value_ptr, start, sources, bound, end, threshold, BLOCK: tl.constexpr):
+    """Tell which of BLOCK sources merge: those above the bound, at it those before ``end``; or above the threshold."""
+    offs = start + tl.arange(0, BLOCK)
+    if threshold is None:
+        keys = _load_keys(value_ptr, start, sources, BLOCK)
+        merges = (keys > bound) | ((keys == bound) & (offs < end))
+    else:
+        merges = tl.load(value_ptr + offs, mask=offs < sources, other=float("nan")) > threshold
+    return merges
+
+
 @triton.jit(do_not_specialize=["tokens", "merged", "prefix"])
 def bipartite_groups_kernel(
     value_ptr,  # (B, S) float32, contiguous
@@ -47,7 +60,7 @@ def bipartite_groups_kernel(
         tl.store(index_ptr + offs, offs.to(tl.int64), mask=offs < prefix)
     index_ptr += prefix
     bound = tl.full((), 0, tl.uint32)
-    ties = 0  # sources at the bound that merge
+    end = 0  # of the sources at the bound that merge
     if threshold is None:
         first = _load_keys(value_ptr, 0, sources, BLOCK)
         for bit in range(32):
@@ -59,31 +72,28 @@ def bipartite_groups_kernel(
         ties = merged
         for start in tl.range(0, sources, BLOCK):
             ties -= tl.sum((_load_keys(value_ptr, start, sources, BLOCK) > bound).to(tl.int32), 0)
+        for start in tl.range(0, sources, BLOCK):
+            offs = start + tl.arange(0, BLOCK)
+            equal = ((_load_keys(value_ptr, start, sources, BLOCK) == bound) & (offs < sources)).to(tl.int32)
+            end = tl.maximum(end, tl.max(tl.where((equal > 0) & (tl.cumsum(equal, 0) <= ties), offs + 1, 0), 0))
+            ties -= tl.sum(equal, 0)
     kept = prefix  # groups before the block
-    equal = 0  # sources at the bound before the block
     for start in tl.range(0, destinations, BLOCK):
         offs = start + tl.arange(0, BLOCK)
-        if threshold is None:
-            keys = _load_keys(value_ptr, start, sources, BLOCK)
-            at_bound = ((keys == bound) & (offs < sources)).to(tl.int32)
-            rank = equal + tl.cumsum(at_bound, 0) - at_bound
-            merges = (keys > bound) | ((at_bound > 0) & (rank < ties))
-            equal += tl.sum(at_bound, 0)
-        else:
-            merges = tl.load(value_ptr + offs, mask=offs < sources, other=float("nan")) > threshold
-        alone = ((offs < sources) & (merges == 0)).to(tl.int32)
+        alone = ((offs < sources) & (_merges(value_ptr, start, sources, bound, end, threshold, BLOCK) == 0)).to(
+            tl.int32
+        )
         group = kept + tl.arange(0, BLOCK) + tl.cumsum(alone, 0) - alone
         tl.store(index_ptr + 2 * offs, group.to(tl.int64), mask=offs < destinations)
-        tl.store(index_ptr + 2 * offs + 1, tl.where(alone > 0, group + 1, -1).to(tl.int64), mask=offs < sources)
+        tl.store(index_ptr + 2 * offs + 1, (group + 1).to(tl.int64), mask=alone > 0)
         kept += BLOCK + tl.sum(alone, 0)
-    tl.debug_barrier()
-    for start in tl.range(0, sources, BLOCK):
-        offs = start + tl.arange(0, BLOCK)
-        merges = tl.load(index_ptr + 2 * offs + 1, mask=offs < sources, other=0) < 0
-        match = tl.load(match_ptr + offs, mask=merges, other=0)
-        known = merges & (match >= 0) & (match < destinations)
-        group = tl.load(index_ptr + 2 * match, mask=known, other=0)
-        tl.store(index_ptr + 2 * offs + 1, group, mask=merges)
+        for other in tl.range(0, sources, BLOCK):
+            offs = other + tl.arange(0, BLOCK)
+            merges = _merges(value_ptr, other, sources, bound, end, threshold, BLOCK)
+            match = tl.load(match_ptr + offs, mask=merges, other=0).to(tl.int32) - start
+            merges = merges & (match >= 0) & (match < BLOCK)
+            of_match = tl.gather(group, tl.where(merges, match, 0), 0)
+            tl.store(index_ptr + 2 * offs + 1, of_match.to(tl.int64), mask=merges)
 
 
 def bipartite_groups(
