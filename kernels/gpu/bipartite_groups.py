@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import device_arch, next_power_of_2, programs, refuse_float64
+from .common import TRITON_3_6, device_arch, next_power_of_2, programs, refuse_float64
 
 _MOST = 2048
 
@@ -105,6 +105,7 @@ def bipartite_groups(
     index = match.new_empty((images, prefix + tokens))
     if images:
         block = min(max(next_power_of_2(tokens - tokens // 2), 64), _MOST)
+        warps = 8 if block > 1024 or (block == 1024 and device_arch(value) == "sm_80") else 4
         bipartite_groups_kernel[programs(images, value=value.shape)](
             value_ptr=value.float().contiguous(),
             match_ptr=match.contiguous(),
@@ -114,6 +115,6 @@ def bipartite_groups(
             prefix=prefix,
             threshold=threshold,
             BLOCK=block,
-            num_warps=8 if block > 1024 or (block == 1024 and device_arch(value) == "sm_80") else 4,  # others spill
+            num_warps=16 if TRITON_3_6 and block > 256 else warps,  # others spill
         )
     return index

@@ -168,9 +168,9 @@ BOUNDS = {
     "argmax, smooth, 2 candidates, K=150, patch 8": 34,
     "argmax, noise, K=150, patch 16": 40,
     "attention with a bias": 48,
-    "merge tokens, 1024 of 384": 2.3,
-    "merge tokens, 1024 of 768": 3.6,
-    "merge tokens, 4096 of 384": 14,
+    "merge tokens, 1024 of 384": 1.9,
+    "merge tokens, 1024 of 768": 2.7,
+    "merge tokens, 4096 of 384": 13,
 }
 
 

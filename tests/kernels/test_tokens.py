@@ -198,6 +198,25 @@ def test_merge_tokens(
     assert torch.equal(ours[0], merged)
 
 
+def test_groups_beyond_a_block(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images that the kernels visit in blocks, the interpreted ones in small blocks."""
+    tokens, parts = 5001, ("bipartite_groups", "merge_tokens")
+    if backend.name == "interpret":
+        tokens, (grouping, summing) = 201, (importlib.import_module(f"segmenter_fast.kernels.gpu.{x}") for x in parts)
+        monkeypatch.setattr(grouping, "_MOST", 64)
+        for name, size in (("_TOKENS", 128), ("_WINDOW", 64), ("_MEMBERS", 16)):
+            monkeypatch.setattr(summing, name, size)
+    value, match = values(backend, 2, tokens // 2), torch.randint(tokens // 2, (2, tokens // 2), device=backend.device)
+    match[:, ::3] = 5
+    index = bipartite_groups(value, match, tokens, tokens // 4, 1)
+    assert torch.equal(index, reference.bipartite_groups(value, match, tokens, tokens // 4, 1))
+    x, groups = torch.randn(2, 1 + tokens, 3, device=backend.device), 1 + tokens - tokens // 4
+    ours, sizes = merge_tokens(x, index, groups)
+    (peer, expected), (exact, _) = (reference.merge_tokens(x, index, groups) for x in (x, x.double()))
+    assert torch.equal(sizes, expected)
+    assert_as_accurate(ours, peer, exact)
+
+
 def test_a_token_alone_keeps_its_bits(backend_or_pytorch: Backend, poisoned: None) -> None:
     for dtype in backend_or_pytorch.dtypes:
         tokens = torch.randn(2, 50, 20, device=backend_or_pytorch.device).to(dtype)
