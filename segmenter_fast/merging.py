@@ -160,9 +160,10 @@ def _match(
         index = found.index
     else:
         lengths = None if counts is None else (counts + 1) // 2
-        value, match = ops.best_match(z[:, 1::2], z[:, ::2], lengths)
-        if merging.crowd:
-            value = value + merging.crowd * (z[:, 1::2] @ z.mean(1)[..., None]).squeeze(2)
+        sources, destinations = z[:, 1::2], z[:, ::2]
+        if merging.crowd:  # a product with b + c m has c times that with the mean m in it
+            destinations = destinations.add(z.mT.sum(2)[:, None], alpha=merging.crowd / tokens)
+        value, match = ops.best_match(sources, destinations, lengths)
         if bias is not None:
             value = value - SIZE_PENALTY * bias[:, prefix + 1 :: 2]
         if counts is not None:
