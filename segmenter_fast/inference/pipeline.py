@@ -1,8 +1,8 @@
 """Many images as files: decoded ahead by threads, segmented in batches of one size, written behind by threads.
 
-On a CPU the threads work between the batches, in bursts of many images: a batch waits for the core that has other work
-at its side. On two AMD EPYC cores (T/16, bfloat16, 64 photographs of 512 px) threads beside the model give 89 % of the
-images a second of ``segment`` alone, bursts of 2, 8 and 32 images 88, 90 and 93 %.
+On a CPU the threads work between the batches, in bursts of many images, so that the model has all cores. On two AMD
+EPYC cores (T/16, bfloat16, 512 px) that gives 89 to 91 % of the images a second of ``segment`` alone, threads beside
+the model 86 to 90 %.
 """
 
 from __future__ import annotations
