@@ -16,12 +16,17 @@ from segmenter_fast.reference import Attention, Block, MaskTransformer, Referenc
 
 
 class OfficialLike(nn.Module):
-    """``(B, 3, H, W)`` -> ``(B, K, H, W)`` logits. Shares the weights of a ``reference`` with a mask transformer."""
+    """``(B, 3, H, W)`` -> ``(B, K, H, W)`` logits. Shares the weights of a ``reference`` with a mask transformer.
+
+    It has layers of its own, which ``accelerate`` may change.
+    """
 
     def __init__(self, reference: ReferenceSegmenter) -> None:
         super().__init__()
-        self.encoder = copy.copy(reference.encoder)
-        self.encoder._modules = reference.encoder._modules | {"blocks": _layers(reference.encoder.blocks)}
+        weights = (*reference.parameters(), *reference.buffers())
+        reference = copy.deepcopy(reference, {id(weight): weight for weight in weights})
+        self.encoder = reference.encoder
+        self.encoder.blocks = _layers(self.encoder.blocks)
         self.patch_size = reference.config.patch_size
         assert isinstance(reference.decoder, MaskTransformer)
         self.decoder = _Decoder(reference.decoder, self.patch_size)

@@ -66,7 +66,11 @@ def lattice_softmax(
 
 
 def _mean_softmax(logits: list[Tensor]) -> Tensor:
-    return torch.stack([one.softmax(1) for one in logits]).mean(0)
+    total = logits[0].softmax(1)
+    for one in logits[1:]:
+        total += one.softmax(1)
+    # torch.mean would round otherwise in a vector than at the end of a row.
+    return total.div_(len(logits)) if len(logits) > 1 else total
 
 
 def _tiles(
@@ -92,5 +96,8 @@ def _logits(
     points = used_rows[:, None] + used_cols
     points = scores[points if index is None else index[points]].transpose(1, 2).contiguous()
     wide = points[..., col_of[0]].mul_(1 - col_weights).addcmul_(points[..., col_of[1]], col_weights)
-    weights = row_weights[:, None, None]
-    return wide[row_of[0]].mul_(1 - weights).addcmul_(wide[row_of[1]], weights)
+    logits = wide.new_empty((row_of.shape[1], *wide.shape[1:]))
+    # Row by row: a row has the same bits whichever rows are computed with it.
+    for out, upper, lower, weight in zip(logits, *row_of.tolist(), row_weights.tolist(), strict=True):
+        torch.mul(wide[upper], 1 - weight, out=out).add_(wide[lower], alpha=weight)
+    return logits

@@ -26,8 +26,8 @@ from .reading import CheckpointError, read_mapping, shown
 from .unwrap import find_state, read_state
 
 Source: TypeAlias = str | os.PathLike[str] | Mapping[str, Tensor]
-# Files of weights and the folders of a run, best and last, are no models of the hub, which would be asked for long.
-_HUB_ID = re.compile(r"(?!.*(\.(pth|pt|bin|ckpt|safetensors)|/(best|last))$)[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"(?!.*\.(pth|pt|bin|ckpt|safetensors)$)[\w.-]+/[\w.-]+")
+_RUNS = ("best", "last")  # folders of a training run: never names on the hub, which would be asked for long
 _RUN = "run.json"  # with the model's configuration, beside the folder of a run's checkpoints
 # Fields that a backbone of Hugging Face's brings, and those that may differ from the variant's.
 _NUMERICS = ("encoder_norm_eps", "pos_embed_mode", "rope_temperature", "mean", "std")
@@ -196,6 +196,8 @@ def read_checkpoint(source: Source, overrides: Mapping[str, Any]) -> SavedModel:
                 f"{path}: no such file or folder; {path.parent.absolute()} has {others}. A hub id whose first part is "
                 "a folder here is loaded by Segmenter.from_pretrained"
             )
+        if path.name in _RUNS:
+            raise FileNotFoundError(f"{path}: no such file or folder, nor is {path.parent.absolute()} one")
         try:
             return hub.read_hub(os.fspath(source))
         except (OSError, HfHubHTTPError) as error:
