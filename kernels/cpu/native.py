@@ -98,7 +98,7 @@ def pointer(tensor: Tensor | None) -> int | None:
 
 def unavailable() -> str | None:
     """Reason why no C++ kernel can run in this process, or None."""
-    if os.environ.get("SEGMENTER_FAST_NATIVE", "1").lower() in {"0", "false", "off"}:
+    if os.environ.get("SEGMENTER_FAST_NATIVE", "1").lower() in {"0", "false", "off", "no"}:
         return "SEGMENTER_FAST_NATIVE=0"
     return _unsupported()
 
@@ -127,11 +127,15 @@ def _warn(reason: str) -> None:
 @cache
 def _compiler() -> list[str]:
     """Command that starts the compiler, empty if there is none."""
+    given = os.environ.get("CXX", "")
     try:
-        chosen = shlex.split(os.environ.get("CXX", ""))
+        chosen = shlex.split(given)
     except ValueError:  # an open quotation
         chosen = []
-    return next((command for command in (chosen, ["g++"], ["clang++"]) if command and shutil.which(command[0])), [])
+    found = next((command for command in (chosen, ["g++"], ["clang++"]) if command and shutil.which(command[0])), [])
+    if given and found and found != chosen:
+        warnings.warn(f"CXX={given} is no compiler; {found[0]} compiles the C++ kernels", RuntimeWarning, stacklevel=2)
+    return found
 
 
 @cache

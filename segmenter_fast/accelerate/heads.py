@@ -61,6 +61,9 @@ def named_heads(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module
         ValueError: a module that cannot return scores per patch: the model, a container, a parent of a known head.
     """
     earlier = {name: getattr(vars(module).get(CALLS), "named", None) for name, module in model.named_modules()}
+    names = (names,) if isinstance(names, str) else names
+    if unknown := sorted({*names} - {*earlier}):
+        raise AttributeError(f"heads names modules that {type(model).__name__} has not: {', '.join(unknown)}")
     named = {name: model.get_submodule(name) for name in (*filter(earlier.get, earlier), *names)}
     heads = [name for name, _ in _heads(model)]
     for name, module in named.items():

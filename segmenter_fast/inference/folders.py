@@ -153,16 +153,20 @@ def write_outputs(job: Job, prediction: Prediction, run: dict[str, Any]) -> None
 def draw_tokens(model: Model, job: Job, raster: Raster, settings: Settings, run: dict[str, Any]) -> None:
     """Draw the groups of patches of an open image, where they are wanted; the model runs once more for them.
 
+    Warns where one window does not cover the image as it is.
+
     Raises:
-        OSError, ValueError: the file cannot be written, or one window does not cover the image as it is.
+        OSError, ValueError: the file cannot be written.
     """
     if job.tokens is None:
         return
     if one_window_size(model, raster, settings) is None:
-        raise ValueError(
-            "groups of tokens are drawn only of an image that one window covers as it is; this one, of "
-            f"{raster.width} x {raster.height} pixels, is enlarged or takes several windows of {settings.window}"
+        warnings.warn(
+            f"no groups of tokens are drawn of {job.source}: {raster.width} x {raster.height} pixels are enlarged or "
+            f"take several windows of {settings.window}",
+            stacklevel=2,
         )
+        return
     pixels = visualize.displayed(raster.read(0, raster.height))
     picture = visualize.draw_groups(pixels, token_groups(model, raster), model.config.patch_size)
     write_png(picture, job.tokens, record_of(run, job.source))

@@ -26,6 +26,7 @@ from .sliding import Progress
 
 PIXELS_IN_FLIGHT = images.LARGE_PIXELS
 """Pixels of the images that are decoded ahead or still written: about 200 MB, and 64 MB of labels."""
+_WRITERS = 4  # threads a core, in bursts: half of the time of a write is the disk's
 _BURST_SECONDS = 1.0  # after which those that are segmented are written, so that a slow model shows progress
 FAILURES = (OSError, ValueError, RuntimeError, MemoryError)
 """Errors that concern one image of many. RuntimeError: the memory of a GPU is full."""
@@ -121,7 +122,7 @@ def run_all(
     def size_of(image: tuple[Job, Raster]) -> Pair | None:
         return one_window_size(model, image[1], settings) if in_memory(*image) else None
 
-    with ThreadPoolExecutor(threads, "write") as pool:
+    with ThreadPoolExecutor(threads * (_WRITERS if bursts else 1), "write") as pool:
         try:
             for batch in in_batches(opened(), size_of, settings.batch_size):
                 finish(0 if bursts else 2 * ahead)

@@ -194,8 +194,8 @@ def test_named_heads() -> None:
     sf.accelerate(model, heads=["1"])
     assert sf.acceleration_report(model).patch_sized == ("1",)
     assert isinstance(resized(model(torch.zeros(1, 3, 4, 4)), 8), Upsampled)
-    with pytest.raises(AttributeError):
-        sf.accelerate(model, heads=["head"])
+    with pytest.raises(AttributeError, match="heads names modules that Sequential has not: head"):
+        sf.accelerate(model, heads="head")
     sf.accelerate(model)
     assert sf.acceleration_report(model).patch_sized == ("1",)
 

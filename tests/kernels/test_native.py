@@ -118,7 +118,13 @@ def test_a_damaged_library_is_made_anew(own_cache: Path, size: int, recwarn: pyt
 
 @pytest.mark.parametrize(
     ("command", "said"),
-    [("g++ -m64", None), ("env g++", None), ("nonexistent", None), ('g++ "', None), ("true", "it wrote nothing")],
+    [
+        ("g++ -m64", None),
+        ("env g++", None),
+        ("nonexistent", "CXX=nonexistent is no"),
+        ('g++ "', "is no compiler"),
+        ("true", "it wrote nothing"),
+    ],
 )
 def test_commands_of_compilers(
     command: str, said: str | None, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
