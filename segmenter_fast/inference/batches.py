@@ -24,7 +24,7 @@ Content = TypeVar("Content")
 
 # Sizes of images may alternate: this many batches are filled at once.
 _OPEN_BATCHES = 4
-BURST = 16
+BURST = 32
 """Images that each thread reads between batches, see ``works_in_bursts``."""
 
 
