@@ -1,7 +1,7 @@
 """Many images as files: decoded ahead by threads, segmented in batches of one size, written behind by threads.
 
 On a CPU the threads work between the batches, in bursts of many images, so that the model has all cores. On two AMD
-EPYC cores (T/16, bfloat16, 512 px) that gives 89 to 91 % of the images a second of ``segment`` alone, threads beside
+EPYC cores (T/16, bfloat16, 512 px) that gives 91 % of the images a second of ``segment`` alone, threads beside
 the model 86 to 90 %.
 """
 
