@@ -1,5 +1,4 @@
 // Groups of tokens and their means, for merge_tokens and bipartite_groups of tokens.py.
-#include <algorithm>
 #include <vector>
 
 #include "simd.h"
@@ -95,21 +94,17 @@ void mix_rows(const T* rows, int64_t stride, const int64_t* members, const float
   if (column < dim) mix(column, dim - column);
 }
 
-int threads_for(int64_t elements, int64_t threads) {
-  return int(std::max<int64_t>(std::min(threads, elements / ELEMENTS_PER_THREAD), 1));
-}
-
 template <typename T>
 bool merge(const T* tokens, const int64_t* index, const float* weights, T* merged, float* sizes, int64_t batch,
            int64_t count, int64_t dim, int64_t groups, int64_t batch_stride, int64_t stride, int64_t threads) {
   std::vector<Members> images(batch);
   std::vector<char> inside(batch);
-#pragma omp parallel for num_threads(threads_for(batch * count, threads))
+#pragma omp parallel for num_threads(threads_for(batch * count, ELEMENTS_PER_THREAD, threads))
   for (int64_t image = 0; image < batch; image++)
     inside[image] = list_members(index + image * count, weights ? weights + image * count : nullptr, count, groups,
                                  images[image], sizes + image * groups);
   if (std::count(inside.begin(), inside.end(), 0)) return false;
-#pragma omp parallel for num_threads(threads_for(batch * count * dim, threads))
+#pragma omp parallel for num_threads(threads_for(batch * count * dim, ELEMENTS_PER_THREAD, threads))
   for (int64_t row = 0; row < batch * groups; row++) {
     const int64_t image = row / groups, group = row % groups;
     const Members& members = images[image];
@@ -123,7 +118,7 @@ bool merge(const T* tokens, const int64_t* index, const float* weights, T* merge
 template <typename T>
 void spread(const T* grad, const int64_t* index, const float* weights, const float* sizes, T* out, int64_t batch,
             int64_t count, int64_t dim, int64_t groups, int64_t batch_stride, int64_t stride, int64_t threads) {
-#pragma omp parallel for num_threads(threads_for(batch * count * dim, threads))
+#pragma omp parallel for num_threads(threads_for(batch * count * dim, ELEMENTS_PER_THREAD, threads))
   for (int64_t row = 0; row < batch * count; row++) {
     const int64_t image = row / count;
     const float share = share_of(weights, row, sizes[image * groups + index[row]]);
@@ -140,7 +135,7 @@ extern "C" void bipartite_groups(const float* value, const int64_t* match, int64
                                  float threshold) {
   const int64_t sources = tokens / 2;
   std::vector<char> inside(batch);
-#pragma omp parallel for num_threads(threads_for(batch * sources, threads))
+#pragma omp parallel for num_threads(threads_for(batch * sources, ELEMENTS_PER_THREAD, threads))
   for (int64_t image = 0; image < batch; image++)
     inside[image] = group_tokens(value + image * sources, match + image * sources, tokens, merged, prefix, threshold,
                                  index + image * (prefix + tokens));

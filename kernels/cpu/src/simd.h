@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
@@ -25,6 +26,11 @@ struct bfloat16 {
 };
 
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// Threads for some work, of which each has at least ``least``, or one.
+inline int threads_for(int64_t work, int64_t least, int64_t threads) {
+  return int(std::max<int64_t>(std::min(threads, work / least), 1));
+}
 
 // Floats at the start of a cache line, not set to anything.
 class Buffer {

@@ -1,5 +1,4 @@
 // Rows whose products tell how alike tokens are, for unit_rows.py: LayerNorm, sums of channels, length 1.
-#include <algorithm>
 
 #include "simd.h"
 
@@ -84,8 +83,7 @@ void run(const Problem& problem, const T* x, const T* weight, const T* bias, T* 
   Rows affine(2, dim);
   copy(weight, affine[0]);
   if (bias) copy(bias, affine[1]);
-  threads = std::max<int64_t>(std::min(threads, count * dim / ELEMENTS_PER_THREAD), 1);
-#pragma omp parallel num_threads(int(threads))
+#pragma omp parallel num_threads(threads_for(count * dim, ELEMENTS_PER_THREAD, threads))
   {
     Rows rows(BLOCK, round_up(dim, channels)), sums(BLOCK, channels);
     float means[BLOCK];

@@ -251,7 +251,7 @@ template <typename T, typename Label>
 void run(const Problem& problem, const T* scores, Label* out, int64_t threads) {
   const Across across = lay_out(problem);
   const int64_t logits = problem.batch * problem.classes * problem.height * problem.width;
-  threads = std::max<int64_t>(std::min(threads, logits / LOGITS_PER_THREAD), 1);
+  threads = threads_for(logits, LOGITS_PER_THREAD, threads);
   const int64_t parts = std::min((4 * threads + problem.batch - 1) / problem.batch, problem.height);
 #pragma omp parallel for num_threads(int(threads)) schedule(dynamic, 1)
   for (int64_t task = 0; task < problem.batch * parts; task++) {
