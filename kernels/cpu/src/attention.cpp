@@ -42,10 +42,7 @@ int rows_of_group(int count) { return count > GROUP + LEAST ? ROWS : count > LEA
 template <int M, int V, typename U>
 void multiply_keys(const U* queries, const U* keys, const float* bias, int64_t steps, float* scores, Vec* peak) {
   Vec sums[M][V];
-#pragma GCC unroll 16
-  for (int row = 0; row < M; row++)
-    for (int half = 0; half < V; half++) sums[row][half] = fill(0.0f);
-  multiply<M, V, 1, M>(sums, queries, keys, steps);
+  product<M, V, 1, M>(sums, queries, keys, steps);
 #pragma GCC unroll 16
   for (int row = 0; row < M; row++) {
     for (int half = 0; half < V; half++) {
@@ -92,7 +89,7 @@ float weigh(float* scores, int keys, float largest_score, float scale, float& pe
 // M queries with ``count`` keys from ``first``.
 template <int M, typename T>
 void attend(const Shape& shape, const Head<T>& head, int64_t first, int count, const State<T>& state) {
-  const int64_t steps = (shape.dim + PER<T> - 1) / PER<T>, width = shape.width();
+  const int64_t steps = units_of<T>(shape.dim), width = shape.width();
   Vec peaks[M];
   for (int row = 0; row < M; row++) peaks[row] = fill(-INFINITY);
   for (int key = 0; key < count; key += PANEL) {
@@ -109,14 +106,14 @@ void attend(const Shape& shape, const Head<T>& head, int64_t first, int count, c
   for (int64_t column = 0; column < shape.dim; column += PANEL) {
     const auto tile = shape.dim - column > LANES ? multiply_values<M, 2, Unit<T>> : multiply_values<M, 1, Unit<T>>;
     tile((Unit<T>*)state.scores, head.values + (column * shape.padded() + first * PANEL) / PER<T>,
-         (count + PER<T> - 1) / PER<T>, state.out + column, width);
+         units_of<T>(count), state.out + column, width);
   }
 }
 
 // ``count`` queries from ``first`` with all keys.
 template <typename T>
 void attend_block(const Shape& shape, const Head<T>& head, int64_t first, int count, State<T> state) {
-  const int64_t steps = (shape.dim + PER<T> - 1) / PER<T>, width = shape.width();
+  const int64_t steps = units_of<T>(shape.dim), width = shape.width();
   std::fill_n(state.out, (count + ROWS) * width, 0.0f);
   std::fill_n(state.peak, count + ROWS, -INFINITY);
   std::fill_n(state.total, count + ROWS, 0.0f);
@@ -146,7 +143,7 @@ void attend_block(const Shape& shape, const Head<T>& head, int64_t first, int co
 // Keys, values and bias from token ``first`` up to ``last``, the first of a panel.
 template <typename T>
 void pack(const Shape& shape, const Head<T>& head, const float* bias, float scale, int64_t first, int64_t last) {
-  const int64_t stride = shape.token_stride, steps = (shape.dim + PER<T> - 1) / PER<T>;
+  const int64_t stride = shape.token_stride, steps = units_of<T>(shape.dim);
   last = std::min(last, shape.tokens);
   const T* keys = head.queries + shape.kind_stride;
   for (int64_t token = first; token < last; token += LANES) {

@@ -30,15 +30,10 @@ struct Shape {
   int64_t gradient(int64_t head) const { return (head / heads * tokens * 3 * heads + head % heads) * dim; }
 };
 
-template <typename T>
-int64_t steps(const Shape& shape) {
-  return (shape.dim + PER<T> - 1) / PER<T>;
-}
-
 // Units of ROWS queries, whose transposition writes whole vectors.
 template <typename T>
 int64_t tile_size(const Shape& shape) {
-  return round_up(steps<T>(shape) * ROWS + LANES, LANES);
+  return round_up(units_of<T>(shape.dim) * ROWS + LANES, LANES);
 }
 
 // Q and dO of a head: tiles (D in units, ROWS) as left factors, rows (width / PANEL, padded in units, PANEL) as right.
@@ -78,7 +73,7 @@ struct Keys {
   int count;
 
   static int64_t size(const Shape& shape) {
-    return KEYS * (2 * steps<T>(shape) + 3 * shape.width + 1) + 3 * QUERIES * KEYS;
+    return KEYS * (2 * units_of<T>(shape.dim) + 3 * shape.width + 1) + 3 * QUERIES * KEYS;
   }
 
   Keys(const Shape& shape, float* memory) {
@@ -86,7 +81,7 @@ struct Keys {
     slopes_of_query = PER<T> == 1 ? slopes : slopes + QUERIES / PER<T> * KEYS;
     grad_key = memory + 3 * QUERIES * KEYS, grad_value = grad_key + KEYS * shape.width;
     bias = grad_value + KEYS * shape.width, key_rows = (Unit<T>*)(bias + KEYS);
-    key_panels = key_rows + KEYS * shape.width, value_panels = key_panels + KEYS * steps<T>(shape);
+    key_panels = key_rows + KEYS * shape.width, value_panels = key_panels + KEYS * units_of<T>(shape.dim);
   }
 };
 
@@ -94,10 +89,7 @@ struct Keys {
 template <int ROW, int STEP, bool ADD, int V, typename U>
 void multiply_tile(const U* left, const U* panel, int64_t steps, float* out, int64_t stride) {
   Vec sums[ROWS][V];
-#pragma GCC unroll 16
-  for (int row = 0; row < ROWS; row++)
-    for (int half = 0; half < V; half++) sums[row][half] = fill(0.0f);
-  multiply<ROWS, V, ROW, STEP>(sums, left, panel, steps);
+  product<ROWS, V, ROW, STEP>(sums, left, panel, steps);
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; row++)
     for (int half = 0; half < V; half++) {
@@ -129,7 +121,7 @@ inline void store_units(Pair* to, const Vec (&rows)[2]) {
 template <typename T>
 void weigh(const Queries<T>& queries, const Keys<T>& keys, int count, const Shape& shape, float scale) {
   alignas(64) float scores[ROWS * PANEL], grads[ROWS * PANEL];
-  const int64_t depth = steps<T>(shape);
+  const int64_t depth = units_of<T>(shape.dim);
   for (int panel = 0; panel < keys.count; panel += PANEL) {
     const int columns = keys.count - panel > LANES ? PANEL : LANES;
     const auto wide = multiply_tile<1, ROWS, false, 2, Unit<T>>, narrow = multiply_tile<1, ROWS, false, 1, Unit<T>>;
@@ -160,7 +152,7 @@ void add_gradients(const Queries<T>& queries, const Keys<T>& keys, int count, co
                    float* grad) {
   weigh(queries, keys, count, shape, scale);
   const int64_t apart = shape.padded / PER<T> * PANEL, width = shape.width;
-  const int64_t depth = (count + PER<T> - 1) / PER<T>, key_depth = (keys.count + PER<T> - 1) / PER<T>;
+  const int64_t depth = units_of<T>(count), key_depth = units_of<T>(keys.count);
   for (int key = 0; key < keys.count; key += ROWS)
     add_products<1, KEYS>(keys.weights + key, queries.grad_rows, apart, depth, shape, keys.grad_value + key * width);
   for (int key = 0; key < keys.count; key += ROWS)
@@ -175,7 +167,7 @@ void pack_keys(const Shape& shape, const T* key, const float* bias, const Keys<T
   const int64_t stride = shape.token_stride;
   for (int token = 0; token < keys.count; token += LANES) {
     const int64_t rows = std::min(LANES, keys.count - token);
-    const int64_t panel = token / PANEL * PANEL * steps<T>(shape) + token % PANEL;
+    const int64_t panel = token / PANEL * PANEL * units_of<T>(shape.dim) + token % PANEL;
     transpose(key + token * stride, stride, rows, shape.dim, keys.key_panels + panel, PANEL);
     transpose(key + shape.kind_stride + token * stride, stride, rows, shape.dim, keys.value_panels + panel, PANEL);
   }

@@ -18,11 +18,6 @@ struct Shape {
   int64_t groups() const { return (rows + ROWS - 1) / ROWS; }
 };
 
-template <typename T>
-int64_t steps(const Shape& shape) {
-  return (shape.dim + PER<T> - 1) / PER<T>;
-}
-
 // Of the columns that each lane has seen.
 struct Best {
   Vec value;
@@ -33,10 +28,7 @@ struct Best {
 template <int V, typename U>
 void visit(const U* rows, const U* panel, int64_t steps, int first, Best* best) {
   Vec sums[ROWS][V];
-#pragma GCC unroll 16
-  for (int row = 0; row < ROWS; row++)
-    for (int half = 0; half < V; half++) sums[row][half] = fill(0.0f);
-  multiply<ROWS, V, 1, ROWS>(sums, rows, panel, steps);
+  product<ROWS, V, 1, ROWS>(sums, rows, panel, steps);
 #pragma GCC unroll 16
   for (int row = 0; row < ROWS; row++) {
     Best found = best[row];
@@ -69,9 +61,9 @@ void pack(const Shape& shape, const T* b, int64_t count, int64_t number, Unit<T>
 template <typename T>
 void run(const Shape& shape, const T* a, const T* b, const int64_t* lengths, float* value, int64_t* match,
          int threads) {
-  const int64_t panels = shape.panels(), panel_size = steps<T>(shape) * PANEL, groups = shape.groups();
+  const int64_t panels = shape.panels(), panel_size = units_of<T>(shape.dim) * PANEL, groups = shape.groups();
   const int64_t blocks = round_up((groups + GROUPS - 1) / GROUPS, threads);  // of groups, as equal as can be
-  const int64_t group_size = round_up(steps<T>(shape) * ROWS + LANES, LANES);  // transpose writes whole vectors
+  const int64_t group_size = round_up(units_of<T>(shape.dim) * ROWS + LANES, LANES);  // transpose writes whole vectors
   Buffer packed(shape.batch * panels * panel_size);
   auto panel = [&](int64_t image, int64_t number) { return (Unit<T>*)&packed[(image * panels + number) * panel_size]; };
   auto count = [&](int64_t image) {
@@ -99,7 +91,7 @@ void run(const Shape& shape, const T* a, const T* b, const int64_t* lengths, flo
       for (int64_t column = 0; column < columns; column += PANEL) {
         const auto tile = columns - column > LANES ? visit<2, Unit<T>> : visit<1, Unit<T>>;
         for (int64_t group = 0; group < to - from; group++)
-          tile(own + group * group_size, panel(image, column / PANEL), steps<T>(shape), int(column),
+          tile(own + group * group_size, panel(image, column / PANEL), units_of<T>(shape.dim), int(column),
                best + group * ROWS);
       }
       for (int64_t row = first; row < last; row++)

@@ -29,6 +29,12 @@ using Unit = float;
 template <typename T>
 constexpr int PER = sizeof(Unit<T>) == sizeof(Pair) && std::is_same_v<Unit<T>, Pair> ? 2 : 1;  // elements of a unit
 
+// Units that hold ``count`` elements.
+template <typename T>
+constexpr int64_t units_of(int64_t count) {
+  return (count + PER<T> - 1) / PER<T>;
+}
+
 inline void multiply_add(Vec& sum, float left, Vec right) { sum += fill(left) * right; }
 
 #ifdef __AVX512BF16__
@@ -49,6 +55,15 @@ ALWAYS_INLINE void multiply(Vec (&sums)[M][V], const U* left, const U* right, in
     for (int row = 0; row < M; row++)
       for (int half = 0; half < V; half++) multiply_add(sums[row][half], left[row * ROW], columns[half]);
   }
+}
+
+// ``multiply`` from zeros.
+template <int M, int V, int ROW, int STEP, typename U>
+ALWAYS_INLINE void product(Vec (&sums)[M][V], const U* left, const U* right, int64_t steps) {
+#pragma GCC unroll 16
+  for (int row = 0; row < M; row++)
+    for (int half = 0; half < V; half++) sums[row][half] = fill(0.0f);
+  multiply<M, V, ROW, STEP>(sums, left, right, steps);
 }
 
 // LANES units of a row of ``count`` elements, zeros behind them.
